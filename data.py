@@ -1,0 +1,243 @@
+"""Token files as memory maps, and which micro-batch goes where.
+
+A split is one safetensors file with one 1-D tensor `tokens`. It is mapped anew for every read, so no process holds
+more of it than the micro-batch at hand, however long the file. Which tokens a rank sees at a step is a pure
+function of the plan and the seeds: there is no iterator to save and none to restore.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from harness.config import ModelConfig, TrainConfig
+from harness.errors import DataError
+from harness.plan import Plan, make_plan, validation_sequences
+from harness.randomness import Permutation, order_permutation
+
+SPLITS = ("train", "validation")
+TENSOR = "tokens"
+BYTES_OF_DTYPE = {"U16": 2, "I32": 4, "U32": 4}
+CHECK_CHUNK_TOKENS = 2**24
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split on disk; `length` in tokens."""
+
+    path: Path
+    length: int
+    dtype: str
+    metadata: dict[str, str]
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Read tokens [start, start + count) as int64; the map is closed again, so memory stays flat."""
+        with safe_open(self.path, framework="numpy") as file:
+            tokens: NDArray[np.generic] = file.get_slice(TENSOR)[start : start + count]
+        return tokens.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """What one pass over a split's used tokens found."""
+
+    start: int
+    count: int
+    highest_id: int
+    sha256: str
+
+
+def open_split(datasets_dir: Path, dataset: str, split: str) -> TokenFile:
+    """Open a split and check its form; raises DataError naming the file and what is wrong."""
+    path = datasets_dir / dataset / f"{split}.safetensors"
+    if not path.is_file():
+        raise DataError(f"{path}: found no such file, wanted the {split} split of dataset {dataset}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            if TENSOR not in names:
+                raise DataError(f"{path}: found tensors {names}, wanted one named {TENSOR!r}")
+            tensor = file.get_slice(TENSOR)
+            dtype, shape = tensor.get_dtype(), tensor.get_shape()
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
+    if dtype not in BYTES_OF_DTYPE:
+        raise DataError(f"{path}: found tokens of type {dtype}, wanted U16, I32 or U32")
+    if len(shape) != 1 or shape[0] == 0:
+        raise DataError(f"{path}: found tokens of shape {shape}, wanted one dimension and at least one token")
+    return TokenFile(path, shape[0], dtype, metadata)
+
+
+def check_tokens(file: TokenFile, start: int, count: int, vocab_size: int) -> TokenCheck:
+    """Check that every id in [start, start + count) is below vocab_size, and fingerprint those tokens.
+
+    One pass in chunks. The result is kept beside the file until its size or time changes, so that resuming does
+    not read gigabytes again. Raises DataError with the place of the first id that does not fit.
+    """
+    stat = file.path.stat()
+    kept = file.path.with_name(f".{file.path.stem}-{start}-{count}.check.json")
+    key = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    result = _kept_check(kept, key)
+    if result is None or result.highest_id >= vocab_size:
+        result = _read_and_check(file, start, count, vocab_size)
+        try:
+            temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({**key, **asdict(result)}))
+            temporary.replace(kept)
+        except OSError:
+            pass  # a read-only dataset folder only costs the pass again
+    return result
+
+
+def _kept_check(path: Path, key: dict[str, int]) -> TokenCheck | None:
+    try:
+        kept = json.loads(path.read_text())
+        if all(kept.pop(name) == value for name, value in key.items()):
+            return TokenCheck(**kept)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _read_and_check(file: TokenFile, start: int, count: int, vocab_size: int) -> TokenCheck:
+    digest = hashlib.sha256(file.dtype.encode())
+    highest = 0
+    for chunk_start in range(start, start + count, CHECK_CHUNK_TOKENS):
+        tokens = file.read(chunk_start, min(CHECK_CHUNK_TOKENS, start + count - chunk_start))
+        wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+        if wrong.size:
+            raise DataError(
+                f"{file.path}: found id {tokens[wrong[0]]} at token {chunk_start + int(wrong[0]):,}, "
+                f"wanted ids from 0 to {vocab_size - 1} (model.json: vocab_size)"
+            )
+        highest = max(highest, int(tokens.max()))
+        digest.update(tokens.astype("<u4").tobytes())
+    return TokenCheck(start, count, highest, digest.hexdigest())
+
+
+def ensure_dataset(datasets_dir: Path, config: TrainConfig) -> None:
+    """Download the dataset's two files from the Hub if they are not on disk; raises DataError.
+
+    Must be called before the process group exists: a collective that waited for a download would time out. Every
+    process calls it; a lock lets one download while the others wait for its files.
+    """
+    folder = datasets_dir / config.dataset
+    files = [folder / f"{split}.safetensors" for split in SPLITS]
+    # A folder of one's own needs no validation split unless the run validates.
+    needed = files if config.validation_interval is not None else files[:1]
+    if all(path.is_file() for path in needed):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".download.lock"):
+            if all(path.is_file() for path in needed):
+                return
+            snapshot_download(
+                config.dataset,
+                repo_type="dataset",
+                revision=config.dataset_revision,
+                allow_patterns=[path.name for path in files],
+                local_dir=folder,
+            )
+    except Exception as error:
+        # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"dataset {config.dataset}: not in {datasets_dir}, and it could not be downloaded ({reason})"
+        ) from None
+    missing = [path.name for path in needed if not path.is_file()]
+    if missing:
+        raise DataError(f"dataset {config.dataset}: the Hub has no {' and no '.join(missing)} in it")
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The train split as the plan cuts it: sequence s is tokens [start + s*T, start + s*T + T + 1)."""
+
+    file: TokenFile
+    start_token: int
+    plan: Plan
+    order: Permutation | None
+
+    def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
+        """Give tokens and targets, each (B, T) int64 on the CPU, of one rank's micro-batch."""
+        size, length = self.plan.microbatch_size, self.plan.context_length
+        first = self.plan.microbatch_index(global_step, accumulation_step, rank) * size
+        if self.order is None:
+            tokens = self.file.read(self.start_token + first * length, size * length + 1)
+            return as_sequences(tokens, length)
+        rows = [
+            self.file.read(self.start_token + self.order[sequence] * length, length + 1)
+            for sequence in range(first, first + size)
+        ]
+        block = torch.from_numpy(np.stack(rows))  # (B, T + 1)
+        return block[:, :-1], block[:, 1:]
+
+
+def as_sequences(tokens: NDArray[np.int64], context_length: int) -> tuple[Tensor, Tensor]:
+    """Cut B*T + 1 consecutive tokens into inputs and targets, each (B, T); targets are one token later."""
+    flat = torch.from_numpy(tokens)
+    return flat[:-1].view(-1, context_length), flat[1:].view(-1, context_length)
+
+
+def train_data(file: TokenFile, config: TrainConfig, plan: Plan) -> TrainData:
+    """Prepare a plan's data; with `shuffle`, over all whole sequences from start_train_token on."""
+    sequences = (file.length - config.start_train_token - 1) // plan.context_length
+    order = order_permutation(config.seed_of("order"), 0, sequences) if config.shuffle else None
+    return TrainData(file, config.start_train_token, plan, order)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data of a run, cut by its plan; `checks` are those of the process that read through it."""
+
+    plan: Plan
+    train: TrainData
+    validation: TokenFile | None
+    checks: list[TokenCheck]
+
+
+def open_splits(
+    datasets_dir: Path, model: ModelConfig, config: TrainConfig, world_size: int, reads_through: bool
+) -> Splits:
+    """Open a run's data and work out its plan; raises DataError and ConfigError.
+
+    With `reads_through`, every token that will be used is checked; one process a machine is enough for that.
+    """
+    file = open_split(datasets_dir, config.dataset, "train")
+    plan = make_plan(model, config, world_size, file.length - config.start_train_token)
+    used = [(file, config.start_train_token, plan.tokens_needed)]
+    validation = None
+    if config.validation_batches is not None:
+        validation = open_split(datasets_dir, config.dataset, "validation")
+        needed = validation_sequences(config, plan) * plan.context_length + 1
+        if validation.length - config.start_val_token < needed:
+            raise DataError(
+                f"{validation.path}: found {validation.length:,} tokens, wanted {needed:,} from token "
+                f"{config.start_val_token:,} on (validation_batches x global batch x context_length + 1)"
+            )
+        used.append((validation, config.start_val_token, needed))
+    checks = [check_tokens(*span, model.vocab_size) for span in used] if reads_through else []
+    return Splits(plan, train_data(file, config, plan), validation, checks)
+
+
+def evaluation_batches(
+    file: TokenFile, start_token: int, sequences: range, context_length: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give tokens and targets, each (up to batch_size, T), of `sequences` counted from start_token."""
+    for first in range(sequences.start, sequences.stop, batch_size):
+        count = min(batch_size, sequences.stop - first)
+        yield as_sequences(
+            file.read(start_token + first * context_length, count * context_length + 1), context_length
+        )

@@ -1,0 +1,227 @@
+"""Charts of a run and the page that shows them, drawn from metrics.jsonl and status.json alone.
+
+The trainer draws in a process of its own (`python -m harness.charts RUN_FOLDER`), so that drawing takes no time from
+training and an error in it cannot stop a run. The page opens from disk, holds its charts inside itself, runs no
+script, and reloads itself while the run lives.
+"""
+
+import base64
+import html
+import json
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.run_folder import RunFolder, write_text
+
+ROOT = Path(__file__).parent.parent
+STYLE = ROOT / "assets" / "chart.mplstyle"
+PAGE = ROOT / "assets" / "run-page.html"
+SECONDS_BETWEEN_DRAWINGS = 60
+LAST_LINES = 12
+Series = NDArray[np.float64]
+
+
+class ChartPainter:
+    """Has a run's charts drawn in the background now and then, and once more when its `with` block ends."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._last_start = time.monotonic()
+        self._has_news = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._has_news:
+            self._draw_last()
+
+    def draw_now_and_then(self) -> None:
+        """Start a drawing if the last began a minute ago and is done; never waits."""
+        self._has_news = True
+        is_busy = self._process is not None and self._process.poll() is None
+        if not is_busy and time.monotonic() - self._last_start >= SECONDS_BETWEEN_DRAWINGS:
+            self._start()
+
+    def _draw_last(self) -> None:
+        if self._process is not None:
+            self._process.wait()
+        self._start()
+        if self._process is not None and (status := self._process.wait()):
+            print(f"warning: the charts could not be drawn (status {status})", file=sys.stderr)
+
+    def _start(self) -> None:
+        self._last_start = time.monotonic()
+        command = [sys.executable, "-m", "harness.charts", str(self._folder.path.resolve())]
+        try:
+            self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        except OSError as error:
+            print(f"warning: the charts could not be drawn ({error})", file=sys.stderr)
+
+
+def draw(folder: RunFolder) -> None:
+    """Draw the four PNGs and the page from what is on disk."""
+    lines = folder.read_metrics()
+    folder.charts.mkdir(exist_ok=True)
+    if lines:
+        _draw_charts(folder, lines)
+    write_text(folder.page, _page(folder, lines))
+
+
+def column(lines: list[dict[str, Any]], key: str) -> Series:
+    """Give one metric of all lines as float64, NaN where it is missing or null."""
+    return np.array([np.nan if line.get(key) is None else line[key] for line in lines], dtype=np.float64)
+
+
+def smoothed(values: Series, window: int) -> Series:
+    """Give the mean of the last `window` values at every place, leaving NaN out."""
+    good = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(good)])
+    start = np.maximum(np.arange(1, len(values) + 1) - window, 0)
+    with np.errstate(invalid="ignore"):
+        result: Series = (total[1:] - total[start]) / (count[1:] - count[start])
+    return result
+
+
+def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = _json(folder.train_json)
+    steps = column(lines, "step")
+    loss = column(lines, "train/loss")
+    window = max(1, len(lines) // 100)
+    best = _target_step(folder.checkpoints / "best")
+    with plt.style.context(STYLE):
+
+        def chart(name: str, title: str, label: str) -> Any:
+            figure, axes = plt.subplots()
+            axes.set(title=title, xlabel="global step", ylabel=label)
+            axes.margins(x=0.01)
+            figures.append((name, figure, axes))
+            return axes
+
+        figures: list[tuple[str, Any, Any]] = []
+        axes = chart("loss", "Loss", "nats per token")
+        axes.fill_between(
+            steps, column(lines, "train/loss_min"), column(lines, "train/loss_max"),
+            alpha=0.18, linewidth=0, label="lowest to highest micro-batch",
+        )  # fmt: skip
+        axes.plot(steps, smoothed(loss, window), label="average" + (f" of {window} steps" if window > 1 else ""))
+        validation = column(lines, "val/loss")
+        if np.isfinite(validation).any():
+            measured = np.isfinite(validation)
+            axes.plot(steps[measured], validation[measured], "o-", markersize=3, label="validation")
+        if best is not None:
+            axes.axvline(best, color="#059669", linestyle="--", linewidth=1.2, label=f"best checkpoint ({best:,})")
+        axes.legend()
+
+        axes = chart("learning-rate", "Learning rate", "learning rate")
+        axes.plot(steps, column(lines, "train/lr"))
+        axes.set_ylim(bottom=0)
+
+        axes = chart("grad-norm", "Gradient norm before clipping", "L2 norm")
+        norm = column(lines, "train/grad_norm")
+        axes.plot(steps, norm, alpha=0.35, linewidth=0.8)
+        axes.plot(steps, smoothed(norm, window), color="#2563eb")
+        if train.get("clipping_max_norm") is not None:
+            limit = train["clipping_max_norm"]
+            axes.axhline(limit, color="#be185d", linestyle="--", linewidth=1.2, label=f"clipped above {limit:g}")
+            axes.legend()
+        if np.nanmax(norm, initial=0) > 0:
+            axes.set_yscale("log")
+
+        axes = chart("throughput", "Throughput", "tokens per second")
+        speed = column(lines, "train/tok_per_sec")
+        axes.plot(steps, speed, alpha=0.35, linewidth=0.8)
+        axes.plot(steps, smoothed(speed, window), color="#2563eb")
+        axes.set_ylim(bottom=0)
+        for name, figure, axes in figures:
+            for axis in (axes.xaxis, axes.yaxis) if name == "throughput" else (axes.xaxis,):
+                axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            temporary = folder.charts / f".{name}.tmp.png"
+            figure.savefig(temporary)
+            temporary.replace(folder.charts / f"{name}.png")
+            plt.close(figure)
+
+
+def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
+    status, run = _json(folder.status_json), _json(folder.run_json)
+    plan = run.get("plan", {})
+    last = lines[-1] if lines else {}
+    is_live = status.get("state") == "running"
+    facts = {
+        "state": status.get("state", "unknown") + (f" ({status['reason']})" if status.get("reason") else ""),
+        "global step": f"{last.get('step', 0) + bool(last):,} of {plan.get('global_steps', 0):,}",
+        "tokens": f"{last.get('tokens', 0):,}",
+        "train loss": _shown(last.get("train/loss"), "{:.4f}"),
+        "tokens/second": _shown(last.get("train/tok_per_sec"), "{:,.0f}"),
+        "time left": _time_left(last, plan) if is_live else "-",
+        "cost": _shown(last.get("cost"), "{:,.2f}") + f" {_json(folder.train_json).get('currency') or ''}",
+        "updated": status.get("time", ""),
+    }
+    cards = "".join(f"<div><dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd></div>" for k, v in facts.items())
+    images = "".join(
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for name in ("loss", "learning-rate", "grad-norm", "throughput")
+        if (path := folder.charts / f"{name}.png").is_file()
+    )
+    samples = "".join(
+        f"<tr><td>{line['step']:,}</td><td>{_escaped(line['sample'])}</td></tr>"
+        for line in [line for line in lines if line.get("sample")][-LAST_LINES:]
+    )
+    tail = "".join(
+        f"<tr><td>{line['step']:,}</td><td>{line['tokens']:,}</td><td>{_shown(line['train/loss'], '{:.4f}')}</td>"
+        f"<td>{line['train/lr']:.3g}</td><td>{_shown(line['train/grad_norm'], '{:.3f}')}</td>"
+        f"<td>{line['train/tok_per_sec']:,.0f}</td><td>{'skipped' if line['train/skipped'] else ''}</td></tr>"
+        for line in lines[-LAST_LINES:]
+    )
+    refresh = '<meta http-equiv="refresh" content="30">' if is_live else ""
+    config = _escaped(json.dumps({"model": run.get("model"), "train": run.get("train")}, indent=2))
+    return string.Template(PAGE.read_text(encoding="utf-8")).substitute(
+        refresh=refresh, name=_escaped(folder.path.name), cards=cards, images=images, samples=samples, tail=tail,
+        config=config,
+    )  # fmt: skip
+
+
+def _time_left(last: dict[str, Any], plan: dict[str, Any]) -> str:
+    speed = last.get("train/tok_per_sec")
+    if not speed:
+        return "-"
+    seconds = (plan.get("train_tokens", 0) - last.get("tokens", 0)) / speed
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _escaped(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _target_step(link: Path) -> int | None:
+    return int(link.resolve().name.removeprefix("step-")) if link.is_symlink() and link.exists() else None
+
+
+if __name__ == "__main__":
+    draw(RunFolder(Path(sys.argv[1])))

@@ -1,0 +1,301 @@
+"""What the user wrote: `model.json` and `train.json` as frozen, validated dataclasses.
+
+JSON is read strictly (no duplicate keys, NaN, Infinity or unknown keys), every error of both files is reported
+at once, one line each, and nothing here changes a configuration after it was read. What follows from a
+configuration for a world size is in `plan.py`. `python -m harness.config DIR` writes the JSON Schemas.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from harness.errors import ConfigError
+
+MAX_FILE_BYTES = 64 * 1024
+DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+# Not part of the recipe: seeds, names, notes, intervals, and what only a reader of reports sees.
+SEED_KEYS = frozenset({"random_seed", "init_seed", "order_seed", "dropout_seed"})
+INTERVAL_KEYS = frozenset({"checkpoint_interval", "checkpoints_to_keep", "validation_interval", "validation_batches"})
+REPORT_KEYS = frozenset({"sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "notes"})
+
+# Where pydantic's own words would not tell a user what to write.
+WANTED_IN_WORDS = {
+    "compile": '"auto", true or false',
+    "dataset": "NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'",
+    "dataset_revision": "a commit, branch or tag name",
+}
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a GPT-2-style model and the interventions inside it."""
+
+    vocab_size: int = Field(gt=0, le=2**24)
+    """Number of token ids, 50257 for the GPT-2 encoding."""
+    context_length: int = Field(gt=0, le=2**20)
+    """Positions the model can see, in tokens; also the length of a training sequence."""
+    emb_dim: int = Field(gt=0, le=2**16)
+    """Width of the residual stream; divisible by n_heads."""
+    n_heads: int = Field(gt=0, le=2**12)
+    """Attention heads per block."""
+    n_layers: int = Field(gt=0, le=2**10)
+    """Transformer blocks."""
+    drop_rate: float = Field(ge=0, lt=1)
+    """Dropout on embeddings, attention weights and residual branches; 0 turns it off."""
+    qkv_bias: bool
+    """Bias on the query, key and value projections."""
+    tie_weights: bool = False
+    """The output head shares the token embedding."""
+
+    def __post_init__(self) -> None:
+        if self.emb_dim % self.n_heads:
+            raise ValueError(f"emb_dim: found {self.emb_dim}, wanted a multiple of n_heads ({self.n_heads})")
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained: data, batch, optimiser, precision, seeds and intervals."""
+
+    dataset: str = Field(pattern=DATASET_NAME, max_length=200)
+    """Folder under DATASETS_DIR, and Hub dataset id to download when the folder is missing."""
+    dataset_revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)
+    """Hub commit to pin."""
+    min_train_tokens: int = Field(ge=-1, le=10**15)
+    """Tokens to train on, rounded up to whole global batches; -1 takes all whole global batches that fit."""
+    start_train_token: int = Field(ge=0)
+    """First token used of the train split."""
+    start_val_token: int = Field(ge=0)
+    """First token used of the validation split."""
+    microbatch_size: int = Field(gt=0, le=2**20)
+    """Sequences per GPU per accumulation step."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0, le=2**20)
+    """Micro-batches per GPU per global step; left out where global_batch_size is given."""
+    global_batch_size: int | None = Field(default=None, gt=0, le=2**30)
+    """Sequences per global step, from which accumulation follows; microbatch_size x world size must divide it."""
+    checkpoint_interval: int = Field(gt=0, le=2**40)
+    """Global steps between checkpoints; one is also written after step 0 and after the last."""
+    checkpoints_to_keep: int | None = Field(default=None, ge=2)
+    """Newest checkpoints kept, besides the best; null keeps all."""
+    validation_interval: int | None = Field(default=None, gt=0)
+    """Global steps between validations during training; null validates never."""
+    validation_batches: int | None = Field(default=None, gt=0)
+    """Batches of the global size in one validation."""
+    learning_rate: float = Field(default=0.0004, gt=0, le=1)
+    """Peak learning rate."""
+    schedule_learning_rate: bool = False
+    """Linear warm-up, then cosine decay to a tenth of the peak; false keeps the rate constant."""
+    warmup_period_percent: float = Field(default=0, ge=0, lt=100)
+    """Length of the warm-up, in percent of the global steps; acts with schedule_learning_rate."""
+    weight_decay: float = Field(default=0.1, ge=0, le=100)
+    """AdamW weight decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
+    clipping_max_norm: float | None = Field(default=None, gt=0)
+    """Largest L2 norm over all gradients; null does not clip."""
+    use_amp: bool = True
+    """Autocast to amp_dtype and TF32 matrix multiplication; false is float32 throughout."""
+    amp_dtype: Literal["float16", "bfloat16"] = "float16"
+    """Autocast type; float16 uses a gradient scaler."""
+    random_seed: int = Field(default=42, ge=0, lt=2**64)
+    """Seed from which the three seeds below default."""
+    init_seed: int | None = Field(default=None, ge=0, lt=2**64)
+    """Seed of the initial weights; null takes random_seed."""
+    order_seed: int | None = Field(default=None, ge=0, lt=2**64)
+    """Seed of the data order; null takes random_seed."""
+    dropout_seed: int | None = Field(default=None, ge=0, lt=2**64)
+    """Seed of the dropout masks; null takes random_seed."""
+    shuffle: bool = False
+    """Permute the sequences by order_seed; false reads the file in order."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile: auto is on for CUDA and off elsewhere."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    deterministic: bool = False
+    """Use deterministic kernels only, at a cost in speed."""
+    nonfinite_patience: int = Field(default=20, gt=0)
+    """Consecutive skipped global steps after which the run stops with status 7."""
+    sample_prompt: str = Field(default="Every effort moves you", min_length=1, max_length=10_000)
+    """Text whose continuation is sampled at each checkpoint."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Price of the whole machine per hour."""
+    currency: str | None = Field(default=None, max_length=16)
+    """Currency of price_per_hour, shown beside costs."""
+    expected_tokens_per_second: float | None = Field(default=None, gt=0)
+    """Expected speed over all GPUs, from which --dry-run computes hours and cost."""
+    notes: str | None = Field(default=None, max_length=20_000)
+    """Free text, shown in reports."""
+
+    def __post_init__(self) -> None:
+        if self.min_train_tokens == 0:
+            raise ValueError("min_train_tokens: found 0, wanted a positive number, or -1 for all that fit")
+        if self.global_batch_size is not None and self.global_batch_size % self.microbatch_size:
+            raise ValueError(
+                f"global_batch_size: found {self.global_batch_size}, "
+                f"wanted a multiple of microbatch_size ({self.microbatch_size})"
+            )
+        if (self.validation_interval is None) != (self.validation_batches is None):
+            found, missing = (
+                ("validation_batches", "validation_interval")
+                if self.validation_interval is None
+                else ("validation_interval", "validation_batches")
+            )
+            raise ValueError(f"{missing}: missing, wanted a number because {found} is given")
+
+    def seed_of(self, purpose: Literal["init", "order", "dropout"]) -> int:
+        """Give the seed of one purpose, which is random_seed unless set apart."""
+        seed: int | None = getattr(self, f"{purpose}_seed")
+        return self.random_seed if seed is None else seed
+
+
+ConfigT = TypeVar("ConfigT", ModelConfig, TrainConfig)
+
+
+def recipe(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
+    """Give the recipe: every key of both files but seeds, notes, intervals and what only reports show."""
+    excluded = SEED_KEYS | INTERVAL_KEYS | REPORT_KEYS
+    written = {**asdict(model), **asdict(train)}
+    return {key: value for key, value in written.items() if key not in excluded}
+
+
+def recipe_hash(model: ModelConfig, train: TrainConfig) -> str:
+    """Give the SHA-256 (hex) of the recipe: runs that share it are replicates of each other."""
+    return hash_of_json(recipe(model, train))
+
+
+def hash_of_json(value: object) -> str:
+    """Give the SHA-256 (hex) of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_model_config(path: str | Path) -> ModelConfig:
+    """Read and validate a `model.json`; raises ConfigError with one line for every error."""
+    return _load(ModelConfig, Path(path))
+
+
+def load_train_config(path: str | Path) -> TrainConfig:
+    """Read and validate a `train.json`; raises ConfigError with one line for every error."""
+    return _load(TrainConfig, Path(path))
+
+
+def load_run_configs(model_path: Path, train_path: Path) -> tuple[ModelConfig, TrainConfig]:
+    """Read both files of a run; raises ConfigError with the errors of both at once."""
+    try:
+        model = load_model_config(model_path)
+    except ConfigError as model_error:
+        try:
+            load_train_config(train_path)
+        except ConfigError as train_error:
+            raise ConfigError(*model_error.lines, *train_error.lines) from None
+        raise
+    return model, load_train_config(train_path)
+
+
+def read_strict_json(path: Path) -> dict[str, Any]:
+    """Read a small JSON object, refusing duplicate keys, NaN, Infinity, a byte-order mark and over 64 KiB."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: found over {MAX_FILE_BYTES} bytes, wanted a small JSON object")
+    try:
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
+        )
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: found bytes that are not UTF-8, wanted a JSON object in UTF-8") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: found JSON nested too deeply, wanted one flat JSON object") from None
+    except ValueError as error:
+        # JSONDecodeError's message already carries line and column.
+        raise ConfigError(f"{path}: found invalid JSON ({error}), wanted a JSON object") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: found {_shown(value)}, wanted a JSON object")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    seen: dict[str, object] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"key {_shown(key)} appears twice")
+        seen[key] = value
+    return seen
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _load(config_class: type[ConfigT], path: Path) -> ConfigT:
+    data = read_strict_json(path)
+    data.pop("$schema", None)
+    if "gradient_accumulation_steps" in data and data.get("global_batch_size") is not None:
+        raise ConfigError(
+            f"{path}: global_batch_size: found together with gradient_accumulation_steps, wanted one of the two"
+        )
+    try:
+        return config_class(**data)
+    except ValidationError as error:
+        lines = [_line_for(dict(item), config_class) for item in error.errors(include_url=False)]
+        # A union reports one error for each of its members; the first says enough.
+        first_of_key = {line.split(":")[0]: line for line in reversed(lines)}
+        raise ConfigError(*(f"{path}: {line}" for line in reversed(first_of_key.values()))) from None
+
+
+def _line_for(item: dict[str, Any], config_class: type) -> str:
+    key = str(item["loc"][0]) if item["loc"] else ""
+    if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+        known = [field.name for field in fields(config_class)]
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        return f"{_plain(key)}: found an unknown key, wanted a known one; the nearest is {nearest}"
+    if item["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
+        description = TypeAdapter(config_class).json_schema()["properties"][key]["description"]
+        return f"{key}: missing, wanted: {description}"
+    message: str = item["msg"]
+    if not key:  # raised by __post_init__, whose messages name the key themselves
+        return message.removeprefix("Value error, ")
+    wanted = WANTED_IN_WORDS.get(key, message.removeprefix("Input should be "))
+    return f"{key}: found {_shown(item['input'])}, wanted {wanted}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number too large to represent"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _plain(text: str) -> str:
+    """Keep a stranger's key on one line and free of control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:80]
+
+
+def schema_of(config_class: type) -> dict[str, Any]:
+    """Give the JSON Schema of a configuration file, with descriptions, and `$schema` allowed as a key."""
+    schema = TypeAdapter(config_class).json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["$schema"] = {"type": "string", "description": "Path or URL of this schema."}
+    return schema
+
+
+def write_schemas(folder: Path) -> None:
+    """Write `model.schema.json` and `train.schema.json` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, config_class in (("model", ModelConfig), ("train", TrainConfig)):
+        text = json.dumps(schema_of(config_class), indent=2) + "\n"
+        (folder / f"{name}.schema.json").write_text(text)
+
+
+if __name__ == "__main__":
+    write_schemas(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/schema"))

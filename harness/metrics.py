@@ -1,0 +1,203 @@
+"""What a global step reports, and metrics.jsonl.
+
+Values stay on the device while the step runs: each step's numbers are copied to the host in the background and read
+when the next step has been started, so that reading them never leaves the device idle. Every rank reads the same
+numbers and therefore counts, warns and stops alike; rank 0 writes.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.config import TrainConfig
+from harness.distributed import Launch, gather
+from harness.errors import NonFiniteError
+from harness.plan import GIB, Plan
+
+VALUES_PER_RANK = 4  # mean, lowest and highest micro-batch loss, and whether this rank was asked to stop
+
+
+class Progress(Protocol):
+    """The counters that a finished step moves on; see checkpoint.TrainState."""
+
+    next_step: int
+    consecutive_skips: int
+    tokens: int
+    elapsed_seconds: float
+
+    def count(self, tokens: int, loss: float, was_skipped: bool) -> None:
+        """Count one completed global step."""
+
+
+class StepReport:
+    """One step's numbers from all ranks on their way to the host; making it waits for nothing."""
+
+    def __init__(self, launch: Launch, losses: Tensor, grad_norm: Tensor, is_finite: Tensor, stop: bool) -> None:
+        asked = torch.full_like(losses[0], float(stop))
+        rows = gather(launch, torch.stack([losses.mean(), losses.min(), losses.max(), asked]))
+        values = torch.cat([rows.flatten(), grad_norm.view(1), is_finite.float().view(1)])
+        self._ready: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record()
+        else:
+            self._host = values
+            self._done_at = time.monotonic()
+
+    def read(self) -> "StepNumbers":
+        """Wait for the copy and give the numbers; the one host sync of a global step."""
+        if self._ready is not None:
+            self._ready.synchronize()
+            self._done_at = time.monotonic()
+        *rows, grad_norm, is_finite = self._host.tolist()
+        means, lows, highs, stops = (rows[column::VALUES_PER_RANK] for column in range(VALUES_PER_RANK))
+        return StepNumbers(
+            loss=math.fsum(means) / len(means),
+            loss_min=min(lows),
+            loss_max=max(highs),
+            stop_requested=any(stops),
+            grad_norm=grad_norm,
+            was_skipped=not is_finite,
+            done_at=self._done_at,
+        )
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """A global step's numbers over all ranks and accumulation steps; losses in nats per token."""
+
+    loss: float
+    loss_min: float
+    loss_max: float
+    stop_requested: bool
+    grad_norm: float
+    was_skipped: bool
+    done_at: float
+    """When the step was done, or known to be, on the monotonic clock."""
+
+
+@dataclass
+class StepLog:
+    """Takes every step's report, moves the run's counters on, and writes metrics.jsonl on rank 0.
+
+    `settle` (or `submit` with `wait`) brings everything up to date, which waits for the device.
+    """
+
+    launch: Launch
+    plan: Plan
+    config: TrainConfig
+    progress: Progress
+    file: Path
+    flops_per_token: int
+    peak_flops_per_second: float | None
+    """Of all devices together; None where unknown."""
+    device: torch.device
+    stop_agreed: bool = False
+    """Whether any rank was asked to stop; the same on every rank."""
+    last: StepNumbers | None = None
+    _pending: tuple[int, StepReport, float, dict[str, object]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        now = time.monotonic()
+        self._began = now - self.progress.elapsed_seconds
+        self._step_began = now
+        is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self.plan.global_steps,
+            initial=self.progress.next_step,
+            disable=not self.launch.is_main,
+            unit="step",
+            dynamic_ncols=is_terminal,
+            mininterval=0.5 if is_terminal else 30,  # a log file wants few lines
+        )
+
+    def submit(
+        self, step: int, report: StepReport, learning_rate: float, extras: dict[str, object], wait: bool
+    ) -> None:
+        """Take a step's report, and account for the one before; with `wait`, for this one too."""
+        self.settle()
+        self._pending = (step, report, learning_rate, extras)
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        """Account for the step that is still pending, if any; raises NonFiniteError when patience is at its end."""
+        if self._pending is None:
+            return
+        step, report, learning_rate, extras = self._pending
+        self._pending = None
+        self.last = numbers = report.read()
+        self.stop_agreed = self.stop_agreed or numbers.stop_requested
+        self.progress.count(self.plan.tokens_per_global_step, numbers.loss, numbers.was_skipped)
+        self.progress.elapsed_seconds = numbers.done_at - self._began
+        tokens_per_second = self.plan.tokens_per_global_step / max(numbers.done_at - self._step_began, 1e-9)
+        self._step_began = numbers.done_at
+        if self.launch.is_main:
+            self._write(self._line(step, numbers, learning_rate, tokens_per_second) | extras)
+            self._bar.set_postfix(
+                {"loss": f"{numbers.loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}, refresh=False
+            )
+            self._bar.update(1)
+        if self.progress.consecutive_skips >= self.config.nonfinite_patience:
+            raise NonFiniteError(
+                f"global step {step}: gradients were not finite for {self.progress.consecutive_skips} steps in a row "
+                "(nonfinite_patience); the weights are those before them"
+            )
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last step (a checkpoint, an evaluation) out of the next one's speed."""
+        self._step_began = time.monotonic()
+
+    def close(self) -> None:
+        """Finish the progress bar."""
+        self._bar.close()
+
+    def _line(
+        self, step: int, numbers: StepNumbers, learning_rate: float, tokens_per_second: float
+    ) -> dict[str, object]:
+        elapsed, price = self.progress.elapsed_seconds, self.config.price_per_hour
+        max_norm, peak = self.config.clipping_max_norm, self.peak_flops_per_second
+        return {
+            "step": step,
+            "tokens": self.progress.tokens,
+            "elapsed": round(elapsed, 3),
+            "train/loss": _number(numbers.loss),
+            "train/loss_min": _number(numbers.loss_min),
+            "train/loss_max": _number(numbers.loss_max),
+            "train/lr": learning_rate,
+            "train/grad_norm": _number(numbers.grad_norm),
+            "train/clipped": max_norm is not None and numbers.grad_norm > max_norm,
+            "train/skipped": numbers.was_skipped,
+            "train/tok_per_sec": round(tokens_per_second, 1),
+            "train/mfu": None if peak is None else round(tokens_per_second * self.flops_per_token / peak, 4),
+            "mem/peak_gib": round(peak_memory_gib(self.device), 3),
+            "cost": None if price is None else round(elapsed / 3600 * price, 4),
+        }
+
+    def _write(self, line: dict[str, object]) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def _number(value: float) -> float | None:
+    """Give a number as strict JSON can hold it: null where it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Give the most memory that this process held: on the GPU where there is one, else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

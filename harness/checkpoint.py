@@ -230,7 +230,8 @@ def find(folder: RunFolder, name: str | None) -> Path | None:
 def choose_start(folder: RunFolder, name: str | None, identity: Mapping[str, object]) -> Start:
     """Decide where to begin, and tidy the folder for it: newer checkpoints aside, later metrics dropped.
 
-    `name` and errors are as for `find`; raises ConfigError, naming the keys, where the checkpoint's `identity` differs.
+    `name` and errors are as for `find`; raises ConfigError, naming the keys, where the checkpoint was made with
+    another `identity`.
     """
     path = find(folder, name)
     if path is None:

@@ -173,7 +173,6 @@ def distribute(objective: nn.Module, launch: Launch, device: torch.device) -> nn
     return DistributedDataParallel(
         objective,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # there are none
         gradient_as_bucket_view=True,  # no second copy of the gradients
     )
 

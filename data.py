@@ -8,7 +8,7 @@ function of the plan and the seeds: there is no iterator to save and none to res
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -127,38 +127,40 @@ def _read_and_check(file: TokenFile, start: int, count: int, vocab_size: int) ->
 
 
 def ensure_dataset(datasets_dir: Path, config: TrainConfig) -> None:
-    """Download the dataset's two files from the Hub if they are not on disk; raises DataError.
+    """Download a run's two files from the Hub if they are not on disk; raises DataError.
 
-    Must be called before the process group exists: a collective that waited for a download would time out. Every
-    process calls it; a lock lets one download while the others wait for its files.
+    Must be called before the process group exists: a collective that waited for a download would time out.
     """
-    folder = datasets_dir / config.dataset
-    files = [folder / f"{split}.safetensors" for split in SPLITS]
     # A folder of one's own needs no validation split unless the run validates.
-    needed = files if config.validation_interval is not None else files[:1]
-    if all(path.is_file() for path in needed):
+    is_own = (datasets_dir / config.dataset / "train.safetensors").is_file() and config.validation_interval is None
+    download_missing(datasets_dir, config.dataset, config.dataset_revision, SPLITS[:1] if is_own else SPLITS)
+
+
+def download_missing(datasets_dir: Path, dataset: str, revision: str | None, splits: Sequence[str]) -> None:
+    """Download those of a dataset's `splits` that are not on disk; raises DataError.
+
+    Every process may call it: a lock lets one download while the others wait for its files.
+    """
+    folder = datasets_dir / dataset
+    files = [folder / f"{split}.safetensors" for split in splits]
+    if all(path.is_file() for path in files):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".download.lock"):
-            if all(path.is_file() for path in needed):
-                return
-            snapshot_download(
-                config.dataset,
-                repo_type="dataset",
-                revision=config.dataset_revision,
-                allow_patterns=[path.name for path in files],
-                local_dir=folder,
-            )
+            missing = [path.name for path in files if not path.is_file()]
+            if missing:
+                snapshot_download(
+                    dataset, repo_type="dataset", revision=revision, allow_patterns=missing, local_dir=folder
+                )
     except Exception as error:
         # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"dataset {config.dataset}: not in {datasets_dir}, and it could not be downloaded ({reason})"
+            f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded ({reason})"
         ) from None
-    missing = [path.name for path in needed if not path.is_file()]
-    if missing:
-        raise DataError(f"dataset {config.dataset}: the Hub has no {' and no '.join(missing)} in it")
+    if absent := [path.name for path in files if not path.is_file()]:
+        raise DataError(f"dataset {dataset}: the Hub has no {' and no '.join(absent)} in it")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,157 @@
+"""Score a model on held-back tokens: the mean cross-entropy in nats per token, and one loss for every sequence.
+
+  python test_loss.py datasets runs/NAME/model.json runs/NAME/checkpoints/best/model.safetensors
+
+Without options this is the published test set: 19,660,800 tokens of FineWeb from token 50,000,000 on.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from harness.distributed import Launch, choose_device, set_up_kernels
+from harness.errors import DataError, exit_status_of
+from harness.evaluate import sequence_losses
+from harness.run_folder import run_of_model_file, utc_now, write_json
+from harness.tokenizer import VOCAB_SIZE, bytes_per_token
+from model import load_model
+
+SEQUENCES_PER_BATCH = 6  # of the published test set, whatever --batch-size the machine can hold
+
+
+def main() -> None:
+    """Load, score, store, print."""
+    arguments = parse_arguments()
+    device = choose_device(arguments.device, Launch(rank=0, local_rank=0, world_size=1))
+    set_up_kernels(use_tf32=False, deterministic=False)
+    model = load_model(arguments.model_json, arguments.model_safetensors, device)
+    data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
+    file = data.open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
+    sequences = arguments.batches * SEQUENCES_PER_BATCH
+    length = model.config.context_length
+    needed = sequences * length + 1
+    if file.length - arguments.start_token < needed:
+        raise DataError(
+            f"{file.path}: found {max(0, file.length - arguments.start_token):,} tokens from token "
+            f"{arguments.start_token:,} on, wanted {needed:,} (--batches {arguments.batches} x "
+            f"{SEQUENCES_PER_BATCH} sequences x {length} tokens + 1); choose --start-token and --batches"
+        )
+    check = data.check_tokens(file, arguments.start_token, needed, model.config.vocab_size)
+
+    batches = data.evaluation_batches(file, arguments.start_token, range(sequences), length, arguments.batch_size)
+    dtype = getattr(torch, arguments.dtype)
+    with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
+        losses = sequence_losses(model, with_progress(batches, sequences), device)
+    loss = float(losses.mean())
+    text_bytes = target_bytes(file, arguments.start_token + 1, needed - 1)
+    result = {
+        "dataset": arguments.dataset,
+        "split": arguments.split,
+        "start_token": arguments.start_token,
+        "tokens": sequences * length,
+        "sequences": sequences,
+        "tokens_sha256": check.sha256,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": loss * sequences * length / math.log(2) / text_bytes if text_bytes else None,
+        "dtype": arguments.dtype,
+        "device": device.type,
+        "model_file": str(arguments.model_safetensors),
+        "time": utc_now(),
+    }
+    stored = store(arguments, result, losses)
+    print(f"Scored {sequences:,} sequences of {length:,} tokens; one loss for each is in {stored}")
+    print(f"Perplexity: {result['perplexity']:.4f}")
+    if result["bits_per_byte"] is not None:
+        print(f"Bits per byte: {result['bits_per_byte']:.6f}")
+    print(f"Loss against our test dataset: {loss:.6f}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; bad usage exits with status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("datasets_dir", metavar="DATASETS_DIR", type=Path)
+    parser.add_argument("model_json", metavar="MODEL_JSON", type=Path)
+    parser.add_argument("model_safetensors", metavar="MODEL_SAFETENSORS", type=Path)
+    parser.add_argument("--dataset", default="gpjt/fineweb-gpt2-tokens", help="folder in DATASETS_DIR, or Hub id")
+    parser.add_argument("--split", choices=data.SPLITS, default="validation")
+    parser.add_argument("--start-token", type=_at_least(0), default=50_000_000, help="default 50,000,000")
+    parser.add_argument(
+        "--batches", type=_at_least(1), default=3200, help=f"of {SEQUENCES_PER_BATCH} sequences (default 3200)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_at_least(1), default=6, help="sequences at a time; changes memory, not the loss"
+    )
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON result goes (and .npz beside it)")
+    return parser.parse_args()
+
+
+def _at_least(lowest: int):  # type: ignore[no-untyped-def]
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number of at least {lowest}")
+        return int(text)
+
+    return number
+
+
+def with_progress(batches: Iterator[tuple[Tensor, Tensor]], sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Show a progress bar over sequences on stderr."""
+    with tqdm(total=sequences, unit="sequence") as bar:
+        for tokens, targets in batches:
+            yield tokens, targets
+            bar.update(len(tokens))
+
+
+def perplexity(loss: float) -> float | None:
+    """Give exp(loss), or None where that is too large for a number."""
+    return math.exp(loss) if loss < 700 else None
+
+
+def target_bytes(file: data.TokenFile, start: int, count: int) -> int | None:
+    """Give the UTF-8 bytes that tokens [start, start + count) stand for; None where they are not GPT-2's."""
+    if file.metadata.get("tokenizer", "gpt2") != "gpt2":
+        return None
+    lengths = np.array(bytes_per_token())
+    total = 0
+    for first in range(start, start + count, data.CHECK_CHUNK_TOKENS):
+        tokens = file.read(first, min(data.CHECK_CHUNK_TOKENS, start + count - first))
+        if tokens.max() >= VOCAB_SIZE:
+            return None
+        total += int(lengths[tokens].sum())
+    return total
+
+
+def store(arguments: argparse.Namespace, result: dict[str, object], losses: NDArray[np.float64]) -> Path:
+    """Write the result and every sequence's loss: into the run's evals folder, or beside a loose model file."""
+    path = arguments.output
+    owner = run_of_model_file(arguments.model_safetensors)
+    name = f"loss-{result['split']}-{result['start_token']}-{result['tokens']}"
+    if owner is not None:
+        folder, step = owner
+        result["run"], result["step"] = folder.path.name, step
+        path = path or folder.evals / f"{name}-step-{step:08d}.json"
+    else:
+        path = (
+            path or arguments.model_safetensors.parent / "evals" / f"{name}-{arguments.model_safetensors.stem}.json"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path.with_suffix(".npz"), sequence_losses=losses)
+    write_json(path, result)
+    return Path(path)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status_of(main))

@@ -1,0 +1,317 @@
+"""The arithmetic of a run: batches, steps, parameters, FLOPs, the checkpoint schedule, what a resume must share."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from harness.config import ModelConfig, TrainConfig
+from harness.errors import ConfigError, DataError
+from harness.plan import (
+    Plan,
+    count_parameters,
+    describe,
+    flops_per_token,
+    identity_of,
+    make_plan,
+    peak_flops_per_second,
+    validation_sequences,
+)
+from model import GPTModel
+
+GPT2_SMALL = ModelConfig(
+    vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1, qkv_bias=False
+)
+TINY = ModelConfig(vocab_size=97, context_length=16, emb_dim=12, n_heads=3, n_layers=2, drop_rate=0, qkv_bias=False)
+PUBLISHED = TrainConfig(
+    dataset="gpjt/fineweb-gpt2-tokens",
+    min_train_tokens=3_260_190_720,
+    start_train_token=0,
+    start_val_token=0,
+    microbatch_size=12,
+    checkpoint_interval=617,
+)
+# 4 sequences of 16 tokens on one process.
+SMALL = replace(PUBLISHED, dataset="toy", min_train_tokens=640, microbatch_size=2, gradient_accumulation_steps=2)
+BATCH_TOKENS = 64
+
+
+# --- steps and tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world_size", "microbatch", "accumulation"), [(8, 12, 1), (1, 6, 16), (4, 12, 2)])
+def test_published_budget(world_size: int, microbatch: int, accumulation: int) -> None:
+    train = replace(PUBLISHED, microbatch_size=microbatch, gradient_accumulation_steps=accumulation)
+    plan = make_plan(GPT2_SMALL, train, world_size)
+    assert plan.global_batch == 96
+    assert plan.tokens_per_global_step == 98_304
+    assert plan.global_steps == 33_165
+    assert plan.train_tokens == 3_260_252_160
+    assert plan.tokens_needed == 3_260_252_161
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    [(1, 1), (BATCH_TOKENS - 1, 1), (BATCH_TOKENS, 1), (BATCH_TOKENS + 1, 2), (10 * BATCH_TOKENS, 10), (10**15, 15_625 * 10**9)],
+)
+def test_token_budget_is_rounded_up_to_whole_global_batches(tokens: int, steps: int) -> None:
+    assert make_plan(TINY, replace(SMALL, min_train_tokens=tokens), 1).global_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("available", "steps"),
+    [
+        (BATCH_TOKENS + 1, 1),
+        (2 * BATCH_TOKENS, 1),
+        (2 * BATCH_TOKENS + 1, 2),
+        (2 * BATCH_TOKENS + 2, 2),
+        (10 * BATCH_TOKENS - 1, 9),
+        (10 * BATCH_TOKENS, 9),
+        (10 * BATCH_TOKENS + 1, 10),
+    ],
+)
+def test_minus_one_takes_every_global_batch_whose_last_target_exists(available: int, steps: int) -> None:
+    plan = make_plan(TINY, replace(SMALL, min_train_tokens=-1), 1, available)
+    assert plan.global_steps == steps
+    assert plan.tokens_needed <= available
+
+
+@pytest.mark.parametrize("available", [BATCH_TOKENS, 1, 0, -5])
+@pytest.mark.parametrize("tokens", [-1, 1])
+def test_less_than_one_global_batch_is_refused(available: int, tokens: int) -> None:
+    with pytest.raises(DataError, match=f"toy.* wanted {BATCH_TOKENS + 1}"):
+        make_plan(TINY, replace(SMALL, min_train_tokens=tokens), 1, available)
+
+
+def test_split_that_is_one_token_short_is_refused() -> None:
+    needed = 10 * BATCH_TOKENS + 1
+    assert make_plan(TINY, SMALL, 1, needed).global_steps == 10
+    with pytest.raises(DataError, match="found 640 tokens from token 0 on, wanted 641"):
+        make_plan(TINY, SMALL, 1, needed - 1)
+
+
+def test_minus_one_needs_the_dataset() -> None:
+    with pytest.raises(DataError, match="min_train_tokens"):
+        make_plan(TINY, replace(SMALL, min_train_tokens=-1), 1)
+
+
+# --- how a global batch is made ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_global_batch_size_gives_the_accumulation(world_size: int, accumulation: int) -> None:
+    plan = make_plan(GPT2_SMALL, replace(PUBLISHED, global_batch_size=96), world_size)
+    assert plan.accumulation_steps == accumulation
+    assert plan.global_batch == 96
+
+
+@pytest.mark.parametrize("world_size", [3, 5, 16])
+def test_global_batch_size_must_divide(world_size: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(GPT2_SMALL, replace(PUBLISHED, global_batch_size=96), world_size)
+    (line,) = caught.value.lines
+    assert "global_batch_size: found 96, wanted a multiple of" in line
+    assert str(12 * world_size) in line
+
+
+def test_microbatch_index_is_the_published_formula() -> None:
+    plan = Plan(world_size=8, microbatch_size=12, accumulation_steps=3, context_length=1024, global_steps=5)
+    assert plan.microbatch_index(0, 0, 0) == 0
+    assert plan.microbatch_index(2, 1, 5) == ((2 * 3) + 1) * 8 + 5
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (4, 1), (3, 5)])
+def test_microbatch_indices_count_every_place_once(world_size: int, accumulation: int) -> None:
+    plan = Plan(
+        world_size=world_size, microbatch_size=2, accumulation_steps=accumulation, context_length=16, global_steps=6
+    )
+    places = [
+        plan.microbatch_index(step, a, rank)
+        for step in range(plan.global_steps)
+        for a in range(accumulation)
+        for rank in range(world_size)
+    ]
+    assert places == list(range(6 * world_size * accumulation))
+
+
+def test_validation_is_in_batches_of_the_global_size() -> None:
+    train = replace(PUBLISHED, validation_interval=617, validation_batches=300)
+    assert validation_sequences(train, make_plan(GPT2_SMALL, train, 8)) == 28_800
+    assert validation_sequences(PUBLISHED, make_plan(GPT2_SMALL, PUBLISHED, 8)) == 0
+
+
+# --- size and cost -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_parameter_count_is_that_of_the_model(qkv_bias: bool, tie_weights: bool, n_layers: int) -> None:
+    config = replace(TINY, qkv_bias=qkv_bias, tie_weights=tie_weights, n_layers=n_layers)
+    parameters = dict(GPTModel(config).named_parameters())
+    embeddings = ("tok_emb.weight", "pos_emb.weight", "out_head.weight")
+    count = count_parameters(config)
+    assert count.total == sum(value.numel() for value in parameters.values())
+    assert count.without_embeddings == sum(p.numel() for name, p in parameters.items() if name not in embeddings)
+
+
+def test_parameter_counts_of_gpt2_small() -> None:
+    assert count_parameters(GPT2_SMALL).total == 163_009_536
+    # The released GPT-2 small: tied, with biases.
+    assert count_parameters(replace(GPT2_SMALL, qkv_bias=True, tie_weights=True)).total == 124_439_808
+
+
+def test_flops_per_token_of_gpt2_small() -> None:
+    assert flops_per_token(GPT2_SMALL) == 854_438_400
+    # Sharing the head saves parameters, not work.
+    assert flops_per_token(replace(GPT2_SMALL, tie_weights=True)) == 854_438_400
+
+
+@pytest.mark.parametrize(
+    ("device_name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70),
+    ],
+)
+def test_peak_of_known_gpus(device_name: str, tflops: float) -> None:
+    assert peak_flops_per_second(device_name) == tflops * 1e12
+
+
+@pytest.mark.parametrize("device_name", ["cpu", "", "NVIDIA GeForce GTX 1660"])
+def test_peak_of_an_unknown_device_is_not_guessed(device_name: str) -> None:
+    assert peak_flops_per_second(device_name) is None
+
+
+def test_description_of_the_published_run() -> None:
+    priced = replace(PUBLISHED, price_per_hour=15.92, currency="US$", expected_tokens_per_second=266_284)
+    rows = dict(describe(GPT2_SMALL, priced, make_plan(GPT2_SMALL, priced, 8)))
+    assert rows["Parameters"].startswith("163,009,536 (85,")
+    assert rows["Tokens"] == "3,260,252,160"
+    assert rows["Global steps"] == "33,165"
+    assert rows["Global batch"] == "96 sequences, 98,304 tokens"
+    assert rows["FLOPs per token"] == "854.4 million"
+    assert rows["FLOPs in total"] == "2.786e+18"
+    assert rows["Time"].startswith("3.40 hours")
+    assert rows["Cost"] == "54.14 US$"
+    assert rows["Checkpoints"].startswith("55 of 1.82 GiB")
+
+
+def test_description_without_prices_has_no_time_and_no_cost() -> None:
+    rows = dict(describe(GPT2_SMALL, PUBLISHED, make_plan(GPT2_SMALL, PUBLISHED, 8)))
+    assert not {"Time", "Cost"} & rows.keys()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "expected"),
+    [
+        (1, 5, [0]),
+        (2, 5, [0, 1]),
+        (5, 5, [0, 4]),
+        (6, 5, [0, 5]),
+        (7, 5, [0, 5, 6]),
+        (20, 5, [0, 5, 10, 15, 19]),
+        (3, 1, [0, 1, 2]),
+        (3, 2**40, [0, 2]),
+    ],
+)
+def test_checkpoints_follow_step_0_every_interval_and_the_last(steps: int, interval: int, expected: list[int]) -> None:
+    plan = Plan(world_size=1, microbatch_size=1, accumulation_steps=1, context_length=8, global_steps=steps)
+    assert [step for step in range(steps) if plan.is_checkpoint_step(step, interval)] == expected
+    assert plan.checkpoints(interval) == len(expected)
+
+
+# --- identity ------------------------------------------------------------------------------------------------
+
+
+def identity(model: ModelConfig = GPT2_SMALL, train: TrainConfig = PUBLISHED, world_size: int = 8) -> dict[str, object]:
+    return identity_of(model, train, make_plan(model, train, world_size))
+
+
+def test_split_of_the_global_batch_is_free() -> None:
+    local = replace(PUBLISHED, microbatch_size=6, gradient_accumulation_steps=16)
+    by_size = replace(PUBLISHED, microbatch_size=3, global_batch_size=96)
+    assert identity() == identity(train=local, world_size=1) == identity(train=by_size, world_size=4)
+
+
+def test_size_of_the_global_batch_is_not_free() -> None:
+    assert identity(world_size=4) != identity()
+
+
+def test_number_of_tokens_is_free_unless_a_schedule_depends_on_it() -> None:
+    longer = {"min_train_tokens": 2 * PUBLISHED.min_train_tokens}
+    scheduled = replace(PUBLISHED, schedule_learning_rate=True)
+    assert identity(train=replace(PUBLISHED, **longer)) == identity()
+    assert identity(train=replace(scheduled, **longer)) != identity(train=scheduled)
+    # The same number of steps said in other words is the same run.
+    assert identity(train=replace(scheduled, min_train_tokens=3_260_252_160)) == identity(train=scheduled)
+
+
+CHANGES: dict[str, Any] = {
+    "dataset": "other",
+    "dataset_revision": "abc",
+    "start_train_token": 1,
+    "start_val_token": 1,
+    "checkpoint_interval": 5,
+    "checkpoints_to_keep": 3,
+    "learning_rate": 0.001,
+    "schedule_learning_rate": True,
+    "warmup_period_percent": 5.0,
+    "weight_decay": 0.01,
+    "clipping_max_norm": 3.5,
+    "use_amp": False,
+    "amp_dtype": "bfloat16",
+    "random_seed": 1,
+    "init_seed": 1,
+    "order_seed": 1,
+    "dropout_seed": 1,
+    "shuffle": True,
+    "compile": False,
+    "activation_checkpointing": True,
+    "deterministic": True,
+    "nonfinite_patience": 3,
+    "sample_prompt": "Hello",
+    "price_per_hour": 1.0,
+    "currency": "EUR",
+    "expected_tokens_per_second": 1.0,
+    "notes": "again",
+}
+FREE = {
+    "checkpoint_interval", "checkpoints_to_keep", "compile", "activation_checkpointing", "deterministic",
+    "nonfinite_patience", "sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "notes",
+}  # fmt: skip
+TESTED_ABOVE = {"min_train_tokens", "microbatch_size", "gradient_accumulation_steps", "global_batch_size"}
+TESTED_BELOW = {"validation_interval", "validation_batches"}
+
+
+def test_table_of_changes_holds_every_key() -> None:
+    assert CHANGES.keys() | TESTED_ABOVE | TESTED_BELOW == {field.name for field in fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_resume_shares_what_decides_the_numbers(key: str) -> None:
+    changed = replace(PUBLISHED, **{key: CHANGES[key]})
+    assert (identity(train=changed) == identity()) == (key in FREE)
+
+
+def test_validating_is_free() -> None:
+    assert identity(train=replace(PUBLISHED, validation_interval=5, validation_batches=2)) == identity()
+
+
+@pytest.mark.parametrize("change", [{"n_layers": 11}, {"qkv_bias": True}, {"tie_weights": True}, {"drop_rate": 0.0}])
+def test_a_resume_shares_the_model(change: dict[str, Any]) -> None:
+    assert identity(model=replace(GPT2_SMALL, **change)) != identity()
+
+
+def test_a_seed_said_in_other_words_is_the_same_run() -> None:
+    spelled = replace(PUBLISHED, random_seed=9, init_seed=42, order_seed=42, dropout_seed=42)
+    assert identity(train=spelled) == identity()

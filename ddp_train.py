@@ -89,7 +89,7 @@ from harness.optim import guarded_step, learning_rate_at, make_optimizer, requir
 from harness.randomness import seed_dropout, stream_seed
 from harness.sampling import SampleSettings, continue_text
 from harness.tokenizer import VOCAB_SIZE
-from model import GPTModel, fingerprint, initialise
+from model import GPTModel, empty_model, fingerprint, initialise
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def main() -> None:
             save_file(untrained_model(model_config, config).state_dict(), arguments.dump_initial_weights)
         return
     device = distributed.choose_device(arguments.device, launch)
-    distributed.set_up_kernels(use_tf32=config.use_amp, deterministic=config.deterministic)
+    distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=config.deterministic)
 
     with ExitStack() as stack:
         painter = ChartPainter(folder)
@@ -300,7 +300,7 @@ def save(stage: Stage, is_scheduled: bool, validation: float | None) -> None:
 
 def untrained_model(model_config: ModelConfig, config: TrainConfig) -> GPTModel:
     """Give the model with its initial weights, on the CPU."""
-    model = GPTModel(model_config, activation_checkpointing=config.activation_checkpointing)
+    model = empty_model(model_config, config.activation_checkpointing)
     initialise(model, config.seed_of("init"))
     return model
 
@@ -315,7 +315,7 @@ def build(
     if launch.is_main and start.path is None:
         model = untrained_model(model_config, config).to(device)
     else:
-        model = GPTModel(model_config, activation_checkpointing=config.activation_checkpointing).to(device)
+        model = empty_model(model_config, config.activation_checkpointing).to(device)
     scaler = GradScaler(device.type, enabled=config.use_amp and config.amp_dtype == "float16")
     trainee = checkpoint.Trainee(model, make_optimizer(model, config, device), scaler)
     tensors = list(model.state_dict().values())

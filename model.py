@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ class Block(nn.Module):
 class GPTModel(nn.Module):
     """A GPT-2-style language model.
 
-    Parameters are left as PyTorch makes them; `initialise` or `load_weights` gives them their values.
+    Its parameters' values are `initialise`'s or `load_weights`'s to give; see `empty_model`.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
@@ -132,7 +133,13 @@ class GPTModel(nn.Module):
         return F.linear(self.final_norm(x), head)
 
 
-@torch.no_grad()
+def empty_model(config: ModelConfig, activation_checkpointing: bool = False) -> GPTModel:
+    """Make a model on the CPU whose parameters have no values yet, without the time to draw PyTorch's defaults."""
+    with torch.device("meta"):
+        model = GPTModel(config, activation_checkpointing)
+    return model.to_empty(device="cpu")
+
+
 def initialise(model: GPTModel, init_seed: int) -> None:
     """Give every parameter its initial value, which depends on (init_seed, parameter name, its shape) alone.
 
@@ -140,17 +147,22 @@ def initialise(model: GPTModel, init_seed: int) -> None:
     divided by sqrt(2 x (block + 1)), so that the stream's variance does not grow with depth (Zhang et al. 2019,
     arXiv:1908.11365; GPT-2 divides all by sqrt(2 x blocks), which would tie a block's values to the model's depth).
     """
-    for name, parameter in model.named_parameters():
+
+    def give_value(named: tuple[str, nn.Parameter]) -> None:
+        name, parameter = named
         shape = tuple(parameter.shape)
         if name.endswith((".bias", ".shift")):
-            parameter.zero_()
+            parameter.data.zero_()
         elif name.endswith(".scale"):
-            parameter.fill_(1.0)
+            parameter.data.fill_(1.0)
         elif name.endswith(".weight") and len(shape) == 2:
             std = INITIAL_STD / _residual_divisor(name)
-            parameter.copy_(initial_normal(init_seed, name, shape, std))
+            parameter.data.copy_(initial_normal(init_seed, name, shape, std))
         else:
             raise ValueError(f"parameter {name} {shape} has no rule for its initial value")
+
+    with ThreadPoolExecutor() as pool:  # no value depends on another, so any order will do
+        list(pool.map(give_value, model.named_parameters()))
 
 
 def _residual_divisor(name: str) -> float:
@@ -200,7 +212,7 @@ def load_model(model_json: str | Path, safetensors_file: str | Path, device: tor
 
     Raises ConfigError for the configuration and CheckpointError for the weights.
     """
-    model = GPTModel(load_model_config(model_json))
+    model = empty_model(load_model_config(model_json))
     try:
         tensors = load_file(safetensors_file)
     except (OSError, SafetensorError) as error:

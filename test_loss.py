@@ -33,7 +33,7 @@ def main() -> None:
     """Load, score, store, print."""
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch(rank=0, local_rank=0, world_size=1))
-    set_up_kernels(use_tf32=False, deterministic=False)
+    set_up_kernels(device, use_tf32=False, deterministic=False)
     model = load_model(arguments.model_json, arguments.model_safetensors, device)
     data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
     file = data.open_split(arguments.datasets_dir, arguments.dataset, arguments.split)

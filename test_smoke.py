@@ -25,7 +25,7 @@ def main() -> None:
     """Sample one model, or every kept checkpoint of a run in step order."""
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch(rank=0, local_rank=0, world_size=1))
-    set_up_kernels(use_tf32=False, deterministic=False)
+    set_up_kernels(device, use_tf32=False, deterministic=False)
     if arguments.timeline is None:
         print(sample(arguments, arguments.model_json, arguments.model_safetensors, device))
         return

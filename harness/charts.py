@@ -5,6 +5,8 @@ training and an error in it cannot stop a run. The page opens from disk, holds i
 script, and reloads itself while the run lives.
 """
 
+from __future__ import annotations
+
 import base64
 import html
 import json
@@ -12,13 +14,17 @@ import string
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harness.run_folder import RunFolder, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent
 STYLE = ROOT / "assets" / "chart.mplstyle"
@@ -98,62 +104,75 @@ def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    train = _json(folder.train_json)
-    steps = column(lines, "step")
-    loss = column(lines, "train/loss")
-    window = max(1, len(lines) // 100)
     best = _target_step(folder.checkpoints / "best")
-    with plt.style.context(STYLE):
-
-        def chart(name: str, title: str, label: str) -> Any:
+    max_norm = _json(folder.train_json).get("clipping_max_norm")
+    painters: dict[str, Callable[[Axes], None]] = {
+        "loss": lambda axes: _draw_loss(axes, lines, best),
+        "learning-rate": lambda axes: _draw_learning_rate(axes, lines),
+        "grad-norm": lambda axes: _draw_grad_norm(axes, lines, max_norm),
+        "throughput": lambda axes: _draw_throughput(axes, lines),
+    }
+    for name, paint in painters.items():
+        with plt.style.context(STYLE):
             figure, axes = plt.subplots()
-            axes.set(title=title, xlabel="global step", ylabel=label)
             axes.margins(x=0.01)
-            figures.append((name, figure, axes))
-            return axes
-
-        figures: list[tuple[str, Any, Any]] = []
-        axes = chart("loss", "Loss", "nats per token")
-        axes.fill_between(
-            steps, column(lines, "train/loss_min"), column(lines, "train/loss_max"),
-            alpha=0.18, linewidth=0, label="lowest to highest micro-batch",
-        )  # fmt: skip
-        axes.plot(steps, smoothed(loss, window), label="average" + (f" of {window} steps" if window > 1 else ""))
-        validation = column(lines, "val/loss")
-        if np.isfinite(validation).any():
-            measured = np.isfinite(validation)
-            axes.plot(steps[measured], validation[measured], "o-", markersize=3, label="validation")
-        if best is not None:
-            axes.axvline(best, color="#059669", linestyle="--", linewidth=1.2, label=f"best checkpoint ({best:,})")
-        axes.legend()
-
-        axes = chart("learning-rate", "Learning rate", "learning rate")
-        axes.plot(steps, column(lines, "train/lr"))
-        axes.set_ylim(bottom=0)
-
-        axes = chart("grad-norm", "Gradient norm before clipping", "L2 norm")
-        norm = column(lines, "train/grad_norm")
-        axes.plot(steps, norm, alpha=0.35, linewidth=0.8)
-        axes.plot(steps, smoothed(norm, window), color="#2563eb")
-        if train.get("clipping_max_norm") is not None:
-            limit = train["clipping_max_norm"]
-            axes.axhline(limit, color="#be185d", linestyle="--", linewidth=1.2, label=f"clipped above {limit:g}")
-            axes.legend()
-        if np.nanmax(norm, initial=0) > 0:
-            axes.set_yscale("log")
-
-        axes = chart("throughput", "Throughput", "tokens per second")
-        speed = column(lines, "train/tok_per_sec")
-        axes.plot(steps, speed, alpha=0.35, linewidth=0.8)
-        axes.plot(steps, smoothed(speed, window), color="#2563eb")
-        axes.set_ylim(bottom=0)
-        for name, figure, axes in figures:
-            for axis in (axes.xaxis, axes.yaxis) if name == "throughput" else (axes.xaxis,):
-                axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.set_xlabel("global step")
+            paint(axes)
             temporary = folder.charts / f".{name}.tmp.png"
             figure.savefig(temporary)
             temporary.replace(folder.charts / f"{name}.png")
             plt.close(figure)
+
+
+def _draw_loss(axes: Axes, lines: list[dict[str, Any]], best: int | None) -> None:
+    axes.set(title="Loss", ylabel="nats per token")
+    steps, loss, window = column(lines, "step"), column(lines, "train/loss"), _window(lines)
+    low, high = column(lines, "train/loss_min"), column(lines, "train/loss_max")
+    axes.fill_between(steps, low, high, alpha=0.18, linewidth=0, label="lowest to highest micro-batch")
+    axes.plot(steps, smoothed(loss, window), label="average" + (f" of {window} steps" if window > 1 else ""))
+    validation = column(lines, "val/loss")
+    measured = np.isfinite(validation)
+    if measured.any():
+        axes.plot(steps[measured], validation[measured], "o-", markersize=3, label="validation")
+    if best is not None:
+        axes.axvline(best, color="C2", linestyle="--", linewidth=1.2, label=f"best checkpoint (step {best:,})")
+    axes.legend()
+
+
+def _draw_learning_rate(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    axes.set(title="Learning rate", ylabel="learning rate")
+    axes.plot(column(lines, "step"), column(lines, "train/lr"))
+    axes.set_ylim(bottom=0)
+
+
+def _draw_grad_norm(axes: Axes, lines: list[dict[str, Any]], max_norm: float | None) -> None:
+    axes.set(title="Gradient norm before clipping", ylabel="L2 norm")
+    norm = column(lines, "train/grad_norm")
+    _draw_raw_and_smooth(axes, lines, norm)
+    if max_norm is not None:
+        axes.axhline(max_norm, color="C3", linestyle="--", linewidth=1.2, label=f"clipped above {max_norm:g}")
+        axes.legend()
+    if (norm > 0).any():
+        axes.set_yscale("log")
+
+
+def _draw_throughput(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    axes.set(title="Throughput", ylabel="tokens per second")
+    _draw_raw_and_smooth(axes, lines, column(lines, "train/tok_per_sec"))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_raw_and_smooth(axes: Axes, lines: list[dict[str, Any]], values: Series) -> None:
+    steps = column(lines, "step")
+    axes.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smoothed(values, _window(lines)), color="C0")
+
+
+def _window(lines: list[dict[str, Any]]) -> int:
+    """Average over a hundredth of the run."""
+    return max(1, len(lines) // 100)
 
 
 def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:

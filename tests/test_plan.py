@@ -52,7 +52,14 @@ def test_published_budget(world_size: int, microbatch: int, accumulation: int) -
 
 @pytest.mark.parametrize(
     ("tokens", "steps"),
-    [(1, 1), (BATCH_TOKENS - 1, 1), (BATCH_TOKENS, 1), (BATCH_TOKENS + 1, 2), (10 * BATCH_TOKENS, 10), (10**15, 15_625 * 10**9)],
+    [
+        (1, 1),
+        (BATCH_TOKENS - 1, 1),
+        (BATCH_TOKENS, 1),
+        (BATCH_TOKENS + 1, 2),
+        (10 * BATCH_TOKENS, 10),
+        (10**15, 15_625 * 10**9),
+    ],
 )
 def test_token_budget_is_rounded_up_to_whole_global_batches(tokens: int, steps: int) -> None:
     assert make_plan(TINY, replace(SMALL, min_train_tokens=tokens), 1).global_steps == steps
@@ -224,7 +231,9 @@ def test_description_without_prices_has_no_time_and_no_cost() -> None:
         (3, 2**40, [0, 2]),
     ],
 )
-def test_checkpoints_follow_step_0_every_interval_and_the_last(steps: int, interval: int, expected: list[int]) -> None:
+def test_checkpoints_follow_step_0_every_interval_and_the_last(
+    steps: int, interval: int, expected: list[int]
+) -> None:
     plan = Plan(world_size=1, microbatch_size=1, accumulation_steps=1, context_length=8, global_steps=steps)
     assert [step for step in range(steps) if plan.is_checkpoint_step(step, interval)] == expected
     assert plan.checkpoints(interval) == len(expected)
@@ -233,7 +242,9 @@ def test_checkpoints_follow_step_0_every_interval_and_the_last(steps: int, inter
 # --- identity ------------------------------------------------------------------------------------------------
 
 
-def identity(model: ModelConfig = GPT2_SMALL, train: TrainConfig = PUBLISHED, world_size: int = 8) -> dict[str, object]:
+def identity(
+    model: ModelConfig = GPT2_SMALL, train: TrainConfig = PUBLISHED, world_size: int = 8
+) -> dict[str, object]:
     return identity_of(model, train, make_plan(model, train, world_size))
 
 

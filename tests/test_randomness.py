@@ -32,9 +32,7 @@ def test_seeds_of_all_keys_differ() -> None:
         (("init", -1), ("init", 1)),
     ],
 )
-def test_keys_that_look_alike_are_not_the_same_stream(
-    one: tuple[str, ...], other: tuple[str, ...]
-) -> None:
+def test_keys_that_look_alike_are_not_the_same_stream(one: tuple[str, ...], other: tuple[str, ...]) -> None:
     assert stream_seed(*one) != stream_seed(*other)
 
 
@@ -50,7 +48,12 @@ def test_initial_values_are_the_same_on_every_machine() -> None:
     values = initial_normal(42, "tok_emb.weight", (3, 4), 0.02)
     assert values.dtype == torch.float32
     assert values.shape == (3, 4)
-    assert [value.hex() for value in values.flatten()[:4].tolist()] == ['-0x1.f634e60000000p-7', '0x1.a215660000000p-8', '-0x1.1cf9ae0000000p-9', '-0x1.f28d300000000p-8']
+    assert [value.hex() for value in values.flatten()[:4].tolist()] == [
+        "-0x1.f634e60000000p-7",
+        "0x1.a215660000000p-8",
+        "-0x1.1cf9ae0000000p-9",
+        "-0x1.f28d300000000p-8",
+    ]
 
 
 def test_initial_values_do_not_depend_on_what_was_drawn_before() -> None:
@@ -73,7 +76,9 @@ def test_drawing_initial_values_leaves_the_global_generators_alone() -> None:
     assert np.array_equal(np.random.rand(3), expected[1])
 
 
-@pytest.mark.parametrize("changed", [(2, "a", (6, 4)), (1, "b", (6, 4)), (1, "a", (4, 6)), (1, "a", (24,)), (1, "a", (6, 5))])
+@pytest.mark.parametrize(
+    "changed", [(2, "a", (6, 4)), (1, "b", (6, 4)), (1, "a", (4, 6)), (1, "a", (24,)), (1, "a", (6, 5))]
+)
 def test_initial_values_depend_on_seed_name_and_shape(changed: tuple[int, str, tuple[int, ...]]) -> None:
     values = initial_normal(1, "a", (6, 4), 1.0).flatten()
     others = initial_normal(*changed, 1.0).flatten()
@@ -131,7 +136,9 @@ def test_dropout_masks_of_successive_layers_differ() -> None:
 # --- data order ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 100, 255, 256, 257, 1000, 1025])
+@pytest.mark.parametrize(
+    "length", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 100, 255, 256, 257, 1000, 1025]
+)
 @pytest.mark.parametrize("key", [0, 1, 2**64 - 1])
 def test_permutation_is_one(length: int, key: int) -> None:
     permutation = Permutation(length, key)

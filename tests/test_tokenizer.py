@@ -1,5 +1,6 @@
 """The GPT-2 encoding: held against a plain textbook byte-pair encoder, known ids, and no network."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -43,7 +44,7 @@ class PlainEncoder:
         for word in WORDS.findall(text):
             units = [self.letters[byte] for byte in word.encode()]
             while len(units) > 1:
-                ranks = [self.rank.get(pair, len(self.rank)) for pair in zip(units, units[1:], strict=False)]
+                ranks = [self.rank.get(pair, len(self.rank)) for pair in itertools.pairwise(units)]
                 first = min(range(len(ranks)), key=ranks.__getitem__)
                 if ranks[first] == len(self.rank):
                     break
@@ -74,7 +75,7 @@ TEXTS = {
     "Arabic": "مرحبا بالعالم",
     "Hindi": "नमस्ते दुनिया",
     "emoji": "👍🏽 👩‍👩‍👧‍👦 🇩🇪 ❤️",
-    "astral": "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𠜎",
+    "astral": "\U0001d518\U0001d52b\U0001d526 \U0002070e",
     "controls": "\x00\x01\x7f\x1b[0m\x85",
     "byte-order mark": "\ufeffx",
     "soft hyphen": "soft\u00adhyphen",

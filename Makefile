@@ -1,0 +1,43 @@
+# The two commands a new user needs are `make quickstart` and `make test`; both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := quickstart
+
+.PHONY: quickstart test lint format schema setup
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# Trains a small model on Python's own documentation, scores it, and lets it write.
+quickstart: setup
+	test -f datasets/python-docs/train.safetensors || \
+	  $(BIN)/python prepare_dataset.py python-docs datasets/python-docs --validation-fraction 0.05
+	$(BIN)/torchrun --standalone --nproc_per_node=1 ddp_train.py $(RUN) datasets
+	$(BIN)/python test_loss.py datasets runs/$(RUN)/model.json runs/$(RUN)/checkpoints/latest/model.safetensors \
+	  --dataset python-docs --start-token 0 --batches 20
+	$(BIN)/python test_smoke.py runs/$(RUN)/model.json runs/$(RUN)/checkpoints/latest/model.safetensors \
+	  --prompt "Return a new list" --seed 1
+	@echo "Charts, samples and numbers of the run: open runs/$(RUN)/training-run-chart.html"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# JSON Schemas of model.json and train.json, for editors.
+schema: setup
+	$(BIN)/python -m harness.config runs/schema

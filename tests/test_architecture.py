@@ -1,0 +1,93 @@
+"""The rules of the house: who imports whom, how long things may get, and that nothing is read behind one's back."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+COMMANDS = {"ddp_train", "test_loss", "test_smoke", "prepare_dataset"}
+RESEARCHER = {"model", "data"}
+# Tier of each room in harness/. A room imports `errors` and lower tiers; plan and run_folder also import config.
+TIERS = {
+    "errors": -1,
+    "config": 0,
+    "plan": 0,
+    "run_folder": 0,
+    "randomness": 1,
+    "tokenizer": 1,
+    "loss": 1,
+    "sampling": 1,
+    "distributed": 1,
+    "optim": 2,
+    "checkpoint": 2,
+    "metrics": 2,
+    "charts": 2,
+    "evaluate": 2,
+}
+SAME_TIER = {("plan", "config"), ("run_folder", "config"), ("sampling", "tokenizer")}
+TORCH_FREE = ["harness.config", "harness.plan", "harness.run_folder", "harness.errors", "harness.charts"]
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "harness").glob("*.py")])
+LONGEST = {"main": 80, "train": 70}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Give the project's own modules that a file imports, as `model` or `harness.plan`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "harness":
+            found |= {f"harness.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] in COMMANDS | RESEARCHER | {"harness", "tests"}}
+
+
+def test_every_file_has_a_room() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} == COMMANDS | RESEARCHER
+    assert {path.stem for path in (ROOT / "harness").glob("*.py")} == TIERS.keys() | {"__init__"}
+    assert (ROOT / "harness" / "__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_down(path: Path) -> None:
+    imported = imports_of(path)
+    assert not imported & (COMMANDS | {"tests"})
+    rooms = {name.removeprefix("harness.") for name in imported if name.startswith("harness.")}
+    if path.parent == ROOT:
+        if path.stem in RESEARCHER:
+            assert all(TIERS[room] <= 1 for room in rooms)
+            assert not imported & RESEARCHER
+        return
+    assert not imported & RESEARCHER
+    for room in rooms:
+        is_lower = TIERS[room] < TIERS.get(path.stem, 0) or room == "errors"
+        assert is_lower or (path.stem, room) in SAME_TIER, f"{path.stem} imports {room}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_grows_past_a_page(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGEST.get(node.name, 40), f"{node.name} has {length} lines"
+            parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len([p for p in parameters if p.arg != "self"]) <= 6, f"{node.name} has too many parameters"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_environment_is_read_in_one_room(path: Path) -> None:
+    if path.stem not in COMMANDS | {"distributed"}:
+        assert "os.environ" not in path.read_text()
+        assert "getenv" not in path.read_text()
+
+
+def test_planning_and_drawing_need_no_torch() -> None:
+    code = f"import sys; sys.modules['torch'] = None\nimport {', '.join(TORCH_FREE)}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from harness.config import ModelConfig, TrainConfig
-from harness.errors import DataError
+from harness.errors import DataError, as_harness_error
 from harness.plan import Plan, make_plan, validation_sequences
 from harness.randomness import Permutation, order_permutation
 
@@ -103,8 +103,8 @@ def check_tokens(file: TokenFile, start: int, count: int, vocab_size: int) -> To
 def _kept_check(path: Path, key: dict[str, int]) -> TokenCheck | None:
     try:
         kept = json.loads(path.read_text())
-        if all(kept.pop(name) == value for name, value in key.items()):
-            return TokenCheck(**kept)
+        if all(kept[name] == value for name, value in key.items()):
+            return TokenCheck(int(kept["start"]), int(kept["count"]), int(kept["highest_id"]), str(kept["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
@@ -146,14 +146,18 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
     if all(path.is_file() for path in files):
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"):
+        datasets_dir.mkdir(parents=True, exist_ok=True)
+        # Beside the folder, because the Hub client takes a folder that is there for a finished download.
+        with FileLock(datasets_dir / f".{dataset.replace('/', '--')}.lock"):
             missing = [path.name for path in files if not path.is_file()]
             if missing:
+                commit = HfApi().dataset_info(dataset, revision=revision).sha
                 snapshot_download(
-                    dataset, repo_type="dataset", revision=revision, allow_patterns=missing, local_dir=folder
+                    dataset, repo_type="dataset", revision=commit, allow_patterns=missing, local_dir=folder
                 )
     except Exception as error:
+        if (known := as_harness_error(error)) is not None:
+            raise known from None
         # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(

@@ -113,17 +113,21 @@ def python_docs() -> Iterator[Document]:
 
     for name, text in sorted(topics.topics.items()):
         yield Document(name, text.strip())
+    names, paths = zip(*documented_modules(), strict=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for name, text in zip(names, pool.map(docstrings, paths, chunksize=16), strict=True):
+            if text:
+                yield Document(name, text)
+
+
+def documented_modules() -> list[tuple[str, Path]]:
+    """Give names and paths of the modules whose docstrings `python-docs` holds, in the order of their names."""
     standard_library = Path(sysconfig.get_path("stdlib"))
     modules = [(f"python/{path.relative_to(standard_library)}", path) for path in standard_library.rglob("*.py")]
     for package in _dependencies():
         files = importlib.metadata.files(package) or []
         modules += [(str(file), Path(str(file.locate()))) for file in files if file.suffix == ".py"]
-    modules = sorted((name, path) for name, path in modules if not TEST_FOLDERS & set(Path(name).parts))
-    names, paths = zip(*modules, strict=True)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for name, text in zip(names, pool.map(docstrings, paths, chunksize=16), strict=True):
-            if text:
-                yield Document(name, text)
+    return sorted((name, path) for name, path in modules if not TEST_FOLDERS & set(Path(name).parts))
 
 
 def _dependencies() -> list[str]:

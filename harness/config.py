@@ -12,9 +12,9 @@ import math
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from harness.errors import ConfigError
@@ -34,6 +34,12 @@ WANTED_IN_WORDS = {
     "dataset": "NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'",
     "dataset_revision": "a commit, branch or tag name",
 }
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("a positive number, or -1 for all that fit")
+    return value
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -57,10 +63,6 @@ class ModelConfig:
     tie_weights: bool = False
     """The output head shares the token embedding."""
 
-    def __post_init__(self) -> None:
-        if self.emb_dim % self.n_heads:
-            raise ValueError(f"emb_dim: found {self.emb_dim}, wanted a multiple of n_heads ({self.n_heads})")
-
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
@@ -70,7 +72,7 @@ class TrainConfig:
     """Folder under DATASETS_DIR, and Hub dataset id to download when the folder is missing."""
     dataset_revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)
     """Hub commit to pin."""
-    min_train_tokens: int = Field(ge=-1, le=10**15)
+    min_train_tokens: Annotated[int, AfterValidator(_not_zero)] = Field(ge=-1, le=10**15)
     """Tokens to train on, rounded up to whole global batches; -1 takes all whole global batches that fit."""
     start_train_token: int = Field(ge=0)
     """First token used of the train split."""
@@ -94,7 +96,7 @@ class TrainConfig:
     """Peak learning rate."""
     schedule_learning_rate: bool = False
     """Linear warm-up, then cosine decay to a tenth of the peak; false keeps the rate constant."""
-    warmup_period_percent: float = Field(default=0, ge=0, lt=100)
+    warmup_period_percent: float = Field(default=0.0, ge=0, lt=100)
     """Length of the warm-up, in percent of the global steps; acts with schedule_learning_rate."""
     weight_decay: float = Field(default=0.1, ge=0, le=100)
     """AdamW weight decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
@@ -132,22 +134,6 @@ class TrainConfig:
     """Expected speed over all GPUs, from which --dry-run computes hours and cost."""
     notes: str | None = Field(default=None, max_length=20_000)
     """Free text, shown in reports."""
-
-    def __post_init__(self) -> None:
-        if self.min_train_tokens == 0:
-            raise ValueError("min_train_tokens: found 0, wanted a positive number, or -1 for all that fit")
-        if self.global_batch_size is not None and self.global_batch_size % self.microbatch_size:
-            raise ValueError(
-                f"global_batch_size: found {self.global_batch_size}, "
-                f"wanted a multiple of microbatch_size ({self.microbatch_size})"
-            )
-        if (self.validation_interval is None) != (self.validation_batches is None):
-            found, missing = (
-                ("validation_batches", "validation_interval")
-                if self.validation_interval is None
-                else ("validation_interval", "validation_batches")
-            )
-            raise ValueError(f"{missing}: missing, wanted a number because {found} is given")
 
     def seed_of(self, purpose: Literal["init", "order", "dropout"]) -> int:
         """Give the seed of one purpose, which is random_seed unless set apart."""
@@ -205,7 +191,7 @@ def read_strict_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}), wanted a JSON object") from None
     if len(raw) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: found over {MAX_FILE_BYTES} bytes, wanted a small JSON object")
     try:
@@ -240,33 +226,55 @@ def _refuse_constant(name: str) -> object:
 def _load(config_class: type[ConfigT], path: Path) -> ConfigT:
     data = read_strict_json(path)
     data.pop("$schema", None)
-    if "gradient_accumulation_steps" in data and data.get("global_batch_size") is not None:
-        raise ConfigError(
-            f"{path}: global_batch_size: found together with gradient_accumulation_steps, wanted one of the two"
-        )
+    known = {item.name: data.pop(item.name) for item in fields(config_class) if item.name in data}
+    problems = [_unknown_key(key, config_class) for key in data]
+    wrong: dict[str, dict[str, Any]] = {}
     try:
-        return config_class(**data)
+        config = config_class(**known)
     except ValidationError as error:
-        lines = [_line_for(dict(item), config_class) for item in error.errors(include_url=False)]
-        # A union reports one error for each of its members; the first says enough.
-        first_of_key = {line.split(":")[0]: line for line in reversed(lines)}
-        raise ConfigError(*(f"{path}: {line}" for line in reversed(first_of_key.values()))) from None
+        # A union reports an error for each of its members; one for each key says enough.
+        wrong = {str(item["loc"][0]): dict(item) for item in error.errors(include_url=False)}
+    problems += [_line_for(key, item, config_class) for key, item in wrong.items()]
+    problems += _conflicts({key: value for key, value in known.items() if key not in wrong})
+    if problems:
+        raise ConfigError(*(f"{path}: {problem}" for problem in problems))
+    return config
 
 
-def _line_for(item: dict[str, Any], config_class: type) -> str:
-    key = str(item["loc"][0]) if item["loc"] else ""
-    if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-        known = [field.name for field in fields(config_class)]
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        return f"{_plain(key)}: found an unknown key, wanted a known one; the nearest is {nearest}"
+def _unknown_key(key: str, config_class: type) -> str:
+    def likeness(name: str) -> float:
+        initials = "".join(word[0] for word in name.split("_"))
+        return max(difflib.SequenceMatcher(None, key.lower(), other).ratio() for other in (name, initials))
+
+    nearest = max((item.name for item in fields(config_class)), key=likeness)
+    return f"{_plain(key)}: found an unknown key, wanted a known one; the nearest is {nearest}"
+
+
+def _conflicts(data: dict[str, Any]) -> list[str]:
+    """Give what keys of one file, each right by itself, say against each other."""
+
+    def multiple(key: str, of: str) -> list[str]:
+        value, divisor = data.get(key), data.get(of)
+        if value is None or divisor is None or value % divisor == 0:
+            return []
+        return [f"{key}: found {value}, wanted a multiple of {of} ({divisor})"]
+
+    lines = multiple("emb_dim", "n_heads") + multiple("global_batch_size", "microbatch_size")
+    if "gradient_accumulation_steps" in data and data.get("global_batch_size") is not None:
+        lines.append("global_batch_size: found together with gradient_accumulation_steps, wanted one of the two")
+    pair = ("validation_interval", "validation_batches")
+    for missing, given in (pair, pair[::-1]):
+        if data.get(missing) is None and data.get(given) is not None:
+            lines.append(f"{missing}: missing, wanted a number because {given} is given")
+    return lines
+
+
+def _line_for(key: str, item: dict[str, Any], config_class: type) -> str:
     if item["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
         description = TypeAdapter(config_class).json_schema()["properties"][key]["description"]
         return f"{key}: missing, wanted: {description}"
-    message: str = item["msg"]
-    if not key:  # raised by __post_init__, whose messages name the key themselves
-        return message.removeprefix("Value error, ")
-    wanted = WANTED_IN_WORDS.get(key, message.removeprefix("Input should be "))
-    return f"{key}: found {_shown(item['input'])}, wanted {wanted}"
+    wanted = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{key}: found {_shown(item['input'])}, wanted {WANTED_IN_WORDS.get(key, wanted)}"
 
 
 def _shown(value: object) -> str:
@@ -278,7 +286,7 @@ def _shown(value: object) -> str:
 
 def _plain(text: str) -> str:
     """Keep a stranger's key on one line and free of control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:80]
+    return "".join(c if c.isprintable() else "?" for c in text)[:80] or '""'
 
 
 def schema_of(config_class: type) -> dict[str, Any]:

@@ -77,12 +77,16 @@ def guarded_step(optimizer: AdamW, scaler: GradScaler, learning_rate: float, max
         nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if optimizer.defaults["fused"]:
-        # The fused kernel reads this flag and skips by itself; an enabled scaler puts its own in its place.
-        optimizer.found_inf = 1.0 - is_finite.float()  # type: ignore[attr-defined]
+    if scaler.is_enabled():
+        # The scaler looked at every gradient; a norm that overflowed is its business too.
+        for found_inf in scaler._found_inf_per_device(optimizer).values():
+            found_inf.copy_(torch.maximum(found_inf, 1.0 - is_finite.float()))
         scaler.step(optimizer)
+    elif optimizer.defaults["fused"]:
+        optimizer.found_inf = 1.0 - is_finite.float()  # type: ignore[attr-defined]  # the kernel reads it and skips
+        optimizer.step()
     elif is_finite:  # waits for the device, once a step
-        scaler.step(optimizer)
+        optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(grad_norm, is_finite)

@@ -20,8 +20,8 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 # Dense half-precision peak of one GPU in TFLOP/s (vendor data sheets), by a part of the device's name; the
 # first match wins. GeForce figures are those with float32 accumulation, which is what training uses.
 PEAK_TFLOPS = (
-    ("H100 PCIe", 756.0), ("H100", 989.0), ("H200", 989.0), ("GH200", 989.0), ("B200", 2250.0),
-    ("A100", 312.0), ("A10G", 70.0), ("A10", 125.0), ("L40S", 362.0), ("L4", 121.0), ("V100", 125.0),
+    ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0), ("GH200", 989.0), ("B200", 2250.0),
+    ("A100", 312.0), ("A10G", 70.0), ("A10", 125.0), ("L40S", 362.0), ("L40", 181.0), ("L4", 121.0), ("V100", 125.0),
     ("T4", 65.0), ("RTX 5090", 209.5), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 3090", 71.0),
     ("RTX 3080", 59.5), ("RTX A6000", 154.8),
 )  # fmt: skip

@@ -22,10 +22,10 @@ SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
 
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Give the GPT-2 encoding (50,257 ids); raises DataError where the shipped merges were changed."""
-    raw = MERGES.read_bytes()
+    """Give the GPT-2 encoding (50,257 ids); raises DataError where the shipped merges are not as shipped."""
+    raw = MERGES.read_bytes() if MERGES.is_file() else b""
     if hashlib.sha256(raw).hexdigest() != MERGES_SHA256:
-        raise DataError(f"{MERGES}: found a changed file, wanted GPT-2's merges (SHA-256 {MERGES_SHA256})")
+        raise DataError(f"{MERGES}: found a missing or changed file, wanted GPT-2's merges (SHA-256 {MERGES_SHA256})")
     return tiktoken.Encoding(
         "gpt2",
         explicit_n_vocab=VOCAB_SIZE,

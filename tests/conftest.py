@@ -1,11 +1,23 @@
 """Shared fixtures: a tiny model, a toy dataset on disk, and run folders made from both."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+
+from harness.charts import ChartPainter
+from harness.errors import exit_status_of
 from tests.helpers import write_run, write_toy_dataset
+
+
+class Called(NamedTuple):
+    """What a command came to."""
+
+    status: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +36,25 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return write_run(tmp_path / "runs" / name, model or {}, train or {})
 
     return make
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+    """A function that runs a command's main in this process, as its last line does, and gives what came of it."""
+
+    def run(main: Callable[[], None], *words: object) -> Called:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        try:
+            status = exit_status_of(main)
+        except SystemExit as error:  # argparse
+            status = int(error.code or 0)
+        return Called(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep training from drawing, which takes longer than a tiny run."""
+    monkeypatch.setattr(ChartPainter, "_start", lambda _: None)

@@ -167,7 +167,8 @@ def test_seeds_default_to_random_seed() -> None:
 @pytest.mark.parametrize("purpose", ["init", "order", "dropout"])
 @pytest.mark.parametrize("value", [0, 3, 2**64 - 1])
 def test_one_seed_can_be_set_apart(purpose: Any, value: int) -> None:
-    train = TrainConfig(**TRAIN, random_seed=7, **{f"{purpose}_seed": value})
+    apart: dict[str, Any] = {f"{purpose}_seed": value}
+    train = TrainConfig(**TRAIN, random_seed=7, **apart)
     others = {"init", "order", "dropout"} - {purpose}
     assert train.seed_of(purpose) == value
     assert {train.seed_of(other) for other in others} == {7}  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def refused(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint32])
 def test_token_types(tmp_path: Path, save: Callable[..., Path], dtype: type) -> None:
-    tokens = np.array([0, 1, 50256, 65535], dtype)
+    tokens: NDArray[Any] = np.array([0, 1, 50256, 65535], dtype)
     path = save(tokens=tokens, metadata={"tokenizer": "gpt2"})
     file = open_split(tmp_path, "mine", "train")
     assert (file.path, file.length, file.metadata) == (path, 4, {"tokenizer": "gpt2"})
@@ -156,7 +156,7 @@ def test_missing_file_and_a_folder_in_its_place_are_refused(tmp_path: Path) -> N
 def test_id_out_of_range_is_named_with_its_place(
     tmp_path: Path, save: Callable[..., Path], dtype: type, place: int, value: int, vocab_size: int
 ) -> None:
-    tokens = np.arange(1000).astype(dtype) % dtype(90)
+    tokens: NDArray[Any] = np.arange(1000).astype(dtype) % dtype(90)
     tokens[place] = value
     path = save(tokens=tokens)
     with pytest.raises(DataError) as caught:
@@ -318,6 +318,13 @@ def test_shuffle_permutes_whole_sequences(tmp_path: Path, save: Callable[..., Pa
     assert order != sorted(order)
     assert shuffled(tmp_path, save) == order
     assert shuffled(tmp_path, save, start_train_token=5) == order
+
+
+@pytest.mark.parametrize(("extra", "sequences"), [(0, 4), (1, 5), (LENGTH - 1, 5), (LENGTH, 5)])
+def test_shuffle_leaves_out_a_sequence_without_its_last_target(
+    tmp_path: Path, save: Callable[..., Path], extra: int, sequences: int
+) -> None:
+    assert sorted(shuffled(tmp_path, save, 5 * LENGTH + extra, microbatch_size=1)) == list(range(sequences))
 
 
 def test_shuffle_follows_the_order_seed_alone(tmp_path: Path, save: Callable[..., Path]) -> None:

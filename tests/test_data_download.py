@@ -139,7 +139,7 @@ sys.exit(exit_status_of(lambda: ensure_dataset(Path(sys.argv[1]), config)))
 """
 
 
-def start(folder: Path, endpoint: str, offline: bool = False, **config: object) -> subprocess.Popen[str]:
+def start(folder: Path, endpoint: str, offline: bool = False, **config: Any) -> subprocess.Popen[str]:
     """Start a process that wants the dataset in `folder`/datasets."""
     clean = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
     env = {name: value for name, value in clean.items() if not name.startswith(("HF_", "TRANSFORMERS_"))} | {
@@ -195,7 +195,7 @@ def test_what_is_on_disk_is_not_asked_for(
     def refuse(*arguments: object, **named: object) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(data, "snapshot_download", refuse)
+    monkeypatch.setattr(data.HfApi, "dataset_info", refuse)
     (tmp_path / DATASET).mkdir(parents=True)
     for name in names:
         (tmp_path / DATASET / f"{name}.safetensors").write_bytes(b"mine")
@@ -240,14 +240,21 @@ def test_unknown_dataset_or_revision_is_one_line_that_says_so(
     assert "could not be downloaded" in lines[0]
 
 
-def test_dataset_without_a_split_is_named_and_downloaded_once_it_is_there(tmp_path: Path, hub: Hub) -> None:
-    files = hub.files[COMMITS["main"]]
-    validation = files.pop("validation.safetensors")
-    config = {"validation_interval": 1, "validation_batches": 1}
-    assert "has no validation.safetensors" in data_error(start(tmp_path, hub.url, **config))
-    # The dataset's next commit has it.
-    hub.files["3" * 40] = {**files, "validation.safetensors": validation}
-    status, lines = finish(start(tmp_path, hub.url, **config, dataset_revision="3" * 40))
+VALIDATING: dict[str, Any] = {"validation_interval": 1, "validation_batches": 1}
+
+
+def test_dataset_without_a_split_is_named(tmp_path: Path, hub: Hub) -> None:
+    del hub.files[COMMITS["main"]]["validation.safetensors"]
+    line = data_error(start(tmp_path, hub.url, **VALIDATING))
+    assert "has no validation.safetensors" in line
+    assert "train.safetensors" not in line
+
+
+def test_missing_split_alone_is_downloaded(tmp_path: Path, hub: Hub) -> None:
+    folder = tmp_path / "datasets" / DATASET
+    folder.mkdir(parents=True)
+    (folder / "train.safetensors").write_bytes(b"mine")
+    status, lines = finish(start(tmp_path, hub.url, **VALIDATING))
     assert status == 0, lines
-    assert (tmp_path / "datasets" / DATASET / "validation.safetensors").read_bytes() == validation
-    assert hub.fetched() == ["train.safetensors", "validation.safetensors"]
+    assert hub.fetched() == ["validation.safetensors"]
+    assert (folder / "train.safetensors").read_bytes() == b"mine"

@@ -30,7 +30,7 @@ for warm in range(3):
     source.microbatch(warm, 0, 0)
 before = peak_mib()
 read = 0
-for step in range(3, plan.global_steps, plan.global_steps // 80):  # 1 MiB each, all over the file
+for step in range(3, plan.global_steps, plan.global_steps // 64):  # 1 MiB each, all over the file
     read += source.microbatch(step, 0, 0)[0].numel() * 2
 print(file.length, read, peak_mib() - before)
 """
@@ -52,5 +52,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, order: str) -> None:
     )  # fmt: skip
     length, read, growth_mib = done.stdout.split()
     assert int(length) == count
-    assert int(read) > 75 * 2**20
+    assert int(read) > 60 * 2**20
     assert float(growth_mib) < 50

@@ -259,7 +259,7 @@ def test_size_of_the_global_batch_is_not_free() -> None:
 
 
 def test_number_of_tokens_is_free_unless_a_schedule_depends_on_it() -> None:
-    longer = {"min_train_tokens": 2 * PUBLISHED.min_train_tokens}
+    longer: dict[str, Any] = {"min_train_tokens": 2 * PUBLISHED.min_train_tokens}
     scheduled = replace(PUBLISHED, schedule_learning_rate=True)
     assert identity(train=replace(PUBLISHED, **longer)) == identity()
     assert identity(train=replace(scheduled, **longer)) != identity(train=scheduled)

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := quickstart
 
-.PHONY: quickstart test lint format schema setup
+.PHONY: quickstart test lint format generated setup
 
 setup: $(VENV)/.installed
 
@@ -38,6 +38,6 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# JSON Schemas of model.json and train.json, for editors.
-schema: setup
-	$(BIN)/python -m harness.config runs/schema
+# JSON Schemas for editors, and the reference of all keys.
+generated: setup
+	$(BIN)/python -m harness.config

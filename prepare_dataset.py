@@ -85,7 +85,7 @@ def _fraction(text: str) -> float:
 
 
 def text_files(source: str) -> Iterator[Document]:
-    """Give the text files of a folder (at any depth) or a glob, in the order of their names."""
+    """Find the text files of a folder (at any depth) or a glob, and give them one by one in the order of names."""
     if source.startswith("hf:"):
         raise ConfigError(f"SOURCE: found {source}, wanted a folder, a glob or python-docs")
     if Path(source).is_dir():
@@ -96,11 +96,14 @@ def text_files(source: str) -> Iterator[Document]:
         raise DataError(f"SOURCE: found no {' or '.join(TEXT_SUFFIXES)} file in {source}")
     if unknown := [path for path in paths if path.suffix not in TEXT_SUFFIXES]:
         raise ConfigError(f"SOURCE: found {unknown[0]}, wanted {' or '.join(TEXT_SUFFIXES)} files")
-    for path in paths:
-        try:
-            yield Document(str(path), path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: found a byte that is not UTF-8 at {error.start}, wanted UTF-8 text") from None
+    return map(_read_text, paths)
+
+
+def _read_text(path: Path) -> Document:
+    try:
+        return Document(str(path), path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: found a byte that is not UTF-8 at {error.start}, wanted UTF-8 text") from None
 
 
 def python_docs() -> Iterator[Document]:

@@ -2,14 +2,14 @@
 
 JSON is read strictly (no duplicate keys, NaN, Infinity or unknown keys), every error of both files is reported
 at once, one line each, and nothing here changes a configuration after it was read. What follows from a
-configuration for a world size is in `plan.py`. `python -m harness.config DIR` writes the JSON Schemas.
+configuration for a world size is in `plan.py`. `python -m harness.config` writes the JSON
+Schemas and the reference of all keys.
 """
 
 import difflib
 import hashlib
 import json
 import math
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from harness.errors import ConfigError
 
+ROOT = Path(__file__).parent.parent
 MAX_FILE_BYTES = 64 * 1024
 DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -142,6 +143,7 @@ class TrainConfig:
 
 
 ConfigT = TypeVar("ConfigT", ModelConfig, TrainConfig)
+CONFIG_FILES = {"model": ModelConfig, "train": TrainConfig}
 
 
 def recipe(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
@@ -297,13 +299,33 @@ def schema_of(config_class: type) -> dict[str, Any]:
     return schema
 
 
-def write_schemas(folder: Path) -> None:
-    """Write `model.schema.json` and `train.schema.json` into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, config_class in (("model", ModelConfig), ("train", TrainConfig)):
-        text = json.dumps(schema_of(config_class), indent=2) + "\n"
-        (folder / f"{name}.schema.json").write_text(text)
+def schema_text(config_class: type) -> str:
+    """Give a schema as it is written to disk."""
+    return json.dumps(schema_of(config_class), indent=2) + "\n"
+
+
+def reference() -> str:
+    """Give the reference of all keys as Markdown, from the fields themselves."""
+    parts = ["# Configuration", "", "Generated from `harness/config.py` by `make generated`."]
+    for name, config_class in CONFIG_FILES.items():
+        parts += ["", f"## {name}.json", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, entry in TypeAdapter(config_class).json_schema()["properties"].items():
+            default = f"`{json.dumps(entry['default'])}`" if "default" in entry else "required"
+            parts.append(f"| `{key}` | {_type_in_words(entry)} | {default} | {entry['description']} |")
+    return "\n".join(parts) + "\n"
+
+
+def _type_in_words(entry: dict[str, Any]) -> str:
+    if "anyOf" in entry:
+        return " or ".join(_type_in_words(option) for option in entry["anyOf"])
+    if "enum" in entry or "const" in entry:
+        return " or ".join(f"`{json.dumps(value)}`" for value in entry.get("enum", [entry.get("const")]))
+    bounds = [("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<=")]
+    shown = [f"{sign} {entry[bound]:,}" for bound, sign in bounds if bound in entry]
+    return " ".join([entry["type"], *([", ".join(shown)] if shown else [])])
 
 
 if __name__ == "__main__":
-    write_schemas(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/schema"))
+    for file_name, file_class in CONFIG_FILES.items():
+        (ROOT / "runs" / "schema" / f"{file_name}.schema.json").write_text(schema_text(file_class))
+    (ROOT / "docs" / "configuration.md").write_text(reference())

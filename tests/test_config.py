@@ -15,6 +15,7 @@ from harness.config import (
     load_run_configs,
     load_train_config,
     recipe_hash,
+    reference,
     schema_of,
 )
 
@@ -278,7 +279,7 @@ SCHEMAS = [("model", ModelConfig), ("train", TrainConfig)]
 @pytest.mark.parametrize(("name", "config_class"), SCHEMAS)
 def test_committed_schema_is_up_to_date(name: str, config_class: type) -> None:
     committed = json.loads((ROOT / "runs" / "schema" / f"{name}.schema.json").read_text())
-    assert committed == json.loads(json.dumps(schema_of(config_class))), "run: python -m harness.config"
+    assert committed == json.loads(json.dumps(schema_of(config_class))), "run: make generated"
 
 
 @pytest.mark.parametrize(("name", "config_class"), SCHEMAS)
@@ -292,3 +293,7 @@ def test_schema_describes_every_key_and_no_other(name: str, config_class: type) 
 @pytest.mark.parametrize(("config_class", "required"), [(ModelConfig, MODEL), (TrainConfig, TRAIN)])
 def test_schema_requires_the_keys_without_a_default(config_class: type, required: dict[str, Any]) -> None:
     assert set(schema_of(config_class)["required"]) == set(required)
+
+
+def test_committed_reference_of_all_keys_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), "run: make generated"

@@ -98,7 +98,7 @@ def test_bad_sources_are_one_line(call: Callable[..., Called], tmp_path: Path, s
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
     done = call(prepare_dataset.main, source if source.startswith("hf:") else tmp_path / source, tmp_path / "out")
     assert done.status in {2, 3}
-    assert len([line for line in done.stderr.splitlines() if "documents/s" not in line]) == 1
+    assert len([line for line in done.stderr.splitlines() if line and "documents/s" not in line]) == 1
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 

@@ -155,6 +155,8 @@ def _draw_grad_norm(axes: Axes, lines: list[dict[str, Any]], max_norm: float | N
         axes.legend()
     if (norm > 0).any():
         axes.set_yscale("log")
+        for name in ("major", "minor"):
+            getattr(axes.yaxis, f"set_{name}_formatter")("{x:g}")
 
 
 def _draw_throughput(axes: Axes, lines: list[dict[str, Any]]) -> None:
@@ -170,9 +172,14 @@ def _draw_raw_and_smooth(axes: Axes, lines: list[dict[str, Any]], values: Series
     axes.plot(steps, smoothed(values, _window(lines)), color="C0")
 
 
+def _latest_mean(lines: list[dict[str, Any]], key: str) -> float | None:
+    value = smoothed(column(lines, key), _window(lines))[-1] if lines else np.nan
+    return float(value) if np.isfinite(value) else None
+
+
 def _window(lines: list[dict[str, Any]]) -> int:
-    """Average over a hundredth of the run."""
-    return max(1, len(lines) // 100)
+    """Give the steps to average over: a fiftieth of what there is."""
+    return max(1, len(lines) // 50)
 
 
 def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
@@ -184,11 +191,11 @@ def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
         "state": status.get("state", "unknown") + (f" ({status['reason']})" if status.get("reason") else ""),
         "global step": f"{last.get('step', 0) + bool(last):,} of {plan.get('global_steps', 0):,}",
         "tokens": f"{last.get('tokens', 0):,}",
-        "train loss": _shown(last.get("train/loss"), "{:.4f}"),
-        "tokens/second": _shown(last.get("train/tok_per_sec"), "{:,.0f}"),
+        "train loss": _shown(_latest_mean(lines, "train/loss"), "{:.3f}"),
+        "tokens/second": _shown(_latest_mean(lines, "train/tok_per_sec"), "{:,.0f}"),
         "time left": _time_left(last, plan) if is_live else "-",
         "cost": _shown(last.get("cost"), "{:,.2f}") + f" {_json(folder.train_json).get('currency') or ''}",
-        "updated": status.get("time", ""),
+        "updated": status.get("time", "").replace("T", " ").removesuffix("+00:00") + " UTC",
     }
     cards = "".join(f"<div><dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd></div>" for k, v in facts.items())
     images = "".join(

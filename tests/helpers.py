@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-TINY_MODEL = {
+TINY_MODEL: dict[str, Any] = {
     "vocab_size": 97,
     "context_length": 16,
     "emb_dim": 16,
@@ -25,7 +25,7 @@ TINY_MODEL = {
     "drop_rate": 0.1,
     "qkv_bias": False,
 }
-TINY_TRAIN = {
+TINY_TRAIN: dict[str, Any] = {
     "dataset": "toy",
     "min_train_tokens": 20 * 8 * 16,  # 20 global steps of 8 sequences
     "start_train_token": 0,
@@ -36,6 +36,23 @@ TINY_TRAIN = {
     "learning_rate": 0.01,
     "use_amp": False,
 }
+
+
+# The keys that have no default, and no other.
+REQUIRED_TRAIN: dict[str, Any] = {
+    "dataset": "toy",
+    "min_train_tokens": 2560,
+    "start_train_token": 0,
+    "start_val_token": 0,
+    "microbatch_size": 6,
+    "checkpoint_interval": 5,
+}
+
+
+def write(path: Path, value: object) -> Path:
+    """Write a JSON file and give its path."""
+    path.write_text(json.dumps(value))
+    return path
 
 
 def write_toy_dataset(datasets_dir: Path) -> None:

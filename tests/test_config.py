@@ -18,31 +18,9 @@ from harness.config import (
     reference,
     schema_of,
 )
-
-ROOT = Path(__file__).parent.parent
-MODEL: dict[str, Any] = {
-    "vocab_size": 97,
-    "context_length": 16,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 2,
-    "drop_rate": 0.1,
-    "qkv_bias": False,
-}
-TRAIN: dict[str, Any] = {
-    "dataset": "toy",
-    "min_train_tokens": 2560,
-    "start_train_token": 0,
-    "start_val_token": 0,
-    "microbatch_size": 6,
-    "checkpoint_interval": 5,
-}
-
-
-def write(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value))
-    return path
-
+from tests.helpers import REQUIRED_TRAIN as TRAIN
+from tests.helpers import ROOT, write
+from tests.helpers import TINY_MODEL as MODEL
 
 # --- what is accepted ----------------------------------------------------------------------------------------
 

@@ -9,29 +9,9 @@ import pytest
 
 from harness.config import load_model_config, load_run_configs, load_train_config
 from harness.errors import ConfigError, exit_status_of
-
-MODEL: dict[str, Any] = {
-    "vocab_size": 97,
-    "context_length": 16,
-    "emb_dim": 16,
-    "n_heads": 2,
-    "n_layers": 2,
-    "drop_rate": 0.1,
-    "qkv_bias": False,
-}
-TRAIN: dict[str, Any] = {
-    "dataset": "toy",
-    "min_train_tokens": 2560,
-    "start_train_token": 0,
-    "start_val_token": 0,
-    "microbatch_size": 6,
-    "checkpoint_interval": 5,
-}
-
-
-def write(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value))
-    return path
+from tests.helpers import REQUIRED_TRAIN as TRAIN
+from tests.helpers import TINY_MODEL as MODEL
+from tests.helpers import write
 
 
 def refused(load: Callable[[Path], object], path: Path) -> tuple[str, ...]:

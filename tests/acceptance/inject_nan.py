@@ -1,4 +1,4 @@
-"""Trains like ddp_train.py with NaN gradients on one rank: inject_nan.py FIRST_STEP RANK HOW_MANY_STEPS, then as usual."""
+"""Trains like ddp_train.py, with NaN gradients on one rank: inject_nan.py FIRST_STEP RANK STEPS, then the rest."""
 
 import sys
 

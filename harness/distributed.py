@@ -111,10 +111,13 @@ def process_group(launch: Launch, device: torch.device) -> Iterator[None]:
     if launch.world_size == 1:
         yield
         return
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if is_cuda else None
+        )
         yield
     except RuntimeError as error:
         # gloo's errors are plain RuntimeErrors that name it; torch's own for NCCL and the store are DistErrors.

@@ -27,8 +27,9 @@ from harness.randomness import Permutation, order_permutation
 
 SPLITS = ("train", "validation")
 TENSOR = "tokens"
-BYTES_OF_DTYPE = {"U16": 2, "I32": 4, "U32": 4}
+DTYPES = ("U16", "I32", "U32")
 CHECK_CHUNK_TOKENS = 2**24
+FINGERPRINT_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def open_split(datasets_dir: Path, dataset: str, split: str) -> TokenFile:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
-    if dtype not in BYTES_OF_DTYPE:
+    if dtype not in DTYPES:
         raise DataError(f"{path}: found tokens of type {dtype}, wanted U16, I32 or U32")
     if len(shape) != 1 or shape[0] == 0:
         raise DataError(f"{path}: found tokens of shape {shape}, wanted one dimension and at least one token")
@@ -189,6 +190,17 @@ class TrainData:
         ]
         block = torch.from_numpy(np.stack(rows))  # (B, T + 1)
         return block[:, :-1], block[:, 1:]
+
+    def fingerprint(self) -> str:
+        """Give a SHA-256 (hex) that tells other data apart at little cost, so that no run resumes on it.
+
+        Over the file's length and type, and the first and last stretches of at most 2^20 tokens from the run's start.
+        """
+        digest = hashlib.sha256(f"{self.file.dtype} {self.file.length} {self.start_token}".encode())
+        count = min(FINGERPRINT_TOKENS, self.file.length - self.start_token)
+        for start in (self.start_token, self.file.length - count):
+            digest.update(self.file.read(start, count).astype("<u4").tobytes())
+        return digest.hexdigest()
 
 
 def as_sequences(tokens: NDArray[np.int64], context_length: int) -> tuple[Tensor, Tensor]:

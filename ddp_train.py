@@ -8,6 +8,7 @@ or with plain python for one process. What is run lies in the run's files; how t
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from harness.plan import (
     peak_flops_per_second,
     validation_sequences,
 )
-from harness.run_folder import RunFolder, describe_start, open_run, write_json
+from harness.run_folder import RunFolder, describe_start, json_number, open_run, write_json
 
 ROOT = Path(__file__).parent
 
@@ -63,17 +64,18 @@ def read_request() -> tuple[argparse.Namespace, RunFolder, ModelConfig, TrainCon
     return arguments, folder, *folder.read_configs()
 
 
-if __name__ == "__main__" and (status := exit_status_of(read_request)):
+# What every process of a machine finds wrong alike, the first of them says.
+speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+
+if __name__ == "__main__" and (status := exit_status_of(read_request, speaks)):
     # Importing torch takes seconds, so a mistyped key is refused before it.
     sys.exit(status)
 
 import math
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
@@ -136,7 +138,8 @@ def main() -> None:
         return
     if arguments.dump_initial_weights:
         if launch.is_main:
-            save_file(untrained_model(model_config, config).state_dict(), arguments.dump_initial_weights)
+            weights = untrained_model(model_config, config).state_dict()
+            checkpoint.save_tensors(weights, arguments.dump_initial_weights)
         return
     device = distributed.choose_device(arguments.device, launch)
     distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=config.deterministic)
@@ -147,21 +150,18 @@ def main() -> None:
             stack.enter_context(folder.locked())
             stack.enter_context(painter)
             stack.enter_context(folder.reporting_failure())
-            if arguments.fresh and (aside := folder.set_aside(folder.checkpoints, folder.metrics_jsonl)):
-                print(f"Starting over; what there was is in {aside}")
         data.ensure_dataset(arguments.datasets_dir, config)
         splits = data.open_splits(
             arguments.datasets_dir, model_config, config, launch.world_size, reads_through=launch.local_rank == 0
         )
 
         stack.enter_context(distributed.process_group(launch, device))
-        identity = identity_of(model_config, config, splits.plan)
-        distributed.agree(launch, "the configuration or the plan", hash_of_json([identity, asdict(splits.plan)]))
-        start = distributed.on_main(launch, lambda: checkpoint.choose_start(folder, arguments.checkpoint, identity))
+        identity = identity_of(model_config, config, splits.plan, splits.train.fingerprint())
+        distributed.agree(launch, "configuration, plan or data", hash_of_json([identity, asdict(splits.plan)]))
+        start = distributed.on_main(launch, lambda: choose_start(folder, arguments, identity))
         stop_step = min(arguments.max_steps or splits.plan.global_steps, splits.plan.global_steps)
         if start.state.next_step >= stop_step:
-            if launch.is_main:
-                print(f"{folder.path} is already complete: {start.state.next_step:,} global steps")
+            report_nothing_to_do(launch, folder, splits.plan, start.state)
             return
 
         trainee = build(model_config, config, launch, device, start)
@@ -182,6 +182,25 @@ def main() -> None:
         record_start(stage)
         train(stage, painter)
         report_end(stage)
+
+
+def choose_start(folder: RunFolder, arguments: argparse.Namespace, identity: dict[str, object]) -> checkpoint.Start:
+    """Decide where to begin; with --fresh what there was is moved aside first."""
+    if arguments.fresh and (aside := folder.set_aside(folder.checkpoints, folder.metrics_jsonl, folder.evals)):
+        print(f"Starting over; what there was is in {aside}")
+    return checkpoint.choose_start(folder, arguments.checkpoint, identity)
+
+
+def report_nothing_to_do(launch: Launch, folder: RunFolder, plan: Plan, state: checkpoint.TrainState) -> None:
+    """Say that the run has got as far as it was asked to; its last process may have died before it could say so."""
+    if not launch.is_main:
+        return
+    if state.next_step >= plan.global_steps:
+        print(f"{folder.path} is already complete: {state.next_step:,} global steps")
+        if folder.read_status().get("state") != "complete":
+            folder.write_status("complete", state.next_step - 1, 0)
+    else:
+        print(f"{folder.path} has already done {state.next_step:,} global steps, as many as --max-steps asks for")
 
 
 def train(stage: Stage, painter: ChartPainter) -> None:
@@ -210,16 +229,20 @@ def train(stage: Stage, painter: ChartPainter) -> None:
                 stage.trainee.optimizer, stage.trainee.scaler, learning_rate, config.clipping_max_norm
             )
             report = StepReport(launch, losses, outcome.grad_norm, outcome.is_finite, stop.requested)
+            log.submit(step, report, learning_rate)
 
             is_scheduled = plan.is_checkpoint_step(step, config.checkpoint_interval)
-            extras = observe(stage, step, is_scheduled)
-            must_save = is_scheduled or step == stage.stop_step - 1
-            log.submit(step, report, learning_rate, extras, wait=must_save)
-            if step == 0 and log.last is not None:
-                warn_of_first_loss(stage, log.last.loss)
-            if must_save or log.stop_agreed:
+            validation = None
+            if is_scheduled or plan.is_validation_step(step, config.validation_interval):
+                log.catch_up()  # now the device is idle, and what follows is in no step's time
+                validation, observed = observe(stage, is_scheduled)
+                log.settle(**observed)
+                log.restart_clock()
+            if step == 0:
+                warn_of_first_loss(stage, log)
+            if is_scheduled or step == stage.stop_step - 1 or log.stop_agreed:
                 log.settle()
-                save(stage, is_scheduled, extras.get("val/loss"))
+                save(stage, is_scheduled, validation)
                 log.restart_clock()
             if log.stop_agreed and step < stage.stop_step - 1:
                 reason = f"asked to stop: saved after global step {step:,}; run the same command to go on"
@@ -247,25 +270,30 @@ def accumulate_gradients(stage: Stage, step: int) -> Tensor:
     return torch.stack(losses)
 
 
-def warn_of_first_loss(stage: Stage, loss: float) -> None:
+def warn_of_first_loss(stage: Stage, log: StepLog) -> None:
     """Print one line if the first loss is not that of an untrained model, on rank 0."""
-    warning = first_loss_warning(loss, stage.trainee.model, stage.model_config.vocab_size)
+    assert log.last is not None
+    warning = first_loss_warning(log.last.loss, stage.trainee.model, stage.model_config.vocab_size)
     if warning is not None and stage.launch.is_main:
         print(warning, file=sys.stderr)
 
 
-def observe(stage: Stage, step: int, is_scheduled: bool) -> dict[str, Any]:
-    """Measure what goes into a step's metrics besides training: validation loss and a sample, where due."""
-    extras: dict[str, Any] = {}
-    interval = stage.config.validation_interval
-    if interval is not None and (step % interval == 0 or is_scheduled):
-        extras["val/loss"] = validation_loss(stage)
+def observe(stage: Stage, is_scheduled: bool) -> tuple[float | None, dict[str, object]]:
+    """Measure what goes into metrics besides training: validation loss and, at a scheduled checkpoint, a sample.
+
+    Gives the validation loss, None where the run does not validate, and the metrics.
+    """
+    validation: float | None = None
+    observed: dict[str, object] = {}
+    if stage.splits.validation is not None:
+        validation = validation_loss(stage)
+        observed["val/loss"] = json_number(validation)
     if is_scheduled and stage.launch.is_main and stage.model_config.vocab_size >= VOCAB_SIZE:
         settings = SampleSettings(seed=stream_seed("sample", stage.config.random_seed))
-        extras["sample"] = continue_text(
+        observed["sample"] = continue_text(
             stage.trainee.model, stage.model_config, stage.config.sample_prompt, settings
         )
-    return extras
+    return validation, observed
 
 
 def validation_loss(stage: Stage) -> float:
@@ -374,7 +402,8 @@ def report_end(stage: Stage) -> None:
         return
     state = stage.state
     is_complete = state.next_step == stage.plan.global_steps
-    loss = state.last_interval_loss if is_complete else state.interval_loss
+    # A scheduled checkpoint after the last step has just closed its interval.
+    loss = state.interval_loss if state.interval_steps else state.last_interval_loss
     print(f"Training complete in {state.elapsed_seconds:,.3f} seconds")
     print(f"Tokens seen: {state.tokens:,}")
     print(f"Throughput: {state.tokens / state.elapsed_seconds:,.0f} tokens/second")
@@ -400,4 +429,4 @@ def dry_run(arguments: argparse.Namespace, model_config: ModelConfig, config: Tr
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status_of(main))
+    sys.exit(exit_status_of(main, speaks))

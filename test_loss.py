@@ -7,6 +7,7 @@ Without options this is the published test set: 19,660,800 tokens of FineWeb fro
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+from harness.config import load_model_config
 from harness.distributed import Launch, choose_device, set_up_kernels
-from harness.errors import DataError, exit_status_of
+from harness.errors import ConfigError, DataError, StorageError, exit_status_of
 from harness.evaluate import sequence_losses
-from harness.run_folder import run_of_model_file, utc_now, write_json
+from harness.run_folder import json_number, run_of_model_file, utc_now, write_json
 from harness.tokenizer import VOCAB_SIZE, bytes_per_token
 from model import load_model
 
@@ -32,8 +34,9 @@ SEQUENCES_PER_BATCH = 6  # of the published test set, whatever --batch-size the 
 def main() -> None:
     """Load, score, store, print."""
     arguments = parse_arguments()
-    device = choose_device(arguments.device, Launch(rank=0, local_rank=0, world_size=1))
+    device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
+    output = output_file(arguments)
     model = load_model(arguments.model_json, arguments.model_safetensors, device)
     data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
     file = data.open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
@@ -54,6 +57,7 @@ def main() -> None:
         losses = sequence_losses(model, with_progress(batches, sequences), device)
     loss = float(losses.mean())
     text_bytes = target_bytes(file, arguments.start_token + 1, needed - 1)
+    owner = run_of_model_file(arguments.model_safetensors)
     result = {
         "dataset": arguments.dataset,
         "split": arguments.split,
@@ -61,20 +65,22 @@ def main() -> None:
         "tokens": sequences * length,
         "sequences": sequences,
         "tokens_sha256": check.sha256,
-        "loss": loss,
+        "loss": json_number(loss),
         "perplexity": perplexity(loss),
-        "bits_per_byte": loss * sequences * length / math.log(2) / text_bytes if text_bytes else None,
+        "bits_per_byte": json_number(loss * sequences * length / math.log(2) / text_bytes) if text_bytes else None,
         "dtype": arguments.dtype,
         "device": device.type,
+        "run": owner[0].path.name if owner else None,
+        "step": owner[1] if owner else None,
         "model_file": str(arguments.model_safetensors),
         "time": utc_now(),
     }
-    stored = store(arguments, result, losses)
-    print(f"Scored {sequences:,} sequences of {length:,} tokens; one loss for each is in {stored}")
-    print(f"Perplexity: {result['perplexity']:.4f}")
-    if result["bits_per_byte"] is not None:
-        print(f"Bits per byte: {result['bits_per_byte']:.6f}")
-    print(f"Loss against our test dataset: {loss:.6f}")
+    print(f"Scored {sequences:,} sequences of {length:,} tokens; one loss for each goes to {output}")
+    for name, value in (("Perplexity", result["perplexity"]), ("Bits per byte", result["bits_per_byte"])):
+        if value is not None:
+            print(f"{name}: {value:.6f}")
+    print(f"Loss against our test dataset: {loss:.6f}", flush=True)  # even if it cannot be stored
+    store(output, result, losses)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -134,23 +140,31 @@ def target_bytes(file: data.TokenFile, start: int, count: int) -> int | None:
     return total
 
 
-def store(arguments: argparse.Namespace, result: dict[str, object], losses: NDArray[np.float64]) -> Path:
-    """Write the result and every sequence's loss: into the run's evals folder, or beside a loose model file."""
-    path = arguments.output
-    owner = run_of_model_file(arguments.model_safetensors)
-    name = f"loss-{result['split']}-{result['start_token']}-{result['tokens']}"
-    if owner is not None:
-        folder, step = owner
-        result["run"], result["step"] = folder.path.name, step
-        path = path or folder.evals / f"{name}-step-{step:08d}.json"
-    else:
-        path = (
-            path or arguments.model_safetensors.parent / "evals" / f"{name}-{arguments.model_safetensors.stem}.json"
-        )
+def output_file(arguments: argparse.Namespace) -> Path:
+    """Give where the result goes: as asked, into the run's evals folder, or beside a loose model file.
+
+    Makes the folder, so that one that cannot be written is known before the work is done.
+    """
+    path: Path | None = arguments.output
+    if path is None:
+        owner = run_of_model_file(arguments.model_safetensors)
+        place = owner[0].evals if owner else arguments.model_safetensors.parent / "evals"
+        model = f"step-{owner[1]:08d}" if owner else arguments.model_safetensors.stem
+        sequences = arguments.batches * SEQUENCES_PER_BATCH
+        length = load_model_config(arguments.model_json).context_length
+        path = place / f"loss-{arguments.split}-{arguments.start_token}-{sequences * length}-{model}.json"
+    elif path.suffix != ".json" or path.is_dir():
+        raise ConfigError(f"--output: found {path}, wanted the name of a .json file")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(f"{path.parent}: cannot be written; --output FILE stores the result elsewhere")
+    return path
+
+
+def store(path: Path, result: dict[str, object], losses: NDArray[np.float64]) -> None:
+    """Write the result as JSON and every sequence's loss beside it."""
     np.savez(path.with_suffix(".npz"), sequence_losses=losses)
     write_json(path, result)
-    return Path(path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent
 def main() -> None:
     """Sample one model, or every kept checkpoint of a run in step order."""
     arguments = parse_arguments()
-    device = choose_device(arguments.device, Launch(rank=0, local_rank=0, world_size=1))
+    device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
     if arguments.timeline is None:
         print(sample(arguments, arguments.model_json, arguments.model_safetensors, device))

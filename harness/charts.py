@@ -68,7 +68,8 @@ class ChartPainter:
         self._last_start = time.monotonic()
         command = [sys.executable, "-m", "harness.charts", str(self._folder.path.resolve())]
         try:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+            # In a session of its own: neither Ctrl-C nor torchrun, when it ends all ranks, cuts a drawing off.
+            self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
             print(f"warning: the charts could not be drawn ({error})", file=sys.stderr)
 

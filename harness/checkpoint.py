@@ -60,6 +60,8 @@ class TrainState:
     best_loss: float | None = None
     """Lowest mean train loss of an interval, or validation loss where the run validates."""
     best_step: int | None = None
+    best_is_validation: bool = False
+    """Whether best_loss is a validation loss."""
 
     def count(self, tokens: int, loss: float, was_skipped: bool) -> None:
         """Count one completed global step; a loss that is not finite stays out of the interval's mean."""
@@ -81,9 +83,12 @@ class TrainState:
         """End the interval at a scheduled checkpoint and say whether that checkpoint is the best so far."""
         loss = self.interval_loss if validation_loss is None else validation_loss
         self.last_interval_loss = self.interval_loss if self.interval_steps else None
-        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        is_validation = validation_loss is not None
+        # A run that begins or ceases to validate starts its comparison anew.
+        best = self.best_loss if self.best_is_validation == is_validation else None
+        is_best = math.isfinite(loss) and (best is None or loss < best)
         if is_best:
-            self.best_loss, self.best_step = loss, self.next_step - 1
+            self.best_loss, self.best_step, self.best_is_validation = loss, self.next_step - 1, is_validation
         self.interval_loss_sum, self.interval_steps = 0.0, 0
         return is_best
 
@@ -131,8 +136,8 @@ def save(folder: RunFolder, trainee: Trainee, state: TrainState, identity: Mappi
     temporary = folder.checkpoints / f"{TEMPORARY_PREFIX}{target.name}"
     temporary.mkdir()
     try:
-        _save_tensors(trainee.model.state_dict(), temporary / MODEL_FILE)
-        _save_tensors(trainee.optimizer_tensors(), temporary / OPTIMIZER_FILE)
+        save_tensors(trainee.model.state_dict(), temporary / MODEL_FILE)
+        save_tensors(trainee.optimizer_tensors(), temporary / OPTIMIZER_FILE)
         document = {"train_state": asdict(state), "scaler": trainee.scaler.state_dict(), "identity": identity}
         write_json(temporary / STATE_FILE, document)
         names = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
@@ -143,8 +148,6 @@ def save(folder: RunFolder, trainee: Trainee, state: TrainState, identity: Mappi
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if target.exists():  # written before a restart from an older checkpoint
-        folder.set_aside(target)
     temporary.rename(target)
     fsync_folder(folder.checkpoints)
     replace_link(folder.checkpoints / "latest", target.name)
@@ -251,6 +254,12 @@ def choose_start(folder: RunFolder, name: str | None, identity: Mapping[str, obj
     aside = folder.set_aside(*newer)
     if aside:
         print(f"Newer checkpoints are moved to {aside}")
+    # The links may lead to what was moved, or be older than the folder if a save was cut off before them.
+    replace_link(folder.checkpoints / "latest", path.name)
+    if state.best_step is not None and folder.checkpoint(state.best_step).is_dir():
+        link_best(folder, state.best_step)
+    else:
+        (folder.checkpoints / "best").unlink(missing_ok=True)
     folder.drop_metrics_from(state.next_step)
     print(f"Resuming from {path.name}: {state.next_step:,} global steps are done")
     return Start(path, state, scaler)
@@ -285,8 +294,8 @@ def load(path: Path, trainee: Trainee) -> None:
                 tensor.copy_(found[key])
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as float32 safetensors and flush them to disk."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as float32 safetensors and flush them to disk; raises StorageError."""
     try:
         save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:

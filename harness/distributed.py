@@ -31,9 +31,11 @@ T = TypeVar("T")
 class Launch:
     """Who this process is among those that torchrun started; alone it is rank 0 of 1."""
 
-    rank: int
-    local_rank: int
-    world_size: int
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    """Processes on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -43,10 +45,8 @@ class Launch:
 
 def launch_from_environment() -> Launch:
     """Read rank, local rank and world size from torchrun's environment."""
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    return Launch(rank, local_rank, world_size)
+    names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    return Launch(*(int(os.environ.get(name, default)) for name, default in names))
 
 
 def choose_device(choice: str, launch: Launch) -> torch.device:
@@ -57,9 +57,9 @@ def choose_device(choice: str, launch: Launch) -> torch.device:
     if choice == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("--device: found cuda, wanted a device that this machine has; it has no CUDA GPU")
-        if launch.local_rank >= torch.cuda.device_count():
+        if launch.local_world_size > torch.cuda.device_count():
             raise ConfigError(
-                f"--nproc_per_node: found more than {launch.local_rank} processes, "
+                f"--nproc_per_node: found {launch.local_world_size} processes, "
                 f"wanted at most one for each of the {torch.cuda.device_count()} GPUs"
             )
         return torch.device("cuda", launch.local_rank)
@@ -142,7 +142,7 @@ def agree(launch: Launch, what: str, value: str) -> None:
     values = gather_strings(launch, value)
     if len(set(values)) > 1:
         odd = [rank for rank, other in enumerate(values) if other != values[0]]
-        raise PeerError(f"ranks disagree on {what}: ranks {odd} differ from rank 0")
+        raise PeerError(*([f"ranks disagree on {what}: ranks {odd} differ from rank 0"] if launch.is_main else []))
 
 
 def on_main(launch: Launch, function: Callable[[], T]) -> T:
@@ -192,7 +192,7 @@ def distribute(objective: nn.Module, launch: Launch, device: torch.device) -> nn
     return DistributedDataParallel(
         objective,
         device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # no second copy of the gradients
+        gradient_as_bucket_view=True,  # after the all-reduce the gradients are the buckets, not copies of them
     )
 
 

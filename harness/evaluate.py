@@ -29,7 +29,7 @@ def sequence_losses(
         ]
     finally:
         model.train(was_training)
-    return torch.cat(losses).double().cpu().numpy() if losses else np.empty(0)
+    return torch.cat(losses).cpu().double().numpy() if losses else np.empty(0)
 
 
 def _mean_dtype(device: torch.device) -> torch.dtype:

@@ -22,6 +22,7 @@ from harness.config import TrainConfig
 from harness.distributed import Launch, gather
 from harness.errors import NonFiniteError
 from harness.plan import GIB, Plan
+from harness.run_folder import json_number
 
 VALUES_PER_RANK = 4  # mean, lowest and highest micro-batch loss, and whether this rank was asked to stop
 
@@ -91,7 +92,7 @@ class StepNumbers:
 class StepLog:
     """Takes every step's report, moves the run's counters on, and writes metrics.jsonl on rank 0.
 
-    `settle` (or `submit` with `wait`) brings everything up to date, which waits for the device.
+    A report is read when the next one comes; `catch_up` reads it at once, which waits for the device.
     """
 
     launch: Launch
@@ -106,7 +107,8 @@ class StepLog:
     stop_agreed: bool = False
     """Whether any rank was asked to stop; the same on every rank."""
     last: StepNumbers | None = None
-    _pending: tuple[int, StepReport, float, dict[str, object]] | None = field(default=None, init=False)
+    _pending: tuple[int, StepReport, float] | None = field(default=None, init=False)
+    _line: dict[str, object] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         now = time.monotonic()
@@ -122,20 +124,16 @@ class StepLog:
             mininterval=0.5 if is_terminal else 30,  # a log file wants few lines
         )
 
-    def submit(
-        self, step: int, report: StepReport, learning_rate: float, extras: dict[str, object], wait: bool
-    ) -> None:
-        """Take a step's report, and account for the one before; with `wait`, for this one too."""
+    def submit(self, step: int, report: StepReport, learning_rate: float) -> None:
+        """Take a step's report and finish the one before; raises NonFiniteError as `settle` does."""
         self.settle()
-        self._pending = (step, report, learning_rate, extras)
-        if wait:
-            self.settle()
+        self._pending = (step, report, learning_rate)
 
-    def settle(self) -> None:
-        """Account for the step that is still pending, if any; raises NonFiniteError when patience is at its end."""
+    def catch_up(self) -> None:
+        """Wait for the pending step and count it; its line is still to be written, by `settle`."""
         if self._pending is None:
             return
-        step, report, learning_rate, extras = self._pending
+        step, report, learning_rate = self._pending
         self._pending = None
         self.last = numbers = report.read()
         self.stop_agreed = self.stop_agreed or numbers.stop_requested
@@ -143,27 +141,34 @@ class StepLog:
         self.progress.elapsed_seconds = numbers.done_at - self._began
         tokens_per_second = self.plan.tokens_per_global_step / max(numbers.done_at - self._step_began, 1e-9)
         self._step_began = numbers.done_at
+        self._line = self._describe(step, numbers, learning_rate, tokens_per_second)
+        self._bar.set_postfix({"loss": f"{numbers.loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}, refresh=False)
+        self._bar.update(1)
+
+    def settle(self, **extras: object) -> None:
+        """Finish the pending step, with `extras` in its line; raises NonFiniteError when patience is at its end."""
+        self.catch_up()
+        if self._line is None:
+            return
+        line, self._line = self._line | extras, None
         if self.launch.is_main:
-            self._write(self._line(step, numbers, learning_rate, tokens_per_second) | extras)
-            self._bar.set_postfix(
-                {"loss": f"{numbers.loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}, refresh=False
-            )
-            self._bar.update(1)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.progress.consecutive_skips >= self.config.nonfinite_patience:
             raise NonFiniteError(
-                f"global step {step}: gradients were not finite for {self.progress.consecutive_skips} steps in a row "
-                "(nonfinite_patience); the weights are those before them"
+                f"global step {line['step']}: gradients were not finite for {self.progress.consecutive_skips} steps "
+                "in a row (nonfinite_patience); the weights are those before them"
             )
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last step (a checkpoint, an evaluation) out of the next one's speed."""
+        """Leave what was done since the last step (a checkpoint, an observation) out of the next one's speed."""
         self._step_began = time.monotonic()
 
     def close(self) -> None:
         """Finish the progress bar."""
         self._bar.close()
 
-    def _line(
+    def _describe(
         self, step: int, numbers: StepNumbers, learning_rate: float, tokens_per_second: float
     ) -> dict[str, object]:
         elapsed, price = self.progress.elapsed_seconds, self.config.price_per_hour
@@ -172,11 +177,11 @@ class StepLog:
             "step": step,
             "tokens": self.progress.tokens,
             "elapsed": round(elapsed, 3),
-            "train/loss": _number(numbers.loss),
-            "train/loss_min": _number(numbers.loss_min),
-            "train/loss_max": _number(numbers.loss_max),
+            "train/loss": json_number(numbers.loss),
+            "train/loss_min": json_number(numbers.loss_min),
+            "train/loss_max": json_number(numbers.loss_max),
             "train/lr": learning_rate,
-            "train/grad_norm": _number(numbers.grad_norm),
+            "train/grad_norm": json_number(numbers.grad_norm),
             "train/clipped": max_norm is not None and numbers.grad_norm > max_norm,
             "train/skipped": numbers.was_skipped,
             "train/tok_per_sec": round(tokens_per_second, 1),
@@ -184,15 +189,6 @@ class StepLog:
             "mem/peak_gib": round(peak_memory_gib(self.device), 3),
             "cost": None if price is None else round(elapsed / 3600 * price, 4),
         }
-
-    def _write(self, line: dict[str, object]) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-
-
-def _number(value: float) -> float | None:
-    """Give a number as strict JSON can hold it: null where it is not finite."""
-    return value if math.isfinite(value) else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -121,6 +121,10 @@ class Plan:
         """Say whether the schedule puts a checkpoint after this global step: 0, every interval, the last."""
         return global_step % interval == 0 or global_step == self.global_steps - 1
 
+    def is_validation_step(self, global_step: int, interval: int | None) -> bool:
+        """Say whether a validation follows this global step besides those at checkpoints; None validates never."""
+        return interval is not None and global_step % interval == 0
+
     def checkpoints(self, interval: int) -> int:
         """Count the checkpoints that the schedule writes."""
         return (self.global_steps - 1) // interval + 1 + ((self.global_steps - 1) % interval != 0)
@@ -170,7 +174,7 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
     return plan
 
 
-def identity_of(model: ModelConfig, train: TrainConfig, plan: Plan) -> dict[str, object]:
+def identity_of(model: ModelConfig, train: TrainConfig, plan: Plan, data_fingerprint: str) -> dict[str, object]:
     """Give what a start must share with a checkpoint to resume from it: all that decides what the run computes.
 
     How the global batch is split over processes and accumulation steps may change; so may the number of tokens,
@@ -181,7 +185,7 @@ def identity_of(model: ModelConfig, train: TrainConfig, plan: Plan) -> dict[str,
     kept = {key: value for key, value in recipe(model, train).items() if key not in free}
     seeds = {f"{purpose}_seed": train.seed_of(purpose) for purpose in ("init", "order", "dropout")}
     steps = {"global_steps": plan.global_steps} if train.schedule_learning_rate else {}
-    return {**kept, **seeds, "global_batch": plan.global_batch, **steps}
+    return {**kept, **seeds, "global_batch": plan.global_batch, **steps, "data_fingerprint": data_fingerprint}
 
 
 def validation_sequences(train: TrainConfig, plan: Plan) -> int:

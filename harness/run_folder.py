@@ -6,6 +6,7 @@ file but metrics.jsonl is replaced whole: a reader sees the old file or the new 
 
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import ModelConfig, TrainConfig, load_run_configs
-from harness.errors import ConfigError, RunLockedError, StopRequestedError, as_harness_error
+from harness.errors import INTERRUPTED_STATUS, ConfigError, RunLockedError, StopRequestedError, as_harness_error
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -160,6 +161,8 @@ class RunFolder:
             known = as_harness_error(error)
             exit_code = known.exit_status if known else 1
             state = "stopped" if isinstance(known, StopRequestedError) else "failed"
+            if isinstance(error, KeyboardInterrupt):
+                state, exit_code = "stopped", INTERRUPTED_STATUS
             self.write_status(state, self.status_step(), exit_code, str(known or repr(error)))
             raise
 
@@ -171,12 +174,17 @@ class RunFolder:
             return []
         return starts if isinstance(starts, list) else []
 
+    def read_status(self) -> dict[str, Any]:
+        """Give what status.json says, nothing where it cannot be read."""
+        try:
+            status = json.loads(self.status_json.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
     def status_step(self) -> int | None:
         """Give the last completed global step that status.json names, None where there is none."""
-        try:
-            step = json.loads(self.status_json.read_text(encoding="utf-8"))["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        step = self.read_status().get("step")
         return step if isinstance(step, int) else None
 
 
@@ -229,6 +237,11 @@ def write_text(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def json_number(value: float) -> float | None:
+    """Give a number as strict JSON can hold it: null where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def write_json(path: Path, value: object) -> None:

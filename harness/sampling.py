@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from harness.config import ModelConfig
-from harness.errors import ConfigError
+from harness.errors import CheckpointError, ConfigError
 from harness.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
 
 
@@ -66,5 +66,8 @@ def _draw(logits: torch.Tensor, settings: SampleSettings, generator: torch.Gener
         values, ids = logits.topk(settings.top_k)
     else:
         values, ids = logits, torch.arange(logits.numel())
-    probabilities = torch.softmax(values / settings.temperature, dim=-1)
+    if values.isnan().any():
+        raise CheckpointError("the model's logits are not numbers: its weights or its precision are broken")
+    # Differences first: a tiny temperature then gives zeros and minus infinities, which softmax can take.
+    probabilities = torch.softmax((values - values.max()) / settings.temperature, dim=-1)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import ddp_train
 from harness import checkpoint
@@ -105,6 +106,36 @@ def test_a_changed_recipe_is_refused_with_the_key(
     done = call(ddp_train.main, *words(trained, datasets_dir))
     assert done.status == 2
     assert {"random_seed": "init_seed", "microbatch_size": "global_batch"}.get(key, key) in done.stderr
+
+
+def test_links_follow_when_an_older_checkpoint_is_resumed(
+    trained: Path, datasets_dir: Path, call: Callable[..., Called]
+) -> None:
+    done = call(ddp_train.main, *words(trained, datasets_dir, "step-00000005", "--max-steps", "6"))
+    assert done.status == 0
+    assert "as many as --max-steps asks for" in done.stdout
+    for link in ("latest", "best"):
+        assert (trained / "checkpoints" / link).resolve().name == "step-00000005"
+
+
+def test_other_data_under_the_same_name_are_refused(
+    trained: Path, datasets_dir: Path, call: Callable[..., Called], tmp_path: Path
+) -> None:
+    tokens = load_file(datasets_dir / "toy" / "train.safetensors")["tokens"]
+    tokens[-1] += 1
+    (tmp_path / "toy").mkdir()
+    save_file({"tokens": tokens}, tmp_path / "toy" / "train.safetensors")
+    done = call(ddp_train.main, *words(trained, tmp_path))
+    assert done.status == 2
+    assert "data_fingerprint" in done.stderr
+
+
+def test_a_run_whose_process_died_before_saying_so_is_called_complete(
+    trained: Path, datasets_dir: Path, call: Callable[..., Called]
+) -> None:
+    RunFolder(trained).write_status("running", 19)
+    assert call(ddp_train.main, *words(trained, datasets_dir)).status == 0
+    assert RunFolder(trained).read_status()["state"] == "complete"
 
 
 def test_a_constant_rate_run_can_be_made_longer(
@@ -205,6 +236,13 @@ def test_validation_loss_decides_where_there_is_one() -> None:
     assert not state.close_interval(3.1)
     assert state.best_loss == 3.0
     assert state.last_interval_loss == 0.5
+
+
+def test_a_run_that_begins_to_validate_compares_anew() -> None:
+    state = TrainState()
+    for loss, validation in ((1.0, None), (0.9, 2.0), (0.8, 2.5), (0.7, 1.9)):
+        state.count(100, loss, was_skipped=False)
+        assert state.close_interval(validation) == (validation != 2.5)
 
 
 def test_links_are_never_missing_while_they_are_replaced(tmp_path: Path) -> None:

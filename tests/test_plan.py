@@ -245,7 +245,7 @@ def test_checkpoints_follow_step_0_every_interval_and_the_last(
 def identity(
     model: ModelConfig = GPT2_SMALL, train: TrainConfig = PUBLISHED, world_size: int = 8
 ) -> dict[str, object]:
-    return identity_of(model, train, make_plan(model, train, world_size))
+    return identity_of(model, train, make_plan(model, train, world_size), "data")
 
 
 def test_split_of_the_global_batch_is_free() -> None:

@@ -179,6 +179,33 @@ def test_too_short_a_split_is_data_error(scored_run: Path, books: Path, call: Ca
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_broken_model_s_loss_is_told_and_stored_as_null(
+    scored_run: Path, books: Path, call: Callable[..., Called], tmp_path: Path
+) -> None:
+    weights = load_file(scored_run / "checkpoints" / "latest" / "model.safetensors")
+    weights["final_norm.shift"][:] = np.nan
+    save_file(weights, tmp_path / "broken.safetensors")
+    options = ("--dataset", "books", "--start-token", "0", "--batches", "2", "--device", "cpu")
+    done = call(test_loss.main, books, scored_run / "model.json", tmp_path / "broken.safetensors", *options)
+    assert done.status == 0
+    assert done.stdout.splitlines()[-1] == "Loss against our test dataset: nan"
+    (stored,) = (tmp_path / "evals").glob("*.json")
+    assert json.loads(stored.read_text())["loss"] is None
+    done = call(test_smoke.main, scored_run / "model.json", tmp_path / "broken.safetensors", "--device", "cpu")
+    assert (done.status, len(done.stderr.splitlines())) == (4, 1)
+
+
+@pytest.mark.parametrize("output", [".", "result.npz", "LICENSE/result.json"])
+def test_an_output_that_cannot_be_written_is_refused_first(
+    scored_run: Path, books: Path, call: Callable[..., Called], output: str
+) -> None:
+    model = (scored_run / "model.json", scored_run / "checkpoints" / "latest" / "model.safetensors")
+    done = call(test_loss.main, books, *model, "--output", ROOT / output, "--device", "cpu")
+    assert done.status in (2, 6)
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
 def test_published_checkpoints_load_unchanged(
     scored_run: Path, books: Path, call: Callable[..., Called], tmp_path: Path
 ) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import ddp_train
+from tests.conftest import Called
 from tests.helpers import ROOT, metrics, run, start_training, status, train, wait_for
 
 SAME_DATA = {"min_train_tokens": 12 * 8 * 16, "checkpoint_interval": 100}
@@ -56,15 +58,18 @@ def test_a_run_prints_and_writes_what_it_promises(make_run: Callable[..., Path],
     assert record["dataset"][0]["count"] == 2561
 
 
-def test_running_a_finished_run_again_changes_nothing(make_run: Callable[..., Path], datasets_dir: Path) -> None:
+def test_running_a_finished_run_again_changes_nothing(
+    make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], without_charts: None
+) -> None:
     folder = make_run(train=SAME_DATA)
-    train(folder, datasets_dir)
+    place = (folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu")
+    assert call(ddp_train.main, *place).status == 0
 
     def tree() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     before = tree()
-    assert "already complete" in train(folder, datasets_dir).stdout
+    assert "already complete" in call(ddp_train.main, *place).stdout
     assert tree() == before
 
 
@@ -94,17 +99,26 @@ def test_gradients_are_reduced_once_a_global_step(make_run: Callable[..., Path],
         processes=2, PYTHONPATH=str(ROOT),
     )  # fmt: skip
     counts = [int(count) for count in re.findall(r"all-reduces: (\d+)", done.stdout)]
-    assert counts == [12 + 1] * 2  # one a step, and one of the warm-up pass
+    assert counts == [len(metrics(folder)) + 1] * 2  # one a step, and one of the warm-up pass
 
 
-def test_max_steps_stops_saved_on_the_same_schedule(make_run: Callable[..., Path], datasets_dir: Path) -> None:
+def test_max_steps_stops_saved_on_the_same_schedule(
+    make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], without_charts: None
+) -> None:
+    def run_to(folder: Path, *words: object) -> str:
+        done = call(ddp_train.main, folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu", *words)
+        assert done.status == 0
+        return done.stdout.strip()
+
     schedule = {"schedule_learning_rate": True, "warmup_period_percent": 20}
     whole, parts = make_run("whole", train=schedule), make_run("parts", train=schedule)
-    train(whole, datasets_dir)
-    first = train(parts, datasets_dir, "--max-steps", 8)
-    assert "Tokens seen: 1,024" in first.stdout
-    assert status(parts)["step"] == 7
-    train(parts, datasets_dir)
+    run_to(whole)
+    for steps in (6, 8):  # with and without a scheduled checkpoint at the end
+        output = run_to(parts, "--max-steps", steps)
+        assert f"Tokens seen: {steps * 128:,}" in output
+        assert re.search(r"Final train loss: \d\.\d{3}$", output)
+        assert status(parts)["step"] == steps - 1
+    run_to(parts)
     keys = ("step", "train/loss", "train/lr", "train/grad_norm")
     assert [[line[key] for key in keys] for line in metrics(parts)] == [
         [line[key] for key in keys] for line in metrics(whole)
@@ -124,10 +138,19 @@ def test_two_trainers_cannot_share_a_run(make_run: Callable[..., Path], datasets
         process.communicate()
 
 
-def test_fresh_moves_the_old_run_aside(make_run: Callable[..., Path], datasets_dir: Path) -> None:
+def test_fresh_moves_the_old_run_aside(
+    make_run: Callable[..., Path],
+    datasets_dir: Path,
+    call: Callable[..., Called],
+    without_charts: None,
+    tmp_path: Path,
+) -> None:
     folder = make_run(train=SAME_DATA)
-    train(folder, datasets_dir, "--max-steps", 3)
-    done = train(folder, datasets_dir, "--fresh")
+    options = ("--runs-dir", folder.parent, "--device", "cpu")
+    call(ddp_train.main, folder.name, datasets_dir, *options, "--max-steps", 3)
+    mistyped = call(ddp_train.main, folder.name, tmp_path / "elsewhere", *options, "--fresh")
+    assert (mistyped.status, len(metrics(folder))) == (3, 3)  # refused before anything was moved
+    done = call(ddp_train.main, folder.name, datasets_dir, *options, "--fresh")
     assert "Resuming" not in done.stdout
     assert (folder / "aside-1" / "checkpoints" / "step-00000002" / "model.safetensors").is_file()
     assert len((folder / "aside-1" / "metrics.jsonl").read_text().splitlines()) == 3

@@ -26,7 +26,7 @@ quickstart: setup
 	@echo "Charts, samples and numbers of the run: open runs/$(RUN)/training-run-chart.html"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,9 @@
 """Shared fixtures: a tiny model, a toy dataset on disk, and run folders made from both."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, and tiny models gain nothing
+
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -6,9 +6,11 @@ Without options this is the published test set: 19,660,800 tokens of FineWeb fro
 """
 
 import argparse
+import hashlib
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,48 +18,41 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from harness.config import load_model_config
+from harness.config import ModelConfig, load_model_config
 from harness.distributed import Launch, choose_device, set_up_kernels
 from harness.errors import ConfigError, DataError, StorageError, exit_status_of
-from harness.evaluate import sequence_losses
+from harness.evaluate import Bucket, LossTally, token_loss_batches
 from harness.run_folder import json_number, run_of_model_file, utc_now, write_json
-from harness.tokenizer import VOCAB_SIZE, bytes_per_token
+from harness.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
 from model import load_model
 
+FREQUENCY_TOKENS = 2**27  # of the train split, enough to know how often an id occurs
 SEQUENCES_PER_BATCH = 6  # of the published test set, whatever --batch-size the machine can hold
 
 
 def main() -> None:
-    """Load, score, store, print."""
+    """Load, score, print, store."""
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
     output = output_file(arguments)
     model = load_model(arguments.model_json, arguments.model_safetensors, device)
-    data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
-    file = data.open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
-    sequences = arguments.batches * SEQUENCES_PER_BATCH
-    length = model.config.context_length
-    needed = sequences * length + 1
-    if file.length - arguments.start_token < needed:
-        raise DataError(
-            f"{file.path}: found {max(0, file.length - arguments.start_token):,} tokens from token "
-            f"{arguments.start_token:,} on, wanted {needed:,} (--batches {arguments.batches} x "
-            f"{SEQUENCES_PER_BATCH} sequences x {length} tokens + 1); choose --start-token and --batches"
-        )
-    check = data.check_tokens(file, arguments.start_token, needed, model.config.vocab_size)
+    file, check = open_test_tokens(arguments, model.config)
+    length, sequences = model.config.context_length, arguments.batches * SEQUENCES_PER_BATCH
 
     batches = data.evaluation_batches(file, arguments.start_token, range(sequences), length, arguments.batch_size)
+    tally = LossTally(length, model.config.vocab_size)
     dtype = getattr(torch, arguments.dtype)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-        losses = sequence_losses(model, with_progress(batches, sequences), device)
+        score(model, with_progress(batches, sequences), device, tally)
+    losses = tally.sequence_losses()
     loss = float(losses.mean())
-    text_bytes = target_bytes(file, arguments.start_token + 1, needed - 1)
-    owner = run_of_model_file(arguments.model_safetensors)
+    text_bytes = target_bytes(file, arguments.start_token + 1, check.count - 1)
+    bits_per_byte = json_number(loss * sequences * length / math.log(2) / text_bytes) if text_bytes else None
     result = {
         "dataset": arguments.dataset,
         "split": arguments.split,
@@ -67,20 +62,20 @@ def main() -> None:
         "tokens_sha256": check.sha256,
         "loss": json_number(loss),
         "perplexity": perplexity(loss),
-        "bits_per_byte": json_number(loss * sequences * length / math.log(2) / text_bytes) if text_bytes else None,
+        "bits_per_byte": bits_per_byte,
+        "by_position": described(tally.by_position()),
+        "by_training_frequency_per_million": by_frequency(arguments, tally, model.config.vocab_size),
         "dtype": arguments.dtype,
         "device": device.type,
-        "run": owner[0].path.name if owner else None,
-        "step": owner[1] if owner else None,
-        "model_file": str(arguments.model_safetensors),
+        **origin(arguments),
         "time": utc_now(),
     }
     print(f"Scored {sequences:,} sequences of {length:,} tokens; one loss for each goes to {output}")
-    for name, value in (("Perplexity", result["perplexity"]), ("Bits per byte", result["bits_per_byte"])):
+    for name, value in (("Perplexity", result["perplexity"]), ("Bits per byte", bits_per_byte)):
         if value is not None:
             print(f"{name}: {value:.6f}")
     print(f"Loss against our test dataset: {loss:.6f}", flush=True)  # even if it cannot be stored
-    store(output, result, losses)
+    store(output, result, losses, first_documents(file, arguments.start_token, sequences, length))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -113,9 +108,37 @@ def _at_least(lowest: int):  # type: ignore[no-untyped-def]
     return number
 
 
+def open_test_tokens(arguments: argparse.Namespace, model: ModelConfig) -> tuple[data.TokenFile, data.TokenCheck]:
+    """Find the test tokens, downloading them if need be, and check all of them; raises DataError."""
+    data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
+    file = data.open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
+    needed = arguments.batches * SEQUENCES_PER_BATCH * model.context_length + 1
+    found = max(0, file.length - arguments.start_token)
+    if found < needed:
+        raise DataError(
+            f"{file.path}: found {found:,} tokens from token {arguments.start_token:,} on, wanted {needed:,} "
+            f"(--batches {arguments.batches} x {SEQUENCES_PER_BATCH} sequences x {model.context_length} tokens + 1); "
+            "choose --start-token and --batches"
+        )
+    return file, data.check_tokens(file, arguments.start_token, needed, model.vocab_size)
+
+
+def score(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, tally: LossTally) -> None:
+    """Add every batch's token losses to the tally; waits for the device once a batch."""
+    seen: deque[Tensor] = deque()  # targets of the batches whose losses are still to come
+
+    def noting_targets() -> Iterator[tuple[Tensor, Tensor]]:
+        for tokens, targets in batches:
+            seen.append(targets)
+            yield tokens, targets
+
+    for losses in token_loss_batches(model, noting_targets(), device):
+        tally.add(losses.cpu().double().numpy(), seen.popleft().numpy())
+
+
 def with_progress(batches: Iterator[tuple[Tensor, Tensor]], sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Show a progress bar over sequences on stderr."""
-    with tqdm(total=sequences, unit="sequence") as bar:
+    """Show a progress bar over sequences on stderr; a log file gets few lines."""
+    with tqdm(total=sequences, unit="sequence", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         for tokens, targets in batches:
             yield tokens, targets
             bar.update(len(tokens))
@@ -140,6 +163,53 @@ def target_bytes(file: data.TokenFile, start: int, count: int) -> int | None:
     return total
 
 
+def first_documents(file: data.TokenFile, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
+    """Give for each sequence the number of the document that its first token belongs to, counted from the first.
+
+    Sequences that begin in one document are not independent of each other, so they form a cluster. None where
+    document ends are not known.
+    """
+    if file.metadata.get("tokenizer", "gpt2") != "gpt2":
+        return None
+    ends: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    for first in range(0, sequences * length, data.CHECK_CHUNK_TOKENS):
+        tokens = file.read(start + first, min(data.CHECK_CHUNK_TOKENS, sequences * length - first))
+        ends.append(np.flatnonzero(tokens == END_OF_TEXT_ID) + first)
+    return np.searchsorted(np.concatenate(ends), np.arange(sequences) * length).astype(np.int64)
+
+
+def by_frequency(arguments: argparse.Namespace, tally: LossTally, vocab_size: int) -> list[dict[str, object]] | None:
+    """Give losses by how often the target occurs in the dataset's train split; None where that is not on disk."""
+    if not (arguments.datasets_dir / arguments.dataset / "train.safetensors").is_file():
+        return None
+    file = data.open_split(arguments.datasets_dir, arguments.dataset, "train")
+    count = np.zeros(vocab_size, dtype=np.int64)
+    for first in range(0, min(file.length, FREQUENCY_TOKENS), data.CHECK_CHUNK_TOKENS):
+        tokens = file.read(first, min(data.CHECK_CHUNK_TOKENS, file.length - first))
+        count += np.bincount(tokens[tokens < vocab_size], minlength=vocab_size)
+    return described(tally.by_frequency(count))
+
+
+def described(buckets: list[Bucket]) -> list[dict[str, object]]:
+    """Give buckets as JSON; the last has no upper bound where that is infinite."""
+    return [
+        {"from": item.low, "below": json_number(item.high), "tokens": item.tokens, "loss": json_number(item.loss)}
+        for item in buckets
+    ]
+
+
+def origin(arguments: argparse.Namespace) -> dict[str, object]:
+    """Say which model was scored: the file, its SHA-256 and, for a run's checkpoint, which run had seen what."""
+    with arguments.model_safetensors.open("rb") as file:
+        model_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    found = {"model_file": arguments.model_safetensors.name, "model_sha256": model_sha256}
+    owner = run_of_model_file(arguments.model_safetensors)
+    if owner is None:
+        return found
+    folder, step = owner
+    return {**found, "run": folder.path.name, "step": step, **folder.evidence(step)}
+
+
 def output_file(arguments: argparse.Namespace) -> Path:
     """Give where the result goes: as asked, into the run's evals folder, or beside a loose model file.
 
@@ -161,9 +231,12 @@ def output_file(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def store(path: Path, result: dict[str, object], losses: NDArray[np.float64]) -> None:
-    """Write the result as JSON and every sequence's loss beside it."""
-    np.savez(path.with_suffix(".npz"), sequence_losses=losses)
+def store(
+    path: Path, result: dict[str, object], losses: NDArray[np.float64], documents: NDArray[np.int64] | None
+) -> None:
+    """Write the result as JSON, and every sequence's loss and document beside it (its own number where unknown)."""
+    clusters = np.arange(len(losses)) if documents is None else documents
+    np.savez(path.with_suffix(".npz"), sequence_losses=losses, sequence_documents=clusters)
     write_json(path, result)
 
 

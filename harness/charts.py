@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.run_folder import RunFolder, write_text
+from harness.run_folder import RunFolder, read_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     best = _target_step(folder.checkpoints / "best")
-    max_norm = _json(folder.train_json).get("clipping_max_norm")
+    max_norm = read_json(folder.train_json).get("clipping_max_norm")
     painters: dict[str, Callable[[Axes], None]] = {
         "loss": lambda axes: _draw_loss(axes, lines, best),
         "learning-rate": lambda axes: _draw_learning_rate(axes, lines),
@@ -184,7 +184,7 @@ def _window(lines: list[dict[str, Any]]) -> int:
 
 
 def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
-    status, run = _json(folder.status_json), _json(folder.run_json)
+    status, run = read_json(folder.status_json), read_json(folder.run_json)
     plan = run.get("plan", {})
     last = lines[-1] if lines else {}
     is_live = status.get("state") == "running"
@@ -195,7 +195,7 @@ def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
         "train loss": _shown(_latest_mean(lines, "train/loss"), "{:.3f}"),
         "tokens/second": _shown(_latest_mean(lines, "train/tok_per_sec"), "{:,.0f}"),
         "time left": _time_left(last, plan) if is_live else "-",
-        "cost": _shown(last.get("cost"), "{:,.2f}") + f" {_json(folder.train_json).get('currency') or ''}",
+        "cost": _shown(last.get("cost"), "{:,.2f}") + f" {read_json(folder.train_json).get('currency') or ''}",
         "updated": status.get("time", "").replace("T", " ").removesuffix("+00:00") + " UTC",
     }
     cards = "".join(f"<div><dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd></div>" for k, v in facts.items())
@@ -228,14 +228,6 @@ def _time_left(last: dict[str, Any], plan: dict[str, Any]) -> str:
         return "-"
     seconds = (plan.get("train_tokens", 0) - last.get("tokens", 0)) / speed
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _shown(value: float | None, form: str) -> str:

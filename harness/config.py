@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 MAX_FILE_BYTES = 64 * 1024
 DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+Purpose = Literal["init", "order", "dropout"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 # Not part of the recipe: seeds, names, notes, intervals, and what only a reader of reports sees.
 SEED_KEYS = frozenset({"random_seed", "init_seed", "order_seed", "dropout_seed"})
@@ -136,10 +139,14 @@ class TrainConfig:
     notes: str | None = Field(default=None, max_length=20_000)
     """Free text, shown in reports."""
 
-    def seed_of(self, purpose: Literal["init", "order", "dropout"]) -> int:
+    def seed_of(self, purpose: Purpose) -> int:
         """Give the seed of one purpose, which is random_seed unless set apart."""
         seed: int | None = getattr(self, f"{purpose}_seed")
         return self.random_seed if seed is None else seed
+
+    def seeds(self) -> dict[str, int]:
+        """Give the three seeds by their keys."""
+        return {f"{purpose}_seed": self.seed_of(purpose) for purpose in PURPOSES}
 
 
 ConfigT = TypeVar("ConfigT", ModelConfig, TrainConfig)
@@ -156,6 +163,11 @@ def recipe(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
 def recipe_hash(model: ModelConfig, train: TrainConfig) -> str:
     """Give the SHA-256 (hex) of the recipe: runs that share it are replicates of each other."""
     return hash_of_json(recipe(model, train))
+
+
+def run_hash(model: ModelConfig, train: TrainConfig) -> str:
+    """Give the SHA-256 (hex) of the recipe and its seeds: runs that share it are the same run."""
+    return hash_of_json({**recipe(model, train), **train.seeds()})
 
 
 def hash_of_json(value: object) -> str:

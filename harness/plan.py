@@ -183,9 +183,8 @@ def identity_of(model: ModelConfig, train: TrainConfig, plan: Plan, data_fingerp
     free = {"min_train_tokens", "microbatch_size", "gradient_accumulation_steps", "global_batch_size"}
     free |= {"compile", "activation_checkpointing", "deterministic", "nonfinite_patience"}
     kept = {key: value for key, value in recipe(model, train).items() if key not in free}
-    seeds = {f"{purpose}_seed": train.seed_of(purpose) for purpose in ("init", "order", "dropout")}
     steps = {"global_steps": plan.global_steps} if train.schedule_learning_rate else {}
-    return {**kept, **seeds, "global_batch": plan.global_batch, **steps, "data_fingerprint": data_fingerprint}
+    return {**kept, **train.seeds(), "global_batch": plan.global_batch, **steps, "data_fingerprint": data_fingerprint}
 
 
 def validation_sequences(train: TrainConfig, plan: Plan) -> int:

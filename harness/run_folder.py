@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harness.config import ModelConfig, TrainConfig, load_run_configs
+from harness.config import ModelConfig, TrainConfig, load_run_configs, recipe_hash, run_hash
 from harness.errors import INTERRUPTED_STATUS, ConfigError, RunLockedError, StopRequestedError, as_harness_error
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -166,21 +166,27 @@ class RunFolder:
             self.write_status(state, self.status_step(), exit_code, str(known or repr(error)))
             raise
 
+    def evidence(self, step: int) -> dict[str, object]:
+        """Say what a checkpoint stands for: its recipe, its run, the tokens it has seen; null where unknown."""
+        state = read_json(self.checkpoint(step) / "state.json").get("train_state", {})
+        found: dict[str, object] = {
+            "tokens_seen": state.get("tokens"),
+            "global_steps": read_json(self.run_json).get("plan", {}).get("global_steps"),
+        }
+        try:
+            model, train = self.read_configs()
+        except ConfigError:
+            return {**found, "recipe_hash": None, "run_hash": None}
+        return {**found, "recipe_hash": recipe_hash(model, train), "run_hash": run_hash(model, train)}
+
     def read_starts(self) -> list[object]:
         """Give what run.json says of earlier starts of the run."""
-        try:
-            starts = json.loads(self.run_json.read_text(encoding="utf-8"))["starts"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+        starts = read_json(self.run_json).get("starts")
         return starts if isinstance(starts, list) else []
 
     def read_status(self) -> dict[str, Any]:
         """Give what status.json says, nothing where it cannot be read."""
-        try:
-            status = json.loads(self.status_json.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return status if isinstance(status, dict) else {}
+        return read_json(self.status_json)
 
     def status_step(self) -> int | None:
         """Give the last completed global step that status.json names, None where there is none."""
@@ -237,6 +243,15 @@ def write_text(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that the harness wrote; nothing where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def json_number(value: float) -> float | None:

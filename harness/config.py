@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -178,12 +179,12 @@ def hash_of_json(value: object) -> str:
 
 def load_model_config(path: str | Path) -> ModelConfig:
     """Read and validate a `model.json`; raises ConfigError with one line for every error."""
-    return _load(ModelConfig, Path(path))
+    return config_from(ModelConfig, read_strict_json(Path(path)), path)
 
 
 def load_train_config(path: str | Path) -> TrainConfig:
     """Read and validate a `train.json`; raises ConfigError with one line for every error."""
-    return _load(TrainConfig, Path(path))
+    return config_from(TrainConfig, read_strict_json(Path(path)), path)
 
 
 def load_run_configs(model_path: Path, train_path: Path) -> tuple[ModelConfig, TrainConfig]:
@@ -199,15 +200,15 @@ def load_run_configs(model_path: Path, train_path: Path) -> tuple[ModelConfig, T
     return model, load_train_config(train_path)
 
 
-def read_strict_json(path: Path) -> dict[str, Any]:
-    """Read a small JSON object, refusing duplicate keys, NaN, Infinity, a byte-order mark and over 64 KiB."""
+def read_strict_json(path: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
+    """Read a small JSON object, refusing duplicate keys, NaN, Infinity, a byte-order mark and over `max_bytes`."""
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
+            raw = file.read(max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), wanted a JSON object") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: found over {MAX_FILE_BYTES} bytes, wanted a small JSON object")
+    if len(raw) > max_bytes:
+        raise ConfigError(f"{path}: found over {max_bytes} bytes, wanted a small JSON object")
     try:
         value = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
@@ -237,8 +238,9 @@ def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-def _load(config_class: type[ConfigT], path: Path) -> ConfigT:
-    data = read_strict_json(path)
+def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: str | Path) -> ConfigT:
+    """Validate a document that is, or will be, the file at `path`; raises ConfigError with a line for every error."""
+    data = dict(document)
     data.pop("$schema", None)
     known = {item.name: data.pop(item.name) for item in fields(config_class) if item.name in data}
     problems = [_unknown_key(key, config_class) for key in data]

@@ -1,0 +1,63 @@
+"""Learn the training noise from replicates, and which seeds it comes from."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from harness.config import PURPOSES
+from study.ledger import Component, Entry
+from study.results import Group, Result
+from study.statistics import Noise, pooled_noise
+
+
+def learn_noise(group: Group) -> list[Entry]:
+    """Give ledger entries of one recipe: over all seeds, and for each purpose whose seed varied alone.
+
+    A purpose's noise is pooled over sets of runs that share the other seeds. Runs that diverged have no loss, and the
+    ledger is silent about them.
+    """
+    results = [result for result in group.results if result.loss is not None and result.evidence is not None]
+    if len(results) < 2:
+        return []
+    entries = []
+    for component in PURPOSES:
+        sets = _sets_that_vary(results, component)
+        noise = pooled_noise([[r.loss for r in one if r.loss is not None] for one in sets])
+        if noise is not None:
+            entries.append(_entry(group, component, noise, [result for one in sets for result in one]))
+    varying = [purpose for purpose in PURPOSES if len({_seeds(result)[purpose] for result in results}) > 1]
+    if len(varying) > 1:
+        noise = pooled_noise([[result.loss for result in results if result.loss is not None]])
+        assert noise is not None
+        entries.append(_entry(group, "all", noise, results))
+    return entries
+
+
+def _seeds(result: Result) -> dict[str, str]:
+    order, _, dropout = result.train_seed.partition("/")
+    return {"init": result.init_seed, "order": order, "dropout": dropout}
+
+
+def _sets_that_vary(results: Sequence[Result], component: str) -> list[list[Result]]:
+    """Give the sets of two or more runs that share every seed but one purpose's."""
+
+    def others(result: Result) -> tuple[str, ...]:
+        return tuple(seed for purpose, seed in _seeds(result).items() if purpose != component)
+
+    sets = [list(found) for _, found in groupby(sorted(results, key=others), key=others)]
+    return [found for found in sets if len(found) > 1]
+
+
+def _entry(group: Group, component: Component, noise: Noise, results: Sequence[Result]) -> Entry:
+    first = results[0].evidence
+    assert first is not None
+    return Entry(
+        component=component,
+        recipe=group.recipe,
+        recipe_hash=first.recipe_hash,
+        parameters=first.parameters,
+        train_tokens=first.tokens_seen,
+        hardware=first.hardware,
+        sd=noise.sd,
+        df=int(noise.df),
+        runs=tuple(sorted(result.run for result in results)),
+    )

@@ -1,0 +1,295 @@
+"""What runs came to: test losses with their evidence, from run folders or from a table of numbers."""
+
+import csv
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.config import ModelConfig, TrainConfig, recipe, recipe_hash, run_hash
+from harness.errors import ConfigError, NonFiniteError
+from harness.plan import count_parameters
+from harness.run_folder import RunFolder, read_json
+from study.experiment import Experiment
+
+CheckpointRule = Literal["last", "best"]
+CSV_COLUMNS = ("run", "recipe", "init_seed", "train_seed", "test_loss")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run folder knows besides the loss."""
+
+    recipe: dict[str, object]
+    recipe_hash: str
+    parameters: int
+    step: int
+    tokens_seen: int
+    hardware: str
+    tokens_per_second: float | None
+    cost: float | None
+    currency: str
+    tokens_sha256: str
+    sequence_losses: Floats
+    documents: NDArray[np.int64]
+    curve: tuple[Floats, Floats]
+    """Tokens and train loss of every global step."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run's test loss in nats per token; None where training diverged."""
+
+    run: str
+    recipe: str
+    init_seed: str
+    train_seed: str
+    loss: float | None
+    evidence: Evidence | None = None
+
+    @property
+    def seeds(self) -> tuple[str, str]:
+        """The block that the run belongs to."""
+        return self.init_seed, self.train_seed
+
+
+@dataclass(frozen=True)
+class Group:
+    """The replicates of one recipe."""
+
+    recipe: str
+    results: tuple[Result, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        """The test losses of the runs that did not diverge."""
+        return [result.loss for result in self.results if result.loss is not None]
+
+    @property
+    def diverged(self) -> list[str]:
+        """The runs that diverged."""
+        return [result.run for result in self.results if result.loss is None]
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """What is known of the runs that lie in folders."""
+        return [result.evidence for result in self.results if result.evidence is not None]
+
+    def mean_sequence_losses(self) -> Floats | None:
+        """Give every test sequence's loss averaged over the runs; None where a run has none."""
+        if len(self.evidence) < len(self.results) or not self.evidence:
+            return None
+        mean: Floats = np.mean([item.sequence_losses for item in self.evidence], axis=0)
+        return mean
+
+
+def read_losses(path: Path) -> list[Result]:
+    """Read a CSV table of test losses; raises ConfigError with one line for every error."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: cannot be read as a CSV table ({error})") from None
+    if not rows or not set(CSV_COLUMNS) <= set(rows[0]):
+        raise ConfigError(
+            f"{path}: found columns {list(rows[0]) if rows else 'nothing'}, wanted {','.join(CSV_COLUMNS)}"
+        )
+    problems, results = [], []
+    for line, row in enumerate(rows, start=2):
+        values = [(row[column] or "").strip() for column in CSV_COLUMNS]
+        try:
+            loss = float(values[-1])
+        except ValueError:
+            problems.append(f"{path}: line {line}: test_loss: found {values[-1][:40]!r}, wanted a number")
+            continue
+        if not values[0] or not values[1]:
+            problems.append(f"{path}: line {line}: found no run or no recipe, wanted a name for each")
+        run, name, init_seed, train_seed = values[:4]
+        results.append(Result(run, name, init_seed, train_seed, loss if math.isfinite(loss) else None))
+    runs = [result.run for result in results]
+    problems += [f"{path}: run {run[:60]!r} appears twice" for run in sorted({r for r in runs if runs.count(r) > 1})]
+    if problems:
+        raise ConfigError(*problems)
+    return results
+
+
+def scores_of(folder: RunFolder, rule: CheckpointRule) -> dict[str, dict[str, Any]]:
+    """Give the stored scores of the checkpoint that the rule names, by the SHA-256 of the test tokens.
+
+    `last` is the last step of the whole plan, `best` the checkpoint that looked best while training. Raises
+    ConfigError where there is no score.
+    """
+    step = read_json(folder.run_json).get("plan", {}).get("global_steps", 0) - 1
+    if rule == "best" and (match := re.fullmatch(r"step-(\d+)", _target(folder.checkpoints / "best"))):
+        step = int(match[1])
+    paths = sorted(folder.evals.glob(f"loss-*-step-{step:08d}.json")) if step >= 0 else []
+    scores = {}
+    for path in paths:
+        score = read_json(path)
+        if "tokens_sha256" in score and path.with_suffix(".npz").is_file():
+            scores[str(score["tokens_sha256"])] = {**score, "npz": path.with_suffix(".npz")}
+    if not scores:
+        raise ConfigError(f"{folder.path}: found no score of its {rule} checkpoint, wanted one of test_loss.py")
+    return scores
+
+
+def _target(link: Path) -> str:
+    return link.readlink().name if link.is_symlink() else ""
+
+
+def is_diverged(folder: RunFolder) -> bool:
+    """Say whether a run ended because its gradients were not finite for too long."""
+    return folder.read_status().get("exit_code") == NonFiniteError.exit_status
+
+
+def read_runs(folders: Sequence[RunFolder], rule: CheckpointRule) -> list[Result]:
+    """Read runs with the scores on the test tokens that all of them were scored on.
+
+    Raises ConfigError where a run has no score, or where there are no tokens that all share.
+    """
+    problems: list[str] = []
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for folder in folders:
+        if not is_diverged(folder):
+            try:
+                scores[folder.path.name] = scores_of(folder, rule)
+            except ConfigError as error:
+                problems += error.lines
+    if problems:
+        raise ConfigError(*problems)
+    shared = set.intersection(*(set(found) for found in scores.values())) if scores else set()
+    if scores and not shared:
+        raise ConfigError(
+            *(f"{run}: scored on {_tests(found)}" for run, found in scores.items()),
+            "these runs were not all scored on the same test tokens, so their losses cannot be compared",
+        )
+    first = next(iter(scores.values()), {})
+    chosen = max(shared, key=lambda sha: (first[sha]["tokens"], sha), default="")
+    return [_result(folder, scores.get(folder.path.name, {}).get(chosen)) for folder in folders]
+
+
+def _tests(found: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(
+        f"{score['dataset']} {score['split']} from token {score['start_token']:,} ({score['tokens']:,} tokens)"
+        for score in found.values()
+    )
+
+
+def _result(folder: RunFolder, score: dict[str, Any] | None) -> Result:
+    """Put a run's result together; without a score it diverged. Raises ConfigError where its files changed since."""
+    model, train = folder.read_configs()
+    seeds = train.seeds()
+    result = Result(
+        run=folder.path.name,
+        recipe=recipe_hash(model, train),
+        init_seed=str(seeds["init_seed"]),
+        train_seed=f"{seeds['order_seed']}/{seeds['dropout_seed']}",
+        loss=None,
+    )
+    if score is None or score["loss"] is None:
+        return result
+    if score.get("run_hash") != run_hash(model, train):
+        raise ConfigError(f"{folder.path}: scored with another model.json or train.json, wanted a new score")
+    return replace(result, loss=float(score["loss"]), evidence=_evidence(folder, model, train, score))
+
+
+def _evidence(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: dict[str, Any]) -> Evidence:
+    with np.load(score["npz"], allow_pickle=False) as arrays:
+        losses, documents = arrays["sequence_losses"], arrays["sequence_documents"]
+    lines = folder.read_metrics()
+    last: dict[str, Any] = lines[-1] if lines else {}
+    starts = folder.read_starts()
+    devices = starts[-1].get("devices", []) if starts and isinstance(starts[-1], dict) else []
+    return Evidence(
+        recipe=recipe(model, train),
+        recipe_hash=recipe_hash(model, train),
+        parameters=count_parameters(model).total,
+        step=score["step"],
+        tokens_seen=score["tokens_seen"],
+        hardware=f"{len(devices)}x {devices[0]}" if devices else "unknown",
+        tokens_per_second=last["tokens"] / last["elapsed"] if last.get("elapsed") else None,
+        cost=last.get("cost"),
+        currency=train.currency or "",
+        tokens_sha256=score["tokens_sha256"],
+        sequence_losses=losses,
+        documents=documents,
+        curve=(
+            np.array([line["tokens"] for line in lines], dtype=np.float64),
+            np.array([math.nan if line["train/loss"] is None else line["train/loss"] for line in lines]),
+        ),
+    )
+
+
+def group_results(results: Iterable[Result]) -> list[Group]:
+    """Put replicates together, in the order of their first run; runs in folders are named by what their names share.
+
+    A run with the same recipe and seeds as another measures hardware, not seeds, so only the first of them counts.
+    """
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        same = (other for other in groups[result.recipe] if other.seeds == result.seeds and "" not in result.seeds)
+        if result.evidence is None or next(same, None) is None:
+            groups[result.recipe].append(result)
+    return [Group(recipe_name(found) if found[0].evidence else name, tuple(found)) for name, found in groups.items()]
+
+
+def recipe_name(results: Sequence[Result]) -> str:
+    """Name a recipe after its runs: what their names have in common, without the mark of a seed."""
+    names = [result.run for result in results]
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    shared = "".join(letters[0] for letters in alike)
+    return (re.sub(r"[-._]?s?$", "", shared) if len(names) > 1 else shared) or names[0]
+
+
+def name_arms(results: Sequence[Result], experiment: Experiment) -> list[Group]:
+    """Put the results of an experiment into its arms."""
+    arm_of = {run.run: run.arm for run in experiment.runs}
+    return [
+        Group(arm.name, tuple(result for result in results if arm_of[result.run] == arm.name))
+        for arm in experiment.arms
+    ]
+
+
+def difference_in_words(group: Group, baseline: Group) -> str:
+    """Say which keys of the recipe differ from the baseline's; empty where there are no folders to read."""
+    if not group.evidence or not baseline.evidence:
+        return ""
+    mine, theirs = group.evidence[0].recipe, baseline.evidence[0].recipe
+    return ", ".join(f"{key} {_shown(theirs[key])}→{_shown(mine[key])}" for key in mine if mine[key] != theirs[key])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {"None": "none", "True": "on", "False": "off"}.get(str(value), str(value))
+
+
+def find_replicates(
+    named: Sequence[RunFolder], runs_dir: Path, rule: CheckpointRule, everything: bool
+) -> list[RunFolder]:
+    """Find scored runs in `runs_dir` with the recipe of a named one, or with `everything` all scored runs.
+
+    Folders that cannot be read or have no score are passed over: they were not asked for.
+    """
+    known = {folder.path.name for folder in named}
+    recipes = {recipe_hash(*folder.read_configs()) for folder in named}
+    found = []
+    for path in sorted(runs_dir.iterdir()):
+        folder = RunFolder(path)
+        if path.name in known or not folder.train_json.is_file():
+            continue
+        try:
+            is_wanted = everything or recipe_hash(*folder.read_configs()) in recipes
+            if is_wanted and (is_diverged(folder) or scores_of(folder, rule)):
+                found.append(folder)
+        except ConfigError:
+            continue
+    return found

@@ -1,0 +1,178 @@
+"""A judgement as a terminal table, Markdown, CSV or JSON."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from harness.run_folder import json_number
+from study.effects import Finding
+from study.results import Group, difference_in_words
+from study.statistics import Estimate, sample_sd
+from study.verdicts import Judged, Judgement
+
+Format = Literal["table", "markdown", "csv", "json"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+HEADINGS = (
+    "recipe", "n", "test loss", "Δ", "95% interval", "se train", "se eval", "t", "df", "p", "Holm p", "verdict",
+)  # fmt: skip
+MORE_HEADINGS = ("tok/s", "cost", "worth")
+
+
+def as_json(judgement: Judgement, findings: Sequence[Finding] = ()) -> dict[str, Any]:
+    """Give a judgement as JSON; numbers that are not known are null."""
+    baseline = judgement.baseline
+    document: dict[str, Any] = {
+        "baseline": {
+            "recipe": baseline.recipe,
+            "n": len(baseline.results),
+            "mean": _mean(baseline),
+            "sd": json_number(sample_sd(baseline.losses)),
+            "runs": [result.run for result in baseline.results],
+        },
+        "method": judgement.method,
+        "noise": _noise(judgement),
+        "arms": [_arm_as_json(item, baseline) for item in judgement.arms],
+    }
+    if findings:
+        document["findings"] = [
+            {
+                "name": item.name,
+                "aliases": list(item.aliases),
+                **_numbers(item.estimate),
+                "p_holm": json_number(item.p_holm),
+                "verdict": item.verdict,
+                "sentence": item.sentence,
+            }
+            for item in findings
+        ]
+    return document
+
+
+def _noise(judgement: Judgement) -> dict[str, object] | None:
+    training = judgement.training
+    if training is None:
+        return None
+    return {"sd": training.noise.sd, "df": training.noise.df, "source": training.source}
+
+
+def _arm_as_json(item: Judged, baseline: Group) -> dict[str, Any]:
+    return {
+        "recipe": item.group.recipe,
+        "n": len(item.group.results),
+        "mean": _mean(item.group),
+        **_numbers(item.estimate),
+        "p_holm": json_number(item.p_holm),
+        "verdict": item.verdict,
+        "method": item.method,
+        "se_training": None if item.training is None else json_number(item.training.se),
+        "se_evaluation": None if item.evaluation is None else json_number(item.evaluation.se),
+        "seed_correlation": json_number(item.correlation),
+        "tokens_factor": item.tokens_factor,
+        "tokens_per_second": _average([evidence.tokens_per_second for evidence in item.group.evidence]),
+        "cost": _average([evidence.cost for evidence in item.group.evidence]),
+        "changes": difference_in_words(item.group, baseline),
+        "runs": [result.run for result in item.group.results],
+        "sentence": item.sentence,
+        "warnings": list(item.warnings),
+    }
+
+
+def _numbers(estimate: Estimate | None) -> dict[str, float | None]:
+    if estimate is None:
+        return dict.fromkeys(("difference", "se", "df", "t", "p", "low", "high"))
+    low, high = estimate.interval()
+    values = (estimate.difference, estimate.se, estimate.df, estimate.t, estimate.p, low, high)
+    return {
+        name: json_number(value)
+        for name, value in zip(("difference", "se", "df", "t", "p", "low", "high"), values, strict=True)
+    }
+
+
+def _mean(group: Group) -> float | None:
+    return float(np.mean(group.losses)) if group.losses else None
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def rows_of(judgement: Judgement) -> tuple[list[str], list[list[str]]]:
+    """Give headings and one row of text for the baseline and each arm; empty columns are left out."""
+    document = as_json(judgement)
+    baseline = document["baseline"]
+    currency = next((item.currency for item in judgement.baseline.evidence), "")
+    rows = [[baseline["recipe"], str(baseline["n"]), _text(baseline["mean"], "{:.6f}")]]
+    rows[0] += [""] * (len(HEADINGS) - 3) + _extras(
+        {
+            "tokens_per_second": _average([item.tokens_per_second for item in judgement.baseline.evidence]),
+            "cost": _average([item.cost for item in judgement.baseline.evidence]),
+            "tokens_factor": None,
+            "changes": "",
+        },
+        currency,
+    )
+    for arm in document["arms"]:
+        interval = "" if arm["low"] is None else f"{arm['low']:+.4f}..{arm['high']:+.4f}"
+        rows.append(
+            [
+                arm["recipe"],
+                str(arm["n"]),
+                _text(arm["mean"], "{:.6f}"),
+                _text(arm["difference"], "{:+.6f}"),
+                interval,
+                _text(arm["se_training"], "{:.4f}"),
+                _text(arm["se_evaluation"], "{:.4f}"),
+                _text(arm["t"], "{:+.2f}"),
+                _text(arm["df"], "{:.3g}"),
+                _text(arm["p"], "{:.2g}"),
+                _text(arm["p_holm"], "{:.2g}"),
+                arm["verdict"],
+                *_extras(arm, currency),
+            ]
+        )
+    headings = [*HEADINGS, *MORE_HEADINGS, "changes"]
+    kept = [column for column in range(len(headings)) if any(row[column] for row in rows)]
+    return [headings[column] for column in kept], [[row[column] for column in kept] for row in rows]
+
+
+def _extras(arm: dict[str, Any], currency: str) -> list[str]:
+    factor = arm["tokens_factor"]
+    worth = "" if factor is None else f"{100 * (factor - 1):+.0f}% tokens" if factor < 10 else f"{factor:.0f}x tokens"
+    cost = "" if arm["cost"] is None else f"{arm['cost']:,.2f} {currency}".rstrip()
+    return [_text(arm["tokens_per_second"], "{:,.0f}"), cost, worth, arm["changes"]]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None or not math.isfinite(value) else form.format(value)
+
+
+def render(judgement: Judgement, findings: Sequence[Finding], format_name: Format) -> str:
+    """Write a judgement in one of the formats."""
+    if format_name == "json":
+        return json.dumps(as_json(judgement, findings), indent=2, allow_nan=False, ensure_ascii=False)
+    headings, rows = rows_of(judgement)
+    if format_name == "csv":
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows([headings, *rows])
+        return file.getvalue().rstrip("\n")
+    notes = [f"{item.group.recipe}: {note}" for item in judgement.arms for note in (item.sentence, *item.warnings)]
+    notes += [
+        f"{item.name}{' = ' + ' = '.join(item.aliases) if item.aliases else ''}: {item.verdict}: {item.sentence}"
+        for item in findings
+    ]
+    if judgement.training is not None:
+        noise = judgement.training.noise
+        notes.append(f"Training noise: {noise.sd:.4f} on {noise.df:.3g} df ({judgement.training.source}).")
+    if format_name == "markdown":
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [headings, *rows]]
+        lines.insert(1, "|" + "---|" * len(headings))
+        return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
+    aligned = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [headings, *rows]]
+    return "\n".join([*("  ".join(row).rstrip() for row in aligned), "", *notes])

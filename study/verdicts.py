@@ -1,0 +1,267 @@
+"""Judge arms against a baseline: the estimate, its two uncertainties, and a verdict in fixed words.
+
+Training noise (how runs differ by seeds) and evaluation noise (which test tokens were drawn) are kept apart, then
+added. The words are chosen by p values adjusted for the number of arms, so that they are rarely wrong.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from harness.errors import ConfigError
+from study.results import Group
+from study.statistics import (
+    ALPHA,
+    Estimate,
+    Floats,
+    Noise,
+    block_noise,
+    clustered_mean,
+    compare_means,
+    detectable,
+    holm,
+    loss_slope,
+    pooled_noise,
+    sample_sd,
+    seed_correlation,
+    seeds_to_see,
+    tokens_worth,
+    welch,
+)
+
+HELPS, HURTS = "HELPS", "HURTS"
+LEANS_BETTER, LEANS_WORSE = "LEANS BETTER", "LEANS WORSE"
+CANNOT_TELL, NO_LARGER = "CANNOT TELL", "NO DIFFERENCE LARGER THAN"
+MARGIN = 0.01
+WELCH_RUNS, WELCH_RATIO = 4, 3.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where the training noise of a comparison comes from."""
+
+    method: str
+    noise: Noise
+    source: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One arm against the baseline; `estimate` has both uncertainties in it, and is None where nothing is known."""
+
+    group: Group
+    method: str
+    estimate: Estimate | None
+    training: Estimate | None
+    evaluation: Estimate | None
+    p_holm: float
+    verdict: str
+    sentence: str
+    warnings: tuple[str, ...] = ()
+    correlation: float = math.nan
+    tokens_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A whole table."""
+
+    baseline: Group
+    method: str
+    training: Training | None
+    """The noise of the study; None where it is unknown."""
+    arms: tuple[Judged, ...]
+
+
+NoiseFinder = Callable[[Group], tuple[Noise, str] | None]
+
+
+def judge(
+    baseline: Group, arms: Sequence[Group], margin: float = MARGIN, given: Noise | None = None,
+    borrow: NoiseFinder = lambda _: None,
+) -> Judgement:  # fmt: skip
+    """Judge all arms against the baseline as one family.
+
+    `given` overrides the noise that the runs show; `borrow` gives it from the ledger where they show none. Raises
+    ConfigError where a comparison would be unfair.
+    """
+    refuse_unfair(baseline, arms)
+    common = common_noise([baseline, *arms], given, borrow)
+    drafts = [_estimate(baseline, arm, _noise_for(baseline, arm, common)) for arm in arms]
+    adjusted = iter(holm([draft.estimate.p for draft in drafts if draft.estimate]))
+    slope = _slope(baseline)
+    judged = []
+    for draft in drafts:
+        p_holm = next(adjusted) if draft.estimate else math.nan
+        judged.append(_conclude(draft, baseline, p_holm, len(drafts), margin, slope))
+    methods = {item.method for item in judged}
+    return Judgement(baseline, methods.pop() if len(methods) == 1 else "pooled", common, tuple(judged))
+
+
+def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:
+    """Raise ConfigError, with every reason, where arms did not see as many tokens as the baseline."""
+    seen = {item.tokens_seen for item in baseline.evidence}
+    if len(seen) > 1:
+        raise ConfigError(f"{baseline.recipe}: its replicates saw {_listed(seen)} tokens, wanted the same for all")
+    problems = [
+        f"{arm.recipe}: saw {_listed({item.tokens_seen for item in arm.evidence})} tokens and {baseline.recipe} "
+        f"{_listed(seen)}, so a difference would not be the change's"
+        for arm in arms
+        if arm.evidence and seen and {item.tokens_seen for item in arm.evidence} != seen
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _listed(counts: set[int]) -> str:
+    return " and ".join(f"{count:,}" for count in sorted(counts))
+
+
+def shared_seeds(groups: Sequence[Group]) -> list[tuple[str, str]] | None:
+    """Give the seeds that every recipe was run on, two or more and each once; None where they are not the same."""
+    seeds = [sorted(result.seeds for result in group.results) for group in groups]
+    first = seeds[0]
+    is_complete = all("" not in pair for pair in first) and len(set(first)) == len(first) >= 2
+    if len(groups) < 2 or not is_complete or any(other != first for other in seeds):
+        return None
+    return None if any(group.diverged for group in groups) else first
+
+
+def losses_by_seed(groups: Sequence[Group], seeds: Sequence[tuple[str, str]]) -> Floats:
+    """Give the losses as a table, a row for each group and a column for each of the shared seeds."""
+    tables = [{result.seeds: result.loss for result in group.results} for group in groups]
+    return np.array([[table[pair] for pair in seeds] for table in tables], dtype=np.float64)
+
+
+def common_noise(groups: Sequence[Group], given: Noise | None, borrow: NoiseFinder) -> Training | None:
+    """Choose the training noise of a study; the first group is the one whose noise may be borrowed."""
+    if given is not None:
+        return Training("given noise", given, "given by hand")
+    shared = shared_seeds(groups)
+    if shared is not None:
+        noise = block_noise(losses_by_seed(groups, shared))
+        return Training("blocks", noise, f"{len(shared)} shared seeds, as blocks")
+    pooled = pooled_noise([group.losses for group in groups])
+    if pooled is not None:
+        return Training("pooled", pooled, "replicates of all arms, pooled")
+    found = borrow(groups[0])
+    return None if found is None else Training("ledger", *found)
+
+
+def _noise_for(baseline: Group, arm: Group, common: Training | None) -> Training | None:
+    """Give the noise for one comparison: a single run is held against the spread of the baseline's own runs."""
+    if common is not None and common.method == "pooled" and len(arm.losses) == 1 and len(baseline.losses) > 1:
+        noise = Noise(sample_sd(baseline.losses), len(baseline.losses) - 1)
+        return Training("single-case", noise, f"{len(baseline.losses)} baseline runs")
+    return common
+
+
+def _estimate(baseline: Group, arm: Group, training: Training | None) -> Judged:
+    """Put the two uncertainties of one comparison together; the verdict is still to come."""
+    warnings = list(_warnings(baseline, arm, training))
+    evaluation = evaluation_estimate(baseline, arm)
+    draft = Judged(arm, training.method if training else "none", None, None, evaluation, math.nan, CANNOT_TELL, "")
+    if arm.diverged or baseline.diverged or not arm.losses or not baseline.losses or training is None:
+        return replace(draft, warnings=tuple(warnings))
+    trained = compare_means(arm.losses, baseline.losses, training.noise)
+    if training.method == "pooled" and min(len(arm.losses), len(baseline.losses)) >= WELCH_RUNS:
+        sds = sample_sd(arm.losses), sample_sd(baseline.losses)
+        if max(sds) > WELCH_RATIO * min(sds):
+            other = welch(arm.losses, baseline.losses)
+            warnings.append(f"the noises differ: {sds[0]:.4f} and {sds[1]:.4f}; Welch gives p {other.p:.3g}")
+    correlation = math.nan
+    if training.method == "blocks":
+        seeds = [result.seeds for result in baseline.results]
+        rows = losses_by_seed([arm, baseline], seeds)
+        correlation = seed_correlation(rows[0].tolist(), rows[1].tolist())
+    combined = trained.plus(evaluation) if evaluation is not None else trained
+    return replace(draft, estimate=combined, training=trained, warnings=tuple(warnings), correlation=correlation)
+
+
+def evaluation_estimate(baseline: Group, arm: Group) -> Estimate | None:
+    """Give the difference paired by test sequence, clustered by document; None without losses of every sequence."""
+    mine, theirs = arm.mean_sequence_losses(), baseline.mean_sequence_losses()
+    if mine is None or theirs is None:
+        return None
+    return clustered_mean(mine - theirs, arm.evidence[0].documents)
+
+
+def _warnings(baseline: Group, arm: Group, training: Training | None) -> list[str]:
+    found = []
+    if training is not None and "borrowed" in training.source:
+        found.append(f"noise {training.source}")
+    hardware = {item.hardware for item in (*baseline.evidence, *arm.evidence)}
+    if len(hardware) > 1:
+        found.append(f"other hardware: {', '.join(sorted(hardware))}")
+    sizes = [group.evidence[0].parameters for group in (baseline, arm) if group.evidence]
+    if len(set(sizes)) > 1:
+        found.append(f"{sizes[1] - sizes[0]:+,} parameters")
+    return found
+
+
+def _slope(baseline: Group) -> float | None:
+    """Give the mean slope of the baseline's curves, by ln(tokens)."""
+    slopes = [loss_slope(*item.curve) for item in baseline.evidence]
+    known = [slope for slope in slopes if slope is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _conclude(
+    draft: Judged, baseline: Group, p_holm: float, family: int, margin: float, slope: float | None
+) -> Judged:
+    estimate = draft.estimate
+    if estimate is None:
+        diverged = draft.group.diverged or baseline.diverged
+        reason = (
+            f"diverged: {', '.join(diverged)}" if diverged else "noise unknown: no replicates, none in the ledger"
+        )
+        return replace(draft, sentence=f"{CANNOT_TELL}: {reason}")
+    word = verdict_of(estimate, p_holm, margin)
+    sd = (
+        draft.training.se / math.sqrt(1 / len(draft.group.losses) + 1 / len(baseline.losses))
+        if draft.training
+        else 0.0
+    )
+    n = f"n {len(draft.group.losses)} v {len(baseline.losses)}"
+    sentence = f"{word}: {explain(estimate, word, sd, margin, draft.method)} Holm p {p_holm:.2g} of {family}, {n}."
+    factor = None if slope is None else tokens_worth(estimate.difference, slope)
+    return replace(draft, p_holm=p_holm, verdict=word, sentence=sentence, tokens_factor=factor)
+
+
+def verdict_of(estimate: Estimate, p_adjusted: float, margin: float) -> str:
+    """Choose the word: significant in the family, significant alone, equivalent within the margin, or unknown."""
+    is_better = estimate.difference < 0
+    if p_adjusted < ALPHA:
+        return HELPS if is_better else HURTS
+    if estimate.p < ALPHA:
+        return LEANS_BETTER if is_better else LEANS_WORSE
+    if estimate.p_equivalent(margin) < ALPHA:
+        return f"{NO_LARGER} {margin:g}"
+    return CANNOT_TELL
+
+
+def explain(estimate: Estimate, word: str, sd: float, margin: float, method: str) -> str:
+    """Give the numbers behind a verdict, and for an open one what it would take to settle it."""
+    low, high = estimate.interval()
+    shown = (
+        f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), t {estimate.t:+.2f} on {estimate.df:.3g} df."
+    )
+    if word in (LEANS_BETTER, LEANS_WORSE):
+        return f"{shown} {_seeds(abs(estimate.difference), sd, method)} would settle it."
+    if word == CANNOT_TELL:
+        seen = detectable(estimate.se, estimate.df)
+        return (
+            f"{shown} Effects under {seen:.3g} would be missed one time in five; "
+            f"to see {margin:g}: {_seeds(margin, sd, method)}."
+        )
+    return shown
+
+
+def _seeds(effect: float, sd: float, method: str) -> str:
+    if sd == 0 or effect == 0:
+        return "more seeds"
+    count = seeds_to_see(effect, sd)
+    shared = " shared" if method == "blocks" else ""
+    return "over 10,000 seeds per arm" if count is None else f"{count}{shared} seeds per arm"

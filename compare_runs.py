@@ -8,39 +8,41 @@ Runs that differ in seeds only are pooled as replicates, also those not named. N
 import argparse
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import ConfigError, exit_status_of
-from harness.run_folder import RunFolder, open_run, write_text
-from study.designs import BASELINE, STACK
-from study.effects import Finding, factorial_findings, stack_findings
-from study.experiment import Experiment, load_experiment
-from study.ledger import Scale, find_noise, load_ledger, record
+from harness.run_folder import write_text
+from study.assemble import LEDGER, Request, assemble, gather
+from study.ledger import record
 from study.noise import learn_noise
-from study.results import Group, Result, find_replicates, group_results, name_arms, read_losses, read_runs
 from study.statistics import Noise
 from study.tables import FORMATS, render
-from study.verdicts import MARGIN, Judgement, common_noise, judge
+from study.verdicts import MARGIN
 
 ROOT = Path(__file__).parent
 
 
 def main() -> None:
-    """Gather results, judge them, print; or learn the noise."""
+    """Judge and print; or learn the noise."""
     arguments = parse_arguments()
-    groups, experiment = gather(arguments)
+    request = Request(
+        runs_dir=arguments.runs_dir,
+        names=tuple(arguments.runs),
+        baseline=arguments.baseline,
+        losses=arguments.losses,
+        plan=arguments.plan,
+        checkpoint=arguments.checkpoint,
+        only_named=arguments.only_named,
+        margin=arguments.margin,
+        given_noise=None if arguments.noise_sd is None else Noise(arguments.noise_sd, arguments.noise_df),
+    )
     if arguments.learn_noise:
-        learn(arguments, groups)
+        learn(request)
         return
-    baseline, arms = choose(arguments, groups, experiment)
-    given = None if arguments.noise_sd is None else Noise(arguments.noise_sd, arguments.noise_df)
-
-    def borrow(group: Group) -> tuple[Noise, str] | None:
-        return borrowed_noise(arguments.runs_dir / "noise-ledger.json", group)
-
-    judgement = judge(baseline, arms, arguments.margin, given, borrow)
-    text = render(judgement, findings_of(experiment, groups, judgement, arguments.margin), arguments.format)
+    study = assemble(request)
+    if not study.judgement.arms:
+        raise ConfigError("RUN: found nothing to compare with the baseline, wanted at least one other recipe")
+    text = render(study, arguments.format)
     if arguments.output is None:
         print(text)
     else:
@@ -85,96 +87,13 @@ def _positive(text: str) -> float:
     return value
 
 
-def gather(arguments: argparse.Namespace) -> tuple[list[Group], Experiment | None]:
-    """Read all results that are asked for, in groups of replicates."""
-    if arguments.losses is not None:
-        return group_results(read_losses(arguments.losses)), None
-    if arguments.plan is not None:
-        experiment = load_experiment(arguments.plan)
-        folders = [open_run(arguments.runs_dir, run.run) for run in experiment.runs]
-        return name_arms(read_runs(folders, arguments.checkpoint), experiment), experiment
-    return group_results(read_named_runs(arguments)), None
-
-
-def read_named_runs(arguments: argparse.Namespace) -> list[Result]:
-    """Read the named runs, or all that are scored, and the replicates of the named ones."""
-    named = [*([arguments.baseline] if arguments.baseline else []), *arguments.runs]
-    folders: list[RunFolder] = [open_run(arguments.runs_dir, name) for name in dict.fromkeys(named)]
-    if not arguments.only_named:
-        folders += find_replicates(folders, arguments.runs_dir, arguments.checkpoint, everything=not arguments.runs)
-    return read_runs(folders, arguments.checkpoint)
-
-
-def choose(
-    arguments: argparse.Namespace, groups: Sequence[Group], experiment: Experiment | None
-) -> tuple[Group, list[Group]]:
-    """Give the baseline and the arms to compare with it; raises ConfigError where one is not there."""
-    wanted = arguments.baseline
-    if wanted is None:
-        assert experiment is not None
-        names = [arm.name for arm in experiment.arms]
-        # Leaving one out asks what the stack loses; a fraction may have no arm with everything off.
-        is_from_stack = experiment.design == "leave-one-out" or BASELINE not in names
-        wanted = STACK if is_from_stack and STACK in names else names[0]
-    baseline = find_group(groups, wanted, "--baseline")
-    if arguments.losses or experiment:
-        arms = [find_group(groups, name, "RUN") for name in arguments.runs] or [g for g in groups if g != baseline]
-    else:
-        arms = [group for group in groups if group != baseline]
-    if not arms or baseline in arms:
-        raise ConfigError("RUN: found nothing to compare with the baseline, wanted at least one other recipe")
-    return baseline, arms
-
-
-def find_group(groups: Sequence[Group], name: str, argument: str) -> Group:
-    """Find a recipe by its name, or by the name of one of its runs; raises ConfigError."""
-    for group in groups:
-        if group.recipe == name:
-            return group
-    for group in groups:
-        if any(result.run == name for result in group.results):
-            return group
-    known = ", ".join(group.recipe for group in groups)
-    raise ConfigError(f"{argument}: found no recipe or run {name[:80]!r}, wanted one of {known}")
-
-
-def borrowed_noise(ledger: Path, group: Group) -> tuple[Noise, str] | None:
-    """Look a baseline's noise up in the ledger."""
-    if not group.evidence:
-        return None
-    first = group.evidence[0]
-    found = find_noise(
-        load_ledger(ledger), first.recipe_hash, Scale(first.parameters, first.tokens_seen, first.hardware)
-    )
-    if found is None:
-        return None
-    entry, borrowed = found
-    return entry.noise, borrowed or f"the ledger, from {len(entry.runs)} runs of this recipe"
-
-
-def findings_of(
-    experiment: Experiment | None, groups: Sequence[Group], judgement: Judgement, margin: float
-) -> list[Finding]:
-    """Give what a plan's design says beyond the table."""
-    if experiment is None:
-        return []
-    design = experiment.as_design()
-    if design.is_factorial:
-        found, source = factorial_findings(design, groups, common_noise(groups, None, lambda _: None), margin)
-        print(f"Effects: {source}", file=sys.stderr)
-        return found
-    if design.name == "one-at-a-time":
-        arms = [item.group for item in judgement.arms]
-        return stack_findings(judgement.baseline, arms, design.factors, judgement.training, margin)
-    return []
-
-
-def learn(arguments: argparse.Namespace, groups: Sequence[Group]) -> None:
+def learn(request: Request) -> None:
     """Write the noise of every recipe with replicates into the ledger."""
+    groups, _ = gather(request)
     learned = [entry for group in groups for entry in learn_noise(group)]
     if not learned:
         raise ConfigError("--learn-noise: found no replicates, wanted runs that differ in seeds only")
-    path = arguments.runs_dir / "noise-ledger.json"
+    path = request.runs_dir / LEDGER
     record(path, learned)
     for entry in learned:
         print(f"{entry.recipe}: {entry.component} seeds: sd {entry.sd:.6f} on {entry.df} df, {len(entry.runs)} runs")

@@ -89,7 +89,7 @@ def _column(on: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], word: Word) -> 
 
 def _finding(name: str, estimate: Estimate, p_holm: float, margin: float, aliases: tuple[str, ...] = ()) -> Finding:
     word = verdict_of(estimate, p_holm, margin)
-    return Finding(name, estimate, p_holm, word, explain(estimate, word, 0.0, margin, ""), aliases)
+    return Finding(name, estimate, p_holm, word, f"{word}: {explain(estimate, word, 0.0, margin, '')}", aliases)
 
 
 def stack_findings(
@@ -116,4 +116,4 @@ def _additivity_finding(gap: Estimate) -> Finding:
     shown = f"gap {gap.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), t {gap.t:+.2f} on {gap.df:.3g} df."
     if word == "ADDS UP":
         shown += " Not shown to differ from the sum of its parts."
-    return Finding(f"{STACK} against the sum of its parts", gap, gap.p, word, shown)
+    return Finding(f"{STACK} against the sum of its parts", gap, gap.p, word, f"{word}: {shown}")

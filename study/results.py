@@ -42,6 +42,8 @@ class Evidence:
     documents: NDArray[np.int64]
     curve: tuple[Floats, Floats]
     """Tokens and train loss of every global step."""
+    samples: tuple[tuple[int, str], ...]
+    """Texts sampled while training, by global step."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ def _evidence(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: 
             np.array([line["tokens"] for line in lines], dtype=np.float64),
             np.array([math.nan if line["train/loss"] is None else line["train/loss"] for line in lines]),
         ),
+        samples=tuple((line["step"], line["sample"]) for line in lines if "sample" in line),
     )
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from scipy.optimize import brentq
+from scipy.special import nctdtr, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 ALPHA = 0.05
@@ -45,19 +44,19 @@ class Estimate:
     @property
     def p(self) -> float:
         """Two-sided p value of no difference."""
-        return float(2 * stats.t.sf(abs(self.t), self.df))
+        return float(2 * stdtr(self.df, -abs(self.t)))
 
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
         """Give the confidence interval of the difference."""
-        half = self.se * float(stats.t.ppf((1 + level) / 2, self.df))
+        half = self.se * float(stdtrit(self.df, (1 + level) / 2))
         return self.difference - half, self.difference + half
 
     def p_equivalent(self, margin: float) -> float:
         """Give the p value of two one-sided tests that the difference lies within +-margin (Schuirmann 1987)."""
         if self.se == 0:
             return 0.0 if abs(self.difference) < margin else 1.0
-        lower = stats.t.sf((self.difference + margin) / self.se, self.df)
-        upper = stats.t.sf((margin - self.difference) / self.se, self.df)
+        lower = stdtr(self.df, -(self.difference + margin) / self.se)
+        upper = stdtr(self.df, (self.difference - margin) / self.se)
         return float(max(lower, upper))
 
     def plus(self, other: "Estimate") -> "Estimate":
@@ -144,14 +143,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
     """Give the chance that a two-sided t test finds a true effect of this size (noncentral t)."""
-    critical = float(stats.t.ppf(1 - alpha / 2, df))
+    critical = float(stdtrit(df, 1 - alpha / 2))
     shift = abs(effect) / se
-    wrong_side = float(np.nan_to_num(stats.nct.cdf(-critical, df, shift)))  # NaN where too small to compute
-    return float(np.nan_to_num(stats.nct.sf(critical, df, shift), nan=1.0)) + wrong_side
+    return float(1 - nctdtr(df, shift, critical) + nctdtr(df, shift, -critical))
 
 
 def detectable(se: float, df: float) -> float:
     """Give the effect that a test would find four times in five."""
+    from scipy.optimize import brentq  # takes a second to import, and --help should not wait for it
+
     if se == 0:
         return 0.0
     high = 1.0

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from harness.run_folder import json_number
-from study.effects import Finding
+from study.assemble import Study
 from study.results import Group, difference_in_words
 from study.statistics import Estimate, sample_sd
 from study.verdicts import Judged, Judgement
@@ -23,8 +23,9 @@ HEADINGS = (
 MORE_HEADINGS = ("tok/s", "cost", "worth")
 
 
-def as_json(judgement: Judgement, findings: Sequence[Finding] = ()) -> dict[str, Any]:
-    """Give a judgement as JSON; numbers that are not known are null."""
+def as_json(study: Study) -> dict[str, Any]:
+    """Give a judged study as JSON; numbers that are not known are null."""
+    judgement = study.judgement
     baseline = judgement.baseline
     document: dict[str, Any] = {
         "baseline": {
@@ -38,7 +39,7 @@ def as_json(judgement: Judgement, findings: Sequence[Finding] = ()) -> dict[str,
         "noise": _noise(judgement),
         "arms": [_arm_as_json(item, baseline) for item in judgement.arms],
     }
-    if findings:
+    if study.findings:
         document["findings"] = [
             {
                 "name": item.name,
@@ -48,7 +49,7 @@ def as_json(judgement: Judgement, findings: Sequence[Finding] = ()) -> dict[str,
                 "verdict": item.verdict,
                 "sentence": item.sentence,
             }
-            for item in findings
+            for item in study.findings
         ]
     return document
 
@@ -102,9 +103,9 @@ def _average(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def rows_of(judgement: Judgement) -> tuple[list[str], list[list[str]]]:
+def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
     """Give headings and one row of text for the baseline and each arm; empty columns are left out."""
-    document = as_json(judgement)
+    document, judgement = as_json(study), study.judgement
     baseline = document["baseline"]
     currency = next((item.currency for item in judgement.baseline.evidence), "")
     rows = [[baseline["recipe"], str(baseline["n"]), _text(baseline["mean"], "{:.6f}")]]
@@ -152,27 +153,34 @@ def _text(value: float | None, form: str) -> str:
     return "" if value is None or not math.isfinite(value) else form.format(value)
 
 
-def render(judgement: Judgement, findings: Sequence[Finding], format_name: Format) -> str:
-    """Write a judgement in one of the formats."""
+def notes_of(study: Study) -> list[str]:
+    """Give the sentences below a table: every verdict, every finding, and where the noise comes from."""
+    judgement = study.judgement
+    notes = [f"{item.group.recipe}: {note}" for item in judgement.arms for note in (item.sentence, *item.warnings)]
+    for finding in study.findings:
+        aliases = "".join(f" = {alias}" for alias in finding.aliases)
+        notes.append(f"{finding.name}{aliases}: {finding.sentence}")
+    if study.effects_noise:
+        notes.append(f"Noise of the effects: {study.effects_noise}.")
+    if judgement.training is not None:
+        noise = judgement.training.noise
+        notes.append(f"Training noise: {noise.sd:.4f} on {noise.df:.3g} df ({judgement.training.source}).")
+    return notes
+
+
+def render(study: Study, format_name: Format) -> str:
+    """Write a judged study in one of the formats."""
     if format_name == "json":
-        return json.dumps(as_json(judgement, findings), indent=2, allow_nan=False, ensure_ascii=False)
-    headings, rows = rows_of(judgement)
+        return json.dumps(as_json(study), indent=2, allow_nan=False, ensure_ascii=False)
+    headings, rows = rows_of(study)
     if format_name == "csv":
         file = io.StringIO()
         csv.writer(file, lineterminator="\n").writerows([headings, *rows])
         return file.getvalue().rstrip("\n")
-    notes = [f"{item.group.recipe}: {note}" for item in judgement.arms for note in (item.sentence, *item.warnings)]
-    notes += [
-        f"{item.name}{' = ' + ' = '.join(item.aliases) if item.aliases else ''}: {item.verdict}: {item.sentence}"
-        for item in findings
-    ]
-    if judgement.training is not None:
-        noise = judgement.training.noise
-        notes.append(f"Training noise: {noise.sd:.4f} on {noise.df:.3g} df ({judgement.training.source}).")
     if format_name == "markdown":
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [headings, *rows]]
         lines.insert(1, "|" + "---|" * len(headings))
-        return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+        return "\n".join([*lines, "", *(f"- {note}" for note in notes_of(study))])
     widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
     aligned = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [headings, *rows]]
-    return "\n".join([*("  ".join(row).rstrip() for row in aligned), "", *notes])
+    return "\n".join([*("  ".join(row).rstrip() for row in aligned), "", *notes_of(study)])

@@ -176,8 +176,19 @@ def _estimate(baseline: Group, arm: Group, training: Training | None) -> Judged:
         seeds = [result.seeds for result in baseline.results]
         rows = losses_by_seed([arm, baseline], seeds)
         correlation = seed_correlation(rows[0].tolist(), rows[1].tolist())
-    combined = trained.plus(evaluation) if evaluation is not None else trained
+    combined = add_evaluation(trained, evaluation)
     return replace(draft, estimate=combined, training=trained, warnings=tuple(warnings), correlation=correlation)
+
+
+def add_evaluation(training: Estimate, evaluation: Estimate | None) -> Estimate:
+    """Add the evaluation's uncertainty to training's; degrees of freedom are rounded down.
+
+    Otherwise a little more uncertainty could narrow an interval that rests on two or three runs.
+    """
+    if evaluation is None:
+        return training
+    both = training.plus(evaluation)
+    return replace(both, df=max(1, math.floor(both.df + 1e-9)))
 
 
 def evaluation_estimate(baseline: Group, arm: Group) -> Estimate | None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-COMMANDS = {"ddp_train", "test_loss", "test_smoke", "prepare_dataset"}
+COMMANDS = {"ddp_train", "test_loss", "test_smoke", "prepare_dataset", "plan_runs", "compare_runs", "report"}
 RESEARCHER = {"model", "data"}
 # Tier of each room in harness/. A room imports `errors` and lower tiers; plan and run_folder also import config.
 TIERS = {
@@ -29,8 +29,14 @@ TIERS = {
     "evaluate": 2,
 }
 SAME_TIER = {("plan", "config"), ("run_folder", "config"), ("sampling", "tokenizer")}
+# The rooms in study/, each of which may import those before it.
+STUDY = [
+    "statistics", "designs", "ledger", "experiment", "results", "noise", "verdicts", "effects", "assemble", "tables",
+    "drawing", "page",
+]  # fmt: skip
 TORCH_FREE = ["harness.config", "harness.plan", "harness.run_folder", "harness.errors", "harness.charts"]
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "harness").glob("*.py")])
+TORCH_FREE += [*(f"study.{room}" for room in STUDY), "plan_runs", "compare_runs", "report"]
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "harness").glob("*.py"), *(ROOT / "study").glob("*.py")])
 LONGEST = {"main": 80, "train": 70}
 
 
@@ -40,17 +46,18 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "harness":
-            found |= {f"harness.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("harness", "study"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-    return {name for name in found if name.split(".")[0] in COMMANDS | RESEARCHER | {"harness", "tests"}}
+    return {name for name in found if name.split(".")[0] in COMMANDS | RESEARCHER | {"harness", "study", "tests"}}
 
 
 def test_every_file_has_a_room() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == COMMANDS | RESEARCHER
     assert {path.stem for path in (ROOT / "harness").glob("*.py")} == TIERS.keys() | {"__init__"}
-    assert (ROOT / "harness" / "__init__.py").read_text() == ""
+    assert {path.stem for path in (ROOT / "study").glob("*.py")} == {*STUDY, "__init__"}
+    assert (ROOT / "harness" / "__init__.py").read_text() == (ROOT / "study" / "__init__.py").read_text() == ""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -64,6 +71,12 @@ def test_arrows_point_down(path: Path) -> None:
             assert not imported & RESEARCHER
         return
     assert not imported & RESEARCHER
+    studies = {name.removeprefix("study.") for name in imported if name.startswith("study.")}
+    if path.parent.name == "study":
+        assert all(TIERS[room] <= 0 for room in rooms)
+        assert all(STUDY.index(room) < STUDY.index(path.stem) for room in studies)
+        return
+    assert not studies
     for room in rooms:
         is_lower = TIERS[room] < TIERS.get(path.stem, 0) or room == "errors"
         assert is_lower or (path.stem, room) in SAME_TIER, f"{path.stem} imports {room}"

@@ -1,5 +1,6 @@
 """From text files to a score and a sample, with the real tokenizer."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -15,11 +16,13 @@ from safetensors.numpy import load_file, save_file
 import prepare_dataset
 import test_loss
 import test_smoke
-from harness.config import load_model_config
+from harness.config import load_model_config, load_run_configs, recipe_hash, run_hash
+from harness.evaluate import LossTally
 from harness.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from model import GPTModel, initialise
 from tests.conftest import Called
 from tests.helpers import ROOT, run, write_run
+from tests.test_architecture import COMMANDS
 
 TEXT_MODEL = {"vocab_size": 50257, "emb_dim": 8, "n_layers": 1, "drop_rate": 0.3}
 
@@ -135,6 +138,43 @@ def test_loss_is_the_mean_cross_entropy(scored_run: Path, books: Path, call: Cal
     assert (result["run"], result["step"], result["sequences"]) == ("text", 5, 12)
     with np.load(scored_run / "evals" / "loss-validation-3-192-step-00000005.npz") as stored:
         np.testing.assert_allclose(stored["sequence_losses"], np.reshape(losses, (12, 16)).mean(axis=1), rtol=1e-6)
+
+
+def test_a_score_keeps_its_evidence(
+    scored_run: Path, books: Path, call: Callable[..., Called], tmp_path: Path
+) -> None:
+    place = (*loss_words(scored_run, books), "--start-token", 5, "--batches", 3, "--output", tmp_path / "out.json")
+    assert call(test_loss.main, *place).status == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    positions = result["by_position"]
+    assert [(bucket["from"], bucket["below"]) for bucket in positions] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16)]
+    for buckets in (positions, result["by_training_frequency_per_million"]):
+        tokens = sum(bucket["tokens"] for bucket in buckets)
+        assert tokens == result["tokens"]
+        assert sum(bucket["tokens"] * bucket["loss"] for bucket in buckets) / tokens == pytest.approx(result["loss"])
+    state = json.loads((scored_run / "checkpoints" / "latest" / "state.json").read_text())
+    assert result["tokens_seen"] == state["train_state"]["tokens"]
+    assert result["global_steps"] == 6
+    weights = scored_run / "checkpoints" / "latest" / "model.safetensors"
+    assert result["model_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    configs = load_run_configs(scored_run / "model.json", scored_run / "train.json")
+    assert (result["recipe_hash"], result["run_hash"]) == (recipe_hash(*configs), run_hash(*configs))
+    tokens = load_file(books / "books" / "validation.safetensors")["tokens"][5 : 5 + 18 * 16]
+    documents = [int((tokens[: sequence * 16] == END_OF_TEXT_ID).sum()) for sequence in range(18)]
+    with np.load(tmp_path / "out.npz") as stored:
+        assert stored["sequence_documents"].tolist() == documents
+        assert stored["sequence_losses"].dtype == np.float64
+
+
+def test_frequent_words_are_told_from_rare_ones() -> None:
+    tally = LossTally(context_length=2, vocab_size=4)
+    tally.add(np.array([[1.0, 3.0], [5.0, 7.0]]), np.array([[0, 1], [1, 3]]))
+    buckets = tally.by_frequency(np.array([999_000, 995, 5, 0]))
+    assert [(bucket.low, bucket.tokens, bucket.loss) for bucket in buckets] == [
+        (0.0, 1, 7.0),  # id 3 was never seen
+        (100.0, 2, 4.0),  # id 1
+        (10_000.0, 1, 1.0),  # id 0
+    ]
 
 
 def loss_words(run_folder: Path, datasets_dir: Path) -> tuple[object, ...]:
@@ -272,7 +312,7 @@ def test_training_samples_its_prompt_at_every_checkpoint(scored_run: Path) -> No
 
 
 def test_help_fits_a_screen_and_shows_an_example() -> None:
-    for script in ("ddp_train.py", "test_loss.py", "test_smoke.py", "prepare_dataset.py"):
+    for script in sorted(path.name for path in ROOT.glob("*.py") if path.stem in COMMANDS):
         text = run(script, "--help", COLUMNS="118").stdout
         assert len(text.splitlines()) <= 40
         assert f"{script} " in text.split("positional arguments")[0]

@@ -1,0 +1,140 @@
+"""From what a user asks for to a judged study: read the runs, group them, choose the baseline, find the noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import ConfigError
+from harness.run_folder import RunFolder, open_run
+from study.designs import BASELINE, STACK
+from study.effects import Finding, factorial_findings, stack_findings
+from study.experiment import Experiment, load_experiment
+from study.ledger import Scale, find_noise, load_ledger
+from study.results import (
+    CheckpointRule,
+    Group,
+    find_replicates,
+    group_results,
+    name_arms,
+    read_losses,
+    read_runs,
+)
+from study.statistics import Noise
+from study.verdicts import MARGIN, Judgement, common_noise, judge
+
+LEDGER = "noise-ledger.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to judge: named runs, a table of losses, or the runs of a plan; and how."""
+
+    runs_dir: Path
+    names: tuple[str, ...] = ()
+    """Runs, or recipes of a table or a plan; none means all."""
+    baseline: str | None = None
+    losses: Path | None = None
+    plan: Path | None = None
+    checkpoint: CheckpointRule = "last"
+    only_named: bool = False
+    margin: float = MARGIN
+    given_noise: Noise | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Judged results; `findings` are what a plan's design says beyond the table, with where their noise is from."""
+
+    groups: tuple[Group, ...]
+    judgement: Judgement
+    findings: tuple[Finding, ...] = ()
+    effects_noise: str = ""
+    experiment: Experiment | None = None
+
+
+def gather(request: Request) -> tuple[list[Group], Experiment | None]:
+    """Read all results that are asked for, in groups of replicates; raises ConfigError."""
+    if request.losses is not None:
+        return group_results(read_losses(request.losses)), None
+    if request.plan is not None:
+        experiment = load_experiment(request.plan)
+        folders = [open_run(request.runs_dir, run.run) for run in experiment.runs]
+        return name_arms(read_runs(folders, request.checkpoint), experiment), experiment
+    named = dict.fromkeys([*([request.baseline] if request.baseline else []), *request.names])
+    folders = [open_run(request.runs_dir, name) for name in named]
+    if not request.only_named:
+        folders += _replicates(folders, request)
+    if not folders:
+        raise ConfigError(f"{request.runs_dir}: found no scored run, wanted one with a score of test_loss.py")
+    return group_results(read_runs(folders, request.checkpoint)), None
+
+
+def _replicates(named: Sequence[RunFolder], request: Request) -> list[RunFolder]:
+    return find_replicates(named, request.runs_dir, request.checkpoint, everything=not request.names)
+
+
+def assemble(request: Request) -> Study:
+    """Read, choose the baseline, and judge; raises ConfigError where a comparison is impossible or unfair."""
+    groups, experiment = gather(request)
+    baseline = choose_baseline(groups, request, experiment)
+    if request.losses or experiment:
+        arms = [find_group(groups, name, "RUN") for name in request.names] or [g for g in groups if g != baseline]
+    else:
+        arms = [group for group in groups if group != baseline]
+    if baseline in arms:
+        raise ConfigError(f"RUN: found {baseline.recipe}, which is the baseline, wanted other recipes")
+
+    def borrow(group: Group) -> tuple[Noise, str] | None:
+        return borrowed_noise(request.runs_dir / LEDGER, group)
+
+    judgement = judge(baseline, arms, request.margin, request.given_noise, borrow)
+    if experiment is None:
+        return Study(tuple(groups), judgement)
+    design = experiment.as_design()
+    if design.is_factorial:
+        noise = common_noise(groups, request.given_noise, borrow)
+        found, source = factorial_findings(design, groups, noise, request.margin)
+        return Study(tuple(groups), judgement, tuple(found), source, experiment)
+    found = []
+    if design.name == "one-at-a-time":
+        found = stack_findings(baseline, arms, design.factors, judgement.training, request.margin)
+    return Study(tuple(groups), judgement, tuple(found), experiment=experiment)
+
+
+def choose_baseline(groups: Sequence[Group], request: Request, experiment: Experiment | None) -> Group:
+    """Give the baseline that was asked for, else that of the plan, the first named run, or the most replicated."""
+    if request.baseline is not None:
+        return find_group(groups, request.baseline, "--baseline")
+    if experiment is not None:
+        names = [arm.name for arm in experiment.arms]
+        # Leaving one out asks what the stack loses; a fraction may have no arm with everything off.
+        is_from_stack = experiment.design == "leave-one-out" or BASELINE not in names
+        return find_group(groups, STACK if is_from_stack and STACK in names else names[0], "--baseline")
+    if request.names and request.losses is None:
+        return find_group(groups, request.names[0], "RUN")
+    return max(groups, key=lambda group: len(group.results))
+
+
+def find_group(groups: Sequence[Group], name: str, argument: str) -> Group:
+    """Find a recipe by its name, or by the name of one of its runs; raises ConfigError."""
+    for group in groups:
+        if group.recipe == name:
+            return group
+    for group in groups:
+        if any(result.run == name for result in group.results):
+            return group
+    known = ", ".join(group.recipe for group in groups)
+    raise ConfigError(f"{argument}: found no recipe or run {name[:80]!r}, wanted one of {known}")
+
+
+def borrowed_noise(ledger: Path, group: Group) -> tuple[Noise, str] | None:
+    """Look a baseline's noise up in the ledger, and say where it comes from."""
+    if not group.evidence:
+        return None
+    first = group.evidence[0]
+    scale = Scale(first.parameters, first.tokens_seen, first.hardware)
+    found = find_noise(load_ledger(ledger), first.recipe_hash, scale)
+    if found is None:
+        return None
+    entry, borrowed = found
+    return entry.noise, borrowed or f"the ledger, from {len(entry.runs)} runs of this recipe"

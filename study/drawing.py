@@ -1,0 +1,183 @@
+"""Charts as inline SVG: intervals of differences, and training curves with bands over replicates.
+
+Colours are the page's own (CSS variables), so that a chart follows dark mode and prints well.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from study.statistics import Floats
+
+WIDTH = 720
+COLOURS = 8
+GRID_POINTS = 240
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One difference with its interval, and the part of it that is training noise alone; in nats per token."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    inner_low: float
+    inner_high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A recipe's training curve: mean and range over replicates at each of `tokens`."""
+
+    label: str
+    tokens: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+
+
+def tone_of(verdict: str) -> str:
+    """Give the CSS class of a verdict: better, worse, or open."""
+    if verdict in ("HELPS", "LEANS BETTER"):
+        return "better"
+    return "worse" if verdict in ("HURTS", "LEANS WORSE") else "open"
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Give round numbers that cover most of [low, high]."""
+    span = high - low
+    if span <= 0:
+        return [low]
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative is better") -> str:
+    """Draw differences with their 95% intervals, one a row, around a line at zero."""
+    row, top, left, right = 30, 8, 190, 16
+    ends = [0.0, *(x for item in intervals for x in (item.low, item.high) if math.isfinite(x))]
+    pad = 0.05 * (max(ends) - min(ends) or 1.0)
+    low, high = min(ends) - pad, max(ends) + pad
+    height = top + row * len(intervals) + 40
+
+    def x(value: float) -> float:
+        return left + (min(max(value, low), high) - low) / (high - low) * (WIDTH - left - right)
+
+    bottom = top + row * len(intervals)
+    parts = []
+    for tick in nice_ticks(low, high):
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(
+            f'<text class="tick" x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:+.3g}</text>'
+        )
+    parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top}" y2="{bottom}"/>')
+    for number, item in enumerate(intervals):
+        y = top + row * (number + 0.5)
+        title = f"{item.label}: {item.value:+.4f} ({item.low:+.4f} to {item.high:+.4f}), {item.verdict}"
+        parts.append(
+            f'<g class="{tone_of(item.verdict)}"><title>{escape(title)}</title>'
+            f"{text('label', left - 10, y + 4, shortened(item.label), 'end')}"
+            f'<line class="interval" x1="{x(item.low):.1f}" x2="{x(item.high):.1f}" y1="{y}" y2="{y}"/>'
+            f'<line class="inner" x1="{x(item.inner_low):.1f}" x2="{x(item.inner_high):.1f}" y1="{y}" y2="{y}"/>'
+            f'<circle cx="{x(item.value):.1f}" cy="{y}" r="5"/></g>'
+        )
+    parts.append(text("tick", left, height - 6, unit))
+    return _svg(height, "Differences from the baseline with 95% intervals", parts)
+
+
+def curves(series: Sequence[Curve]) -> str:
+    """Draw training curves over tokens, each with its band; the first tenth may run out of the picture."""
+    height, left, right, top, bottom = 360, 52, 12, 10, 40
+    late = [np.concatenate([item.low[len(item.low) // 10 :], item.high[len(item.high) // 10 :]]) for item in series]
+    values = np.concatenate(late)
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    high = high if high > low else low + 1.0
+    most = max(float(item.tokens[-1]) for item in series)
+
+    def x(tokens: float) -> float:
+        return left + tokens / most * (WIDTH - left - right)
+
+    def y(loss: float) -> float:
+        return top + (high - loss) / (high - low) * (height - top - bottom)
+
+    parts = [
+        f'<clipPath id="plot"><rect x="{left}" y="{top}" width="{WIDTH - left - right}" '
+        f'height="{height - top - bottom}"/></clipPath>'
+    ]
+    for tick in nice_ticks(low, high):
+        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(text("tick", left - 6, y(tick) + 4, f"{tick:.4g}", "end"))
+    for tick in nice_ticks(0, most):
+        parts.append(text("tick", x(tick), height - 22, in_short(tick), "middle"))
+    for number, item in enumerate(series):
+        usable = np.isfinite(item.mean)
+        points = [f"{x(t):.1f},{y(v):.1f}" for t, v in zip(item.tokens[usable], item.mean[usable], strict=True)]
+        upper = [f"{x(t):.1f},{y(v):.1f}" for t, v in zip(item.tokens[usable], item.high[usable], strict=True)]
+        lower = [f"{x(t):.1f},{y(v):.1f}" for t, v in zip(item.tokens[usable], item.low[usable], strict=True)]
+        parts.append(
+            f'<g class="curve c{number % COLOURS}" data-recipe="{number}" clip-path="url(#plot)">'
+            f"<title>{escape(item.label)}</title>"
+            f'<polygon points="{" ".join([*upper, *reversed(lower)])}"/><polyline points="{" ".join(points)}"/></g>'
+        )
+    parts.append(
+        f'<text class="tick" x="{left}" y="{height - 5}">train loss, nats per token, by tokens trained on</text>'
+    )
+    return _svg(height, "Training loss by tokens", parts)
+
+
+def curve_of(label: str, runs: Sequence[tuple[Floats, Floats]]) -> Curve | None:
+    """Average smoothed training curves of replicates (tokens, losses) over a common grid; None without any."""
+    usable = [(tokens, smoothed(losses)) for tokens, losses in runs if len(tokens) > 1]
+    if not usable:
+        return None
+    end = min(tokens[-1] for tokens, _ in usable)
+    grid = np.linspace(min(tokens[0] for tokens, _ in usable), end, GRID_POINTS)
+    table = np.array([np.interp(grid, tokens, losses) for tokens, losses in usable])
+    return Curve(label, grid, table.mean(axis=0), table.min(axis=0), table.max(axis=0))
+
+
+def smoothed(losses: Floats) -> Floats:
+    """Average over the last thirtieth of the steps; a step without a loss takes the mean of its neighbours."""
+    good = np.isfinite(losses)
+    if not good.any():
+        return losses
+    filled = np.interp(np.arange(len(losses)), np.flatnonzero(good), losses[good])
+    window = max(1, len(losses) // 30)
+    total = np.concatenate([[0.0], np.cumsum(filled)])
+    start = np.maximum(np.arange(1, len(losses) + 1) - window, 0)
+    ends = np.arange(1, len(losses) + 1)
+    mean: Floats = (total[ends] - total[start]) / (ends - start)
+    return mean
+
+
+def in_short(value: float) -> str:
+    """Write a count with a letter for thousands, millions and billions."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def shortened(label: str, most: int = 26) -> str:
+    """Cut a label to fit beside a chart; the whole of it is in the tooltip."""
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:
+    """Write words into a chart, with a CSS class."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(title)}">' + "".join(parts) + "</svg>"
+    )

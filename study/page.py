@@ -1,0 +1,165 @@
+"""One self-contained HTML page for a judged study: nothing is loaded from anywhere, and everything is escaped."""
+
+import base64
+import hashlib
+import json
+import math
+import string
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from harness.run_folder import utc_now
+from study.assemble import Study
+from study.drawing import COLOURS, Curve, Interval, curve_of, curves, forest, tone_of
+from study.effects import Finding
+from study.results import Group
+from study.statistics import Estimate
+from study.tables import notes_of, rows_of
+
+ASSETS = Path(__file__).parent.parent / "assets"
+LEFT_TO_WORDS = {"se train", "se eval", "t", "df", "p", "changes"}
+NUMBER_HEADINGS = {"n", "test loss", "Δ", "Holm p", "tok/s", "cost", "worth"}
+
+
+def page(study: Study, title: str) -> str:
+    """Give the page as HTML."""
+    groups = [study.judgement.baseline, *(item.group for item in study.judgement.arms)]
+    script = (ASSETS / "report.js").read_text(encoding="utf-8")
+    # Only this script may run, whatever a run's notes or samples say.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    drawn = [curve for group in groups if (curve := _curve(group)) is not None]
+    template = string.Template((ASSETS / "report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        script_hash=f"sha256-{digest}",
+        script=script,
+        title=escape(title),
+        subtitle=escape(_subtitle(study)),
+        leaderboard=_leaderboard(study),
+        forest=forest(_intervals(study)) if study.judgement.arms else "<p>Nothing to compare yet.</p>",
+        findings=_findings(study.findings),
+        legend=_legend(drawn),
+        curves=curves(drawn) if drawn else "<p>No run has metrics.</p>",
+        differences=_differences(groups),
+        samples=_samples(groups),
+        notes="".join(f"<li>{escape(note)}</li>" for note in notes_of(study)),
+    )
+
+
+def _subtitle(study: Study) -> str:
+    groups = study.groups
+    runs = sum(len(group.results) for group in groups)
+    evidence = [item for group in groups for item in group.evidence]
+    hours = sum(item.tokens_seen / item.tokens_per_second / 3600 for item in evidence if item.tokens_per_second)
+    costs = [item.cost for item in evidence if item.cost is not None]
+    currency = next((item.currency for item in evidence), "")
+    parts = [f"{runs} runs of {len(groups)} recipes", f"baseline {study.judgement.baseline.recipe}"]
+    if hours:
+        parts.append(f"{hours:,.1f} hours of training")
+    if costs:
+        parts.append(f"cost {sum(costs):,.2f} {currency}".rstrip())
+    return " · ".join([*parts, f"written {utc_now()}"])
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+    """Write a table of HTML cells that are escaped already."""
+    kinds = classes or ["number" if name in NUMBER_HEADINGS else "" for name in headings]
+    head = "".join(f'<th class="{kind}">{name}</th>' for name, kind in zip(headings, kinds, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _leaderboard(study: Study) -> str:
+    """Order recipes by their mean test loss; diverged ones come last."""
+    headings, rows = rows_of(study)
+    shown = [column for column, name in enumerate(headings) if name not in LEFT_TO_WORDS]
+    headings, rows = [headings[column] for column in shown], [[row[column] for column in shown] for row in rows]
+    place = headings.index("test loss")
+    ordered = sorted(rows, key=lambda row: float(row[place]) if row[place] else math.inf)
+    verdict = headings.index("verdict") if "verdict" in headings else None
+    cells = [
+        [_verdict(cell) if column == verdict and cell else escape(cell) for column, cell in enumerate(row)]
+        for row in ordered
+    ]
+    return _table([escape(name) for name in headings], cells)
+
+
+def _verdict(word: str) -> str:
+    return f'<span class="verdict {tone_of(word)}">{escape(word)}</span>'
+
+
+def _intervals(study: Study) -> list[Interval]:
+    found = []
+    for item in study.judgement.arms:
+        if item.estimate is not None and item.training is not None:
+            found.append(_interval(item.group.recipe, item.estimate, item.training, item.verdict))
+    return sorted(found, key=lambda item: item.value)
+
+
+def _interval(label: str, estimate: Estimate, inner: Estimate, verdict: str) -> Interval:
+    return Interval(label, estimate.difference, *estimate.interval(), *inner.interval(), verdict)
+
+
+def _findings(findings: Sequence[Finding]) -> str:
+    if not findings:
+        return ""
+    rows = [
+        _interval(" = ".join([item.name, *item.aliases]), item.estimate, item.estimate, item.verdict)
+        for item in findings
+    ]
+    return f'<h2>Effects of the design</h2><div class="scroll">{forest(rows)}</div>'
+
+
+def _curve(group: Group) -> Curve | None:
+    return curve_of(group.recipe, [item.curve for item in group.evidence])
+
+
+def _legend(drawn: Sequence[Curve]) -> str:
+    return "".join(
+        f'<label class="c{number % COLOURS}"><input type="checkbox" checked value="{number}">'
+        f'<span class="swatch"></span>{escape(curve.label)}</label>'
+        for number, curve in enumerate(drawn)
+    )
+
+
+def _differences(groups: Sequence[Group]) -> str:
+    """Write the keys that are not the same in all recipes; what equals the baseline is grey."""
+    recipes = {group.recipe: group.evidence[0].recipe for group in groups if group.evidence}
+    if not recipes:
+        return "<p>Known for runs in folders only.</p>"
+    first = next(iter(recipes.values()))
+    keys = [key for key in first if any(recipe.get(key) != first[key] for recipe in recipes.values())]
+    if not keys:
+        return "<p>None.</p>"
+    rows = [
+        [escape(name), *(_setting(recipe.get(key), recipe.get(key) == first[key]) for key in keys)]
+        for name, recipe in recipes.items()
+    ]
+    return _table(["recipe", *map(escape, keys)], rows, [""] * (len(keys) + 1))
+
+
+def _setting(value: object, is_same: bool) -> str:
+    return f'<span class="{"soft" if is_same else ""}">{escape(json.dumps(value))}</span>'
+
+
+def _samples(groups: Sequence[Group]) -> str:
+    """Write the samples of each recipe's first run, side by side, with a slider over steps."""
+    texts = {
+        group.recipe: group.evidence[0].samples for group in groups if group.evidence and group.evidence[0].samples
+    }
+    steps = sorted({step for samples in texts.values() for step, _ in samples})
+    if not steps:
+        return ""
+    articles = "".join(
+        f'<article data-texts="{escape(json.dumps(samples))}"><h3>{escape(name)}</h3>'
+        f"<pre>{escape(samples[-1][1])}</pre></article>"
+        for name, samples in texts.items()
+    )
+    return (
+        '<h2>Samples</h2><p>After global step <output id="step-shown"></output></p>'
+        f'<input type="range" id="step" min="0" max="{len(steps) - 1}" value="{len(steps) - 1}" '
+        f'aria-label="global step" data-steps="{escape(json.dumps(steps))}"><div class="samples">{articles}</div>'
+    )

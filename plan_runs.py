@@ -54,7 +54,7 @@ def main() -> None:
         return
     base = open_run(arguments.runs_dir, arguments.base_run)
     model, train = base.read_configs()
-    interventions = load_interventions(arguments.interventions)
+    interventions = load_interventions(arguments.interventions) if arguments.interventions else []
     design = make_design(
         arguments.design, [item.name for item in interventions], arguments.resolution, arguments.generators
     )
@@ -86,7 +86,9 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line; bad usage exits with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base_run", metavar="BASE_RUN", nargs="?", help="the run that the changes are made to")
-    parser.add_argument("interventions", metavar="INTERVENTIONS_JSON", nargs="?", type=Path)
+    parser.add_argument(
+        "interventions", metavar="INTERVENTIONS_JSON", nargs="?", type=Path, help="not for replicates"
+    )
     parser.add_argument("--design", choices=DESIGNS, default="one-at-a-time")
     parser.add_argument("--resolution", choices=RESOLUTIONS, default="V", help="of a fraction (default V)")
     parser.add_argument("--generators", nargs="+", default=[], metavar="E=ABCD", help="choose the fraction yourself")
@@ -102,7 +104,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.runs_dir is None:
         arguments.runs_dir = arguments.execute[0].resolve().parent.parent if arguments.execute else ROOT / "runs"
-    if (arguments.execute is None) == (arguments.interventions is None):
+    is_complete = arguments.interventions is not None or (arguments.base_run and arguments.design == "replicates")
+    if bool(arguments.execute) == bool(is_complete):
         parser.error("found neither or both, wanted BASE_RUN INTERVENTIONS_JSON, or --execute PLAN DATASETS_DIR")
     return arguments
 

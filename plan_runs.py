@@ -27,6 +27,7 @@ from study.designs import (
     alternatives,
     load_interventions,
     make_design,
+    spell,
     with_stack,
 )
 from study.experiment import (
@@ -158,7 +159,7 @@ def describe(experiment: Experiment, design: Design, budget: Budget, noise: Nois
     if design.generators:
         print("Aliases (effects of one or two factors that this fraction cannot tell apart):")
         for effect, others in design.aliases():
-            print(f"  {' = '.join([effect, *others]) if others else effect + ' alone'}")
+            print(f"  {' = '.join(map(spell, [effect, *others])) if others else spell(effect) + ' alone'}")
 
 
 def smallest_effect(design: Design, seeds: int, noise: Noise | None) -> float | None:

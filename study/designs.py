@@ -91,15 +91,12 @@ class Design:
         """Give the length of the shortest word of the defining relation; None for a full factorial."""
         return min(map(len, defining_relation(self.generators)), default=None)
 
-    def aliases(self) -> list[tuple[str, list[str]]]:
+    def aliases(self) -> list[tuple[Word, list[Word]]]:
         """Give every effect of one or two factors, with those of one or two factors that it is mixed up with."""
         relation = defining_relation(self.generators)
         small = [frozenset(c) for size in (1, 2) for c in combinations(range(len(self.factors)), size)]
-        rows = []
-        for word in small:
-            partners = {word ^ other for other in relation}
-            rows.append((spell(word), [spell(other) for other in small if other in partners and other != word]))
-        return rows
+        partners = {word: {word ^ other for other in relation} - {word} for word in small}
+        return [(word, [other for other in small if other in partners[word]]) for word in small]
 
     def generators_in_letters(self) -> list[str]:
         """Give the generators as they are written in textbooks, for example E=ABCD."""

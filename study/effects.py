@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.errors import ConfigError
-from study.designs import STACK, Design, Word, spell
+from study.designs import STACK, Design, Word
 from study.results import Group
 from study.statistics import Estimate, Floats, additivity, compare_means, factorial_effects, holm, lenth_noise
 from study.verdicts import MARGIN, Training, explain, verdict_of
@@ -24,21 +24,15 @@ class Finding:
     aliases: tuple[str, ...] = ()
 
 
-def distinct_effects(design: Design) -> list[tuple[Word, tuple[str, ...]]]:
+def distinct_effects(design: Design) -> list[tuple[Word, tuple[Word, ...]]]:
     """Give main effects and two-way interactions, each once with those it is mixed up with."""
-    words = {spell(word): word for size in (1, 2) for word in _words(len(design.factors), size)}
-    found: list[tuple[Word, tuple[str, ...]]] = []
-    covered: set[str] = set()
-    for letters, others in design.aliases():
-        if letters not in covered:
-            found.append((words[letters], tuple(others)))
-            covered.update((letters, *others))
+    found: list[tuple[Word, tuple[Word, ...]]] = []
+    covered: set[Word] = set()
+    for word, others in design.aliases():
+        if word not in covered:
+            found.append((word, tuple(others)))
+            covered.update((word, *others))
     return found
-
-
-def _words(factors: int, size: int) -> list[Word]:
-    singles = [frozenset({i}) for i in range(factors)]
-    return singles if size == 1 else [a | b for n, a in enumerate(singles) for b in singles[n + 1 :]]
 
 
 def name_of(word: Word, factors: Sequence[str]) -> str:
@@ -73,7 +67,13 @@ def factorial_findings(
         se, df, source = pseudo.sd, pseudo.df, "Lenth's pseudo standard error, because nothing is replicated"
     estimates = [Estimate(float(value), float(se), df) for value in values]
     findings = [
-        _finding(name_of(word, design.factors), estimate, p_holm, margin, others)
+        _finding(
+            name_of(word, design.factors),
+            estimate,
+            p_holm,
+            margin,
+            tuple(name_of(other, design.factors) for other in others),
+        )
         for (word, others), estimate, p_holm in zip(
             effects, estimates, holm([estimate.p for estimate in estimates]), strict=True
         )

@@ -58,7 +58,8 @@ def _noise(judgement: Judgement) -> dict[str, object] | None:
     training = judgement.training
     if training is None:
         return None
-    return {"sd": training.noise.sd, "df": training.noise.df, "source": training.source}
+    unpaired = None if training.unpaired is None else {"sd": training.unpaired.sd, "df": training.unpaired.df}
+    return {"sd": training.noise.sd, "df": training.noise.df, "source": training.source, "unpaired": unpaired}
 
 
 def _arm_as_json(item: Judged, baseline: Group) -> dict[str, Any]:
@@ -165,6 +166,8 @@ def notes_of(study: Study) -> list[str]:
     if judgement.training is not None:
         noise = judgement.training.noise
         notes.append(f"Training noise: {noise.sd:.4f} on {noise.df:.3g} df ({judgement.training.source}).")
+        if (unpaired := judgement.training.unpaired) is not None:
+            notes.append(f"Without shared seeds it would be {unpaired.sd:.4f} on {unpaired.df:.3g} df.")
     return notes
 
 

@@ -45,6 +45,8 @@ class Training:
     method: str
     noise: Noise
     source: str
+    unpaired: Noise | None = None
+    """What the noise would be if shared seeds were not used."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,10 @@ def common_noise(groups: Sequence[Group], given: Noise | None, borrow: NoiseFind
     """Choose the training noise of a study; the first group is the one whose noise may be borrowed."""
     if given is not None:
         return Training("given noise", given, "given by hand")
-    shared = shared_seeds(groups)
+    shared, pooled = shared_seeds(groups), pooled_noise([group.losses for group in groups])
     if shared is not None:
         noise = block_noise(losses_by_seed(groups, shared))
-        return Training("blocks", noise, f"{len(shared)} shared seeds, as blocks")
-    pooled = pooled_noise([group.losses for group in groups])
+        return Training("blocks", noise, f"{len(shared)} shared seeds, as blocks", pooled)
     if pooled is not None:
         return Training("pooled", pooled, "replicates of all arms, pooled")
     found = borrow(groups[0])

@@ -22,9 +22,11 @@ HOSTILE = '</script><script>document.title = "broken into"</script>'
 SEEDS = (1, 2, 3)
 
 
-def write_scored_run(folder: Path, loss: float, seed: int, model: dict[str, object]) -> None:
+def write_scored_run(
+    folder: Path, loss: float, seed: int, model: dict[str, object], train: dict[str, object] | None = None
+) -> None:
     """Write a run folder as training and test_loss.py would have left it, with losses made up."""
-    write_run(folder, model, {"random_seed": seed, "notes": HOSTILE})
+    write_run(folder, model, train or {"random_seed": seed, "notes": HOSTILE})
     generator = np.random.default_rng([seed, *folder.name.encode()])
     lines = [
         {"step": step, "tokens": (step + 1) * 128, "elapsed": 0.1 * (step + 1), "train/loss": 5 - 0.01 * step + loss}

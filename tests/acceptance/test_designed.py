@@ -1,0 +1,174 @@
+"""Designed experiments from plan to effects, with losses made up so that the truth is known."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import compare_runs
+import plan_runs
+from tests.acceptance.test_report import write_scored_run
+from tests.conftest import Called
+from tests.helpers import TINY_MODEL, TINY_TRAIN, write, write_run
+
+CHANGES = {
+    "drop": {"model": {"drop_rate": 0.0}},
+    "bias": {"model": {"qkv_bias": True}},
+    "clip": {"train": {"clipping_max_norm": 1.0}},
+    "decay": {"train": {"weight_decay": 0.01}},
+    "late": {"train": {"learning_rate": 0.02}},
+}
+GAINS = {"drop": 0.1, "bias": 0.05, "clip": 0.0, "decay": 0.0, "late": -0.2}
+SEED_LUCK = {1: 0.03, 2: -0.02, 3: 0.0}
+
+
+@pytest.fixture
+def planned(tmp_path: Path, call: Callable[..., Called]) -> Callable[..., Path]:
+    """A function that plans an experiment over the first `count` changes, and makes up a loss for every run."""
+    write_run(tmp_path / "runs" / "base", {}, {})
+
+    def make(count: int, *words: object, interaction: float = 0.0) -> Path:
+        names = list(CHANGES)[:count]
+        changes = write(tmp_path / "changes.json", {name: CHANGES[name] for name in names})
+        place = ("--runs-dir", tmp_path / "runs", "--name", "study")
+        done = call(plan_runs.main, "base", changes, *words, *place)
+        assert done.status == 0, done.stderr
+        plan = tmp_path / "runs" / "study" / "plan.json"
+        for number, run in enumerate(json.loads(plan.read_text())["plan"]["runs"]):
+            loss = 4.0 + SEED_LUCK[run["seed"]] - sum(GAINS[name] for name in run["on"])
+            loss += interaction if {"drop", "bias"} <= set(run["on"]) else 0.0
+            loss += 0.0004 * ((number * 7919) % 11 - 5)
+            score_as_planned(tmp_path / "runs" / run["run"], loss)
+        return plan
+
+    return make
+
+
+def score_as_planned(folder: Path, loss: float) -> None:
+    """Replace a planned run folder by one that was trained and scored, with the same configuration."""
+    model, train = (json.loads((folder / name).read_text()) for name in ("model.json", "train.json"))
+    for name in ("model.json", "train.json"):
+        (folder / name).unlink()
+    folder.rmdir()
+    assert TINY_MODEL.keys() <= model.keys()
+    assert TINY_TRAIN.keys() <= train.keys()
+    write_scored_run(folder, loss, train["random_seed"], model, train)
+
+
+def findings(call: Callable[..., Called], plan: Path) -> dict[str, dict[str, object]]:
+    done = call(compare_runs.main, "--plan", plan, "--format", "json")
+    assert done.status == 0, done.stderr
+    return {item["name"]: item for item in json.loads(done.stdout)["findings"]}
+
+
+def test_a_full_factorial_finds_effects_and_their_interaction(
+    planned: Callable[..., Path], call: Callable[..., Called]
+) -> None:
+    plan = planned(3, "--design", "full-factorial", "--seeds", "1,2,3", interaction=0.08)
+    found = findings(call, plan)
+    assert len(found) == 6
+    # Half of an interaction of 0.08 shows in each main effect, and half in the interaction's contrast.
+    assert found["drop"]["difference"] == pytest.approx(-0.1 + 0.04, abs=0.003)
+    assert found["bias"]["difference"] == pytest.approx(-0.05 + 0.04, abs=0.003)
+    assert found["drop x bias"]["difference"] == pytest.approx(0.04, abs=0.003)
+    assert found["drop"]["verdict"] == "HELPS"
+    assert found["drop x bias"]["verdict"] == "HURTS"
+    assert found["clip"]["verdict"] == "NO DIFFERENCE LARGER THAN 0.01"
+    assert found["drop"]["df"] == 14  # (8 - 1)(3 - 1): seeds are blocks
+
+
+def test_a_fraction_names_what_it_cannot_tell_apart(
+    planned: Callable[..., Path], call: Callable[..., Called]
+) -> None:
+    plan = planned(3, "--design", "fraction", "--resolution", "III", "--seeds", "1,2")
+    found = findings(call, plan)
+    assert {name: item["aliases"] for name, item in found.items()} == {
+        "drop": ["bias x clip"],
+        "bias": ["drop x clip"],
+        "clip": ["drop x bias"],
+    }
+    assert found["drop"]["difference"] == pytest.approx(-0.1, abs=0.004)
+
+
+def test_without_replicates_lenth_judges(planned: Callable[..., Path], call: Callable[..., Called]) -> None:
+    plan = planned(5, "--design", "fraction", "--resolution", "V", "--seeds", "3")
+    done = call(compare_runs.main, "--plan", plan)
+    assert "Lenth" in done.stdout
+    found = findings(call, plan)
+    assert len(found) == 15
+    assert found["late"]["verdict"] == "HURTS"
+    assert found["late"]["difference"] == pytest.approx(0.2, abs=0.004)
+    assert found["late"]["df"] == 5
+    assert found["decay"]["verdict"] not in ("HELPS", "HURTS")
+
+
+def test_a_stack_that_adds_up_and_one_that_does_not(
+    planned: Callable[..., Path], call: Callable[..., Called]
+) -> None:
+    plan = planned(3, "--with-stack", "--seeds", "1,2,3", interaction=0.12)
+    found = findings(call, plan)
+    gap = found["stack against the sum of its parts"]
+    assert gap["difference"] == pytest.approx(0.12, abs=0.005)
+    assert gap["verdict"] == "LESS THAN THE SUM"
+    best = found["stack against its best part, drop"]
+    assert best["difference"] == pytest.approx(-0.05 + 0.12, abs=0.005)
+    assert best["verdict"] == "HURTS"
+
+
+def test_leaving_one_out_is_judged_against_the_stack(
+    planned: Callable[..., Path], call: Callable[..., Called]
+) -> None:
+    plan = planned(2, "--design", "leave-one-out", "--seeds", "1,2,3")
+    judged = json.loads(call(compare_runs.main, "--plan", plan, "--format", "json").stdout)
+    assert judged["baseline"]["recipe"] == "stack"
+    arms = {arm["recipe"]: arm for arm in judged["arms"]}
+    assert arms["without-drop"]["difference"] == pytest.approx(0.1, abs=0.004)
+    assert arms["without-drop"]["verdict"] == "HURTS"  # leaving it out hurts: it helps in the stack
+    assert judged["noise"]["unpaired"]["sd"] > 3 * judged["noise"]["sd"]
+
+
+def test_a_plan_says_what_it_costs_and_sees(tmp_path: Path, call: Callable[..., Called]) -> None:
+    priced = {"price_per_hour": 36.0, "currency": "EUR", "expected_tokens_per_second": 2560.0}
+    write_run(tmp_path / "runs" / "base", {}, priced)
+    changes = write(tmp_path / "changes.json", CHANGES)
+    place = ("--runs-dir", tmp_path / "runs", "--design", "fraction", "--seeds", "1")
+    done = call(plan_runs.main, "base", changes, *place, "--dry-run")
+    assert done.status == 0, done.stderr
+    for expected in ("16 arms x 1 seeds = 16 runs", "Tokens:            40,960", "0.16 EUR", "E=ABCD (resolution V)"):
+        assert expected in done.stdout
+    assert "Standard error:    0.50 sigma" in done.stdout
+    assert "one-at-a-time" in done.stdout.split("Designs for these interventions")[1]
+    assert not (tmp_path / "runs" / "base-fraction").exists()
+    entry = {
+        "component": "all", "recipe": "base", "recipe_hash": "0" * 64, "parameters": 10_000, "train_tokens": 2560,
+        "hardware": "1x cpu", "sd": 0.0123, "df": 6, "runs": ["a", "b"],
+    }  # fmt: skip
+    (tmp_path / "runs" / "noise-ledger.json").write_text(json.dumps({"entries": [entry]}))
+    done = call(plan_runs.main, "base", changes, *place, "--dry-run")
+    assert "borrowed from another recipe (base)" in done.stdout
+    assert "0.50 sigma = 0.0062 nats per token" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "complaint"),
+    [
+        ({"a": {"train": {"learning_rat": 1}}}, [], "learning_rat"),
+        ({"a": {"model": {"n_heads": 3}}}, [], "n_heads"),
+        ({"a": {}}, [], "wanted patches"),
+        ({}, [], "found no intervention"),
+        ({"a b": {"train": {"weight_decay": 0.0}}}, [], "wanted a name"),
+        (CHANGES, ["--design", "fraction", "--generators", "E=A"], "--generators"),
+        ({name: CHANGES[name] for name in ("drop", "bias")}, ["--design", "fraction"], "--design full-factorial"),
+        ({"drop": CHANGES["drop"]}, ["--design", "leave-one-out"], "at least 2"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_whole(
+    tmp_path: Path, call: Callable[..., Called], changes: dict[str, object], words: list[str], complaint: str
+) -> None:
+    write_run(tmp_path / "runs" / "base", {}, {})
+    file = write(tmp_path / "changes.json", changes)
+    done = call(plan_runs.main, "base", file, *words, "--runs-dir", tmp_path / "runs", "--seeds", "1")
+    assert done.status == 2
+    assert complaint in done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["base"]

@@ -105,6 +105,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.runs_dir is None:
         arguments.runs_dir = arguments.execute[0].resolve().parent.parent if arguments.execute else ROOT / "runs"
+    if arguments.generators and arguments.design != "fraction":
+        parser.error("--generators goes with --design fraction")
     is_complete = arguments.interventions is not None or (arguments.base_run and arguments.design == "replicates")
     if bool(arguments.execute) == bool(is_complete):
         parser.error("found neither or both, wanted BASE_RUN INTERVENTIONS_JSON, or --execute PLAN DATASETS_DIR")
@@ -119,7 +121,7 @@ def _positive(text: str) -> int:
 
 def _seeds(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+    if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
         raise argparse.ArgumentTypeError(f"found {text!r}, wanted different whole numbers such as 1,2,3")
     return [int(part) for part in parts]
 

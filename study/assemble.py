@@ -93,8 +93,11 @@ def assemble(request: Request) -> Study:
     design = experiment.as_design()
     if design.is_factorial:
         noise = common_noise(groups, request.given_noise, borrow)
-        found, source = factorial_findings(design, groups, noise, request.margin)
-        return Study(tuple(groups), judgement, tuple(found), source, experiment)
+        try:
+            effects, source = factorial_findings(design, groups, noise, request.margin)
+        except ConfigError as error:
+            return Study(tuple(groups), judgement, effects_noise=f"no effects, {error}", experiment=experiment)
+        return Study(tuple(groups), judgement, tuple(effects), source, experiment)
     found = []
     if design.name == "one-at-a-time":
         found = stack_findings(baseline, arms, design.factors, judgement.training, request.margin)

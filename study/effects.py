@@ -98,7 +98,9 @@ def stack_findings(
     """Give whether a stack's gains add up, and whether it beats its best part; nothing where an arm is missing."""
     by_name = {arm.recipe: arm for arm in arms}
     needed = [*factors, STACK]
-    if training is None or any(name not in by_name or not by_name[name].losses for name in needed):
+    known = [baseline, *(by_name[name] for name in needed if name in by_name)]
+    is_whole = len(known) == len(needed) + 1 and all(group.losses and not group.diverged for group in known)
+    if training is None or not is_whole:
         return []
     singles, stack = [by_name[name] for name in factors], by_name[STACK]
     gap = additivity(stack.losses, baseline.losses, [single.losses for single in singles], training.noise)

@@ -103,12 +103,12 @@ def documents_of(experiment: Experiment, runs_dir: Path, run: PlannedRun) -> tup
     }
     for key in SEED_KEYS:
         documents["train"].pop(key, None)
-    set_by: dict[tuple[str, str], str] = {}
+    set_by: dict[tuple[str, str], str] = dict.fromkeys((("train", key) for key in SEED_KEYS), "the plan's seeds")
     for name in run.on:
         for part, patch in experiment.interventions[name].items():
             for key, value in patch.items():
                 other = set_by.setdefault((part, key), name)
-                if other != name and documents[part][key] != value:
+                if other != name and documents[part].get(key) != value:
                     raise ConfigError(f"{part}.json: {key}: found set by both {other} and {name}, wanted one of them")
                 documents[part][key] = value
     documents["train"]["random_seed"] = run.seed
@@ -125,7 +125,7 @@ def write_runs(experiment: Experiment, runs_dir: Path) -> Path:
     documents = {run.run: documents_of(experiment, runs_dir, run) for run in experiment.runs}
     target = plan_path(runs_dir, experiment.name)
     text = {"plan": asdict(experiment)}
-    if target.exists() and json.loads(target.read_text()) != json.loads(json.dumps(text)):
+    if target.exists() and read_strict_json(target, MAX_PLAN_BYTES) != json.loads(json.dumps(text)):
         raise ConfigError(f"{target}: found another plan of this name, wanted a new --name")
     problems = []
     for name, pair in documents.items():

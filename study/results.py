@@ -96,7 +96,7 @@ class Group:
 def read_losses(path: Path) -> list[Result]:
     """Read a CSV table of test losses; raises ConfigError with one line for every error."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
             rows = list(csv.DictReader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read as a CSV table ({error})") from None
@@ -241,7 +241,10 @@ def group_results(results: Iterable[Result]) -> list[Group]:
         same = (other for other in groups[result.recipe] if other.seeds == result.seeds and "" not in result.seeds)
         if result.evidence is None or next(same, None) is None:
             groups[result.recipe].append(result)
-    return [Group(recipe_name(found) if found[0].evidence else name, tuple(found)) for name, found in groups.items()]
+    names = {
+        key: recipe_name(found) if any(result.evidence for result in found) else key for key, found in groups.items()
+    }
+    return [Group(names[key], tuple(found)) for key, found in groups.items()]
 
 
 def recipe_name(results: Sequence[Result]) -> str:

@@ -63,6 +63,8 @@ class Estimate:
         """Add an independent uncertainty of the same difference; degrees of freedom by Satterthwaite (1946)."""
         variances = (self.se**2, other.se**2)
         total = sum(variances)
+        if math.isinf(total):
+            return Estimate(self.difference, math.inf, min(self.df, other.df))
         spread = sum(v**2 / df for v, df in zip(variances, (self.df, other.df), strict=True))
         return Estimate(self.difference, math.sqrt(total), total**2 / spread if spread else self.df)
 
@@ -145,7 +147,9 @@ def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
     """Give the chance that a two-sided t test finds a true effect of this size (noncentral t)."""
     critical = float(stdtrit(df, 1 - alpha / 2))
     shift = abs(effect) / se
-    return float(1 - nctdtr(df, shift, critical) + nctdtr(df, shift, -critical))
+    # NaN where too close to 0 to compute.
+    missed, wrong_side = np.nan_to_num([nctdtr(df, shift, critical), nctdtr(df, shift, -critical)])
+    return float(1 - missed + wrong_side)
 
 
 def detectable(se: float, df: float) -> float:
@@ -167,9 +171,9 @@ def seeds_to_see(effect: float, sd: float) -> int | None:
     """
     low, high = 2, 2
     while power(effect, sd * math.sqrt(2 / high), 2 * high - 2) < POWER:
-        low, high = high, 2 * high
-        if high > MOST_SEEDS:
+        if high == MOST_SEEDS:
             return None
+        low, high = high, min(2 * high, MOST_SEEDS)
     while low < high:
         middle = (low + high) // 2
         if power(effect, sd * math.sqrt(2 / middle), 2 * middle - 2) < POWER:

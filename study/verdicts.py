@@ -93,11 +93,11 @@ def judge(
     common = common_noise([baseline, *arms], given, borrow)
     drafts = [_estimate(baseline, arm, _noise_for(baseline, arm, common)) for arm in arms]
     adjusted = iter(holm([draft.estimate.p for draft in drafts if draft.estimate]))
-    slope = _slope(baseline)
+    family, slope = sum(draft.estimate is not None for draft in drafts), _slope(baseline)
     judged = []
     for draft in drafts:
         p_holm = next(adjusted) if draft.estimate else math.nan
-        judged.append(_conclude(draft, baseline, p_holm, len(drafts), margin, slope))
+        judged.append(_conclude(draft, baseline, p_holm, family, margin, slope))
     methods = {item.method for item in judged}
     return Judgement(baseline, methods.pop() if len(methods) == 1 else "pooled", common, tuple(judged))
 
@@ -256,6 +256,8 @@ def verdict_of(estimate: Estimate, p_adjusted: float, margin: float) -> str:
 
 def explain(estimate: Estimate, word: str, sd: float, margin: float, method: str) -> str:
     """Give the numbers behind a verdict, and for an open one what it would take to settle it."""
+    if math.isinf(estimate.se):
+        return f"Δ {estimate.difference:+.4f}; the test set lies in one document, so other text may be any different."
     low, high = estimate.interval()
     shown = (
         f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), t {estimate.t:+.2f} on {estimate.df:.3g} df."

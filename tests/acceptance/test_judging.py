@@ -1,0 +1,404 @@
+"""The published losses judged as in the worked example, and a small study planned, run and judged, as a user does."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import compare_runs
+import ddp_train
+import plan_runs
+import test_loss
+from harness.charts import ChartPainter
+from harness.errors import exit_status_of
+from tests.conftest import Called
+from tests.helpers import ROOT, run, write, write_run
+
+PUBLISHED = ROOT / "docs" / "published" / "losses.csv"
+HEADER = "run,recipe,init_seed,train_seed,test_loss"
+SINGLES = [
+    "gradient-clipping", "qkv-bias", "no-amp", "weight-decay-0.01", "remove-dropout", "schedule-learning-rate",
+    "weight-tying", "weight-decay-cerebras",
+]  # fmt: skip
+STACKS = ["stacked-1", "stacked-2", "stacked-3"]
+BASELINE_KEYS = {"recipe", "n", "mean", "sd"}
+ARM_KEYS = {
+    "recipe", "n", "mean", "difference", "se", "df", "t", "p", "p_holm", "low", "high", "verdict",
+}  # fmt: skip
+VERDICTS = ("HELPS", "HURTS", "LEANS BETTER", "LEANS WORSE", "NO DIFFERENCE LARGER THAN 0.01", "CANNOT TELL")
+STUDY = ("toy-baseline-s1", "toy-fast-s1", "toy-baseline-s2", "toy-fast-s2")
+
+
+def published(call: Callable[..., Called], *words: object, table: Path = PUBLISHED) -> dict[str, Any]:
+    """Judge a table against its baseline and give the JSON."""
+    done = call(compare_runs.main, "--baseline", "baseline", *words, "--losses", table, "--format", "json")
+    assert done.status == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def arms_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {arm["recipe"]: arm for arm in document["arms"]}
+
+
+# --- the published losses ------------------------------------------------------------------------------------
+
+
+def test_seven_baselines_and_the_single_runs(call: Callable[..., Called]) -> None:
+    document = published(call, *SINGLES)
+    baseline = document["baseline"]
+    assert (baseline["recipe"], baseline["n"]) == ("baseline", 7)
+    assert (baseline["mean"], baseline["sd"]) == pytest.approx((3.674103, 0.012339), abs=5e-7)
+    assert document["method"] == "single-case"
+    # Difference, t, p, Holm p over the eight, verdict: science.md's table, "any init".
+    wanted = {
+        "gradient-clipping": (0.0042, 0.32, 0.760, 1, "CANNOT TELL"),
+        "qkv-bias": (-0.0047, -0.36, 0.733, 1, "CANNOT TELL"),
+        "no-amp": (0.0049, 0.37, 0.725, 1, "CANNOT TELL"),
+        "weight-decay-0.01": (-0.0312, -2.36, 0.056, 0.24, "CANNOT TELL"),
+        "remove-dropout": (-0.0328, -2.49, 0.047, 0.24, "LEANS BETTER"),
+        "schedule-learning-rate": (-0.0722, -5.47, 0.0016, 0.009, "HELPS"),
+        "weight-tying": (0.2002, 15.2, 5e-6, 4e-5, "HURTS"),
+        "weight-decay-cerebras": (0.1398, 10.6, 4e-5, 3e-4, "HURTS"),
+    }
+    arms = arms_of(document)
+    assert arms.keys() == wanted.keys()
+    for recipe, (difference, t, p, p_holm, verdict) in wanted.items():
+        arm = arms[recipe]
+        assert (arm["n"], arm["df"], arm["verdict"]) == (1, 6, verdict)
+        assert arm["difference"] == pytest.approx(difference, abs=5e-5)
+        assert arm["se"] == pytest.approx(0.01319, abs=5e-6)
+        assert arm["t"] == pytest.approx(t, abs=0.05 if abs(t) > 10 else 5e-3)
+        assert arm["p"] == pytest.approx(p, rel=0.1, abs=5e-4 if p > 1e-3 else 0)
+        assert arm["p_holm"] == pytest.approx(p_holm, rel=0.15, abs=5e-3 if p_holm > 0.01 else 0)
+    schedule = arms["schedule-learning-rate"]
+    assert (schedule["low"], schedule["high"]) == pytest.approx((-0.1045, -0.0399), abs=5e-5)
+
+
+def test_stacks_are_a_family_of_their_own_when_named(call: Callable[..., Called]) -> None:
+    arms = arms_of(published(call, *STACKS))
+    assert [arms[name]["verdict"] for name in STACKS] == ["HELPS"] * 3
+    assert [arms[name]["p_holm"] for name in STACKS] == pytest.approx([0.001, 0.002, 0.001], abs=5e-4)
+
+
+def test_all_rows_are_one_family(call: Callable[..., Called]) -> None:
+    arms = arms_of(published(call))
+    assert list(arms) == [*SINGLES, *STACKS]
+    assert arms["schedule-learning-rate"]["p_holm"] == pytest.approx(7 * arms["schedule-learning-rate"]["p"])
+
+
+def part_of_published(path: Path, runs: Sequence[str]) -> Path:
+    """Write a table of a few published rows."""
+    lines = PUBLISHED.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *(line for line in lines if line.split(",")[0] in runs)]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("numbers", "mean", "sd", "p"),
+    [
+        (("", "-2", "-3"), 3.672857, 0.018974, 0.084),  # both seeds differ
+        (("", "-4", "-5"), 3.684462, 0.0061, None),  # the same initial weights
+    ],
+)
+def test_three_baselines(
+    call: Callable[..., Called], tmp_path: Path, numbers: tuple[str, ...], mean: float, sd: float, p: float | None
+) -> None:
+    runs = [f"8xa100m40-baseline{number}" for number in numbers]
+    table = part_of_published(tmp_path / "part.csv", [*runs, "8xa100m40-schedule-learning-rate"])
+    document = published(call, table=table)
+    assert document["baseline"]["n"] == 3
+    assert document["baseline"]["mean"] == pytest.approx(mean, abs=5e-7)
+    assert document["baseline"]["sd"] == pytest.approx(sd, abs=5e-5 if p is None else 5e-7)
+    (arm,) = document["arms"]
+    assert arm["df"] == 2
+    if p is not None:
+        assert arm["p"] == pytest.approx(p, abs=5e-4)
+
+
+def test_same_init_noise_by_hand(call: Callable[..., Called], tmp_path: Path) -> None:
+    # Pooled within two initial weights on 3 df, as the worked example has it.
+    runs = ["8xa100m40-baseline", "8xa100m40-baseline-4", "8xa100m40-baseline-5", "8xa100m40-schedule-learning-rate"]
+    table = part_of_published(tmp_path / "part.csv", runs)
+    (arm,) = published(call, "--noise-sd", "0.006659", "--noise-df", "3", table=table)["arms"]
+    assert (arm["difference"], arm["se"]) == pytest.approx((-0.0825, 0.00769), abs=6e-5)
+    assert arm["t"] == pytest.approx(-10.7, abs=0.05)
+    assert (arm["p"], arm["df"]) == (pytest.approx(0.0017, abs=5e-5), 3)
+
+
+def test_json_has_the_documented_keys_and_numbers(call: Callable[..., Called]) -> None:
+    document = published(call)
+    assert document.keys() >= {"baseline", "method", "arms"}
+    assert document["baseline"].keys() >= BASELINE_KEYS
+    for arm in document["arms"]:
+        assert arm.keys() >= ARM_KEYS
+        assert arm["low"] < arm["difference"] < arm["high"]
+        assert arm["difference"] == pytest.approx(arm["mean"] - document["baseline"]["mean"])
+        assert arm["t"] == pytest.approx(arm["difference"] / arm["se"])
+
+
+def test_tables_say_the_same_in_every_format(call: Callable[..., Called]) -> None:
+    printed = {
+        name: call(compare_runs.main, "--baseline", "baseline", "--losses", PUBLISHED, "--format", name).stdout
+        for name in ("table", "markdown", "csv")
+    }
+    document = published(call)
+    rows = list(csv.DictReader(io.StringIO(printed["csv"])))
+    assert [row["recipe"] for row in rows] == ["baseline", *SINGLES, *STACKS]
+    assert rows[0]["test loss"] == "3.674103"
+    for row, arm in zip(rows[1:], document["arms"], strict=True):
+        assert row["verdict"] == arm["verdict"]
+        assert float(row["Δ"]) == pytest.approx(arm["difference"], abs=5e-7)
+    lines = printed["markdown"].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    assert cells == [list(rows[0]), *(list(row.values()) for row in rows)]
+    assert set(lines[1]) == {"|", "-"}
+    table = printed["table"].splitlines()
+    assert table[0].split()[:2] == ["recipe", "n"]
+    sentence = (
+        "schedule-learning-rate: HELPS: Δ -0.0722 (95% CI -0.1045..-0.0399), t -5.47 on 6 df. "
+        "Holm p 0.011 of 11, n 1 v 7."
+    )
+    assert sentence in table
+    assert f"- {sentence}" in lines
+
+
+def test_output_goes_to_a_file(call: Callable[..., Called], tmp_path: Path) -> None:
+    words = ("--baseline", "baseline", "--losses", PUBLISHED, "--format", "json")
+    printed = call(compare_runs.main, *words)
+    silent = call(compare_runs.main, *words, "--output", tmp_path / "result.json")
+    assert silent == (0, "", "")
+    assert (tmp_path / "result.json").read_text() == printed.stdout
+
+
+# --- bad input -----------------------------------------------------------------------------------------------
+
+BAD_TABLES = {
+    "": ["nothing"],
+    HEADER: ["nothing"],
+    "run,recipe,loss\na,base,3.6": ["wanted run,recipe,init_seed,train_seed,test_loss"],
+    f"{HEADER}\na,baseline,,,x\nb,it,,,3.5\nc,it,,,": ["line 2: test_loss: found 'x'", "line 4: test_loss: found ''"],
+    f"{HEADER}\n,baseline,,,3.6\nb,,,,3.5": ["line 2: found no run", "line 3: found no run or no recipe"],
+    f"{HEADER}\na,baseline,,,3.6\na,it,,,3.5": ["run 'a' appears twice"],
+    f'{HEADER}\na,baseline,,,3.6\nb,"it,,,3.5': ["cannot be read as a CSV table"],
+    f"{HEADER}\na,baseline\nb,it,,,3.5": ["line 2: test_loss: found ''"],
+}
+
+
+@pytest.mark.parametrize("text", BAD_TABLES)
+def test_bad_tables_are_refused_line_by_line(call: Callable[..., Called], tmp_path: Path, text: str) -> None:
+    table = tmp_path / "losses.csv"
+    table.write_text(text)
+    done = call(compare_runs.main, "--baseline", "baseline", "--losses", table)
+    assert (done.status, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(BAD_TABLES[text])
+    for line, said in zip(lines, BAD_TABLES[text], strict=True):
+        assert line.startswith(f"{table}: ")
+        assert said in line
+
+
+def test_tables_that_are_not_text_or_not_there(call: Callable[..., Called], tmp_path: Path) -> None:
+    table = tmp_path / "losses.csv"
+    table.write_bytes(b"run,recipe\xff\xfe\n")
+    for path in (table, tmp_path / "none.csv", tmp_path):
+        done = call(compare_runs.main, "--baseline", "baseline", "--losses", path)
+        assert done.status == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--baseline", "nobody"),
+        ("--baseline", "baseline", "nobody"),
+        ("--baseline", "baseline", "baseline"),
+        ("--baseline", "baseline", "--margin", "0"),
+        ("--baseline", "baseline", "--margin", "nan"),
+        ("--baseline", "baseline", "--noise-sd", "0.1"),
+        ("--baseline", "baseline", "--learn-noise"),
+        ("--baseline", "baseline", "--plan", "plan.json"),
+        ("--baseline", "baseline", "--format", "xml"),
+        (),
+    ],
+)
+def test_bad_usage(call: Callable[..., Called], words: tuple[str, ...]) -> None:
+    done = call(compare_runs.main, *words, "--losses", PUBLISHED)
+    assert (done.status, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert "found" in done.stderr or "error:" in done.stderr
+
+
+def test_table_of_the_baseline_alone_has_nothing_to_compare(call: Callable[..., Called], tmp_path: Path) -> None:
+    table = part_of_published(tmp_path / "part.csv", ["8xa100m40-baseline", "8xa100m40-baseline-2"])
+    done = call(compare_runs.main, "--baseline", "baseline", "--losses", table)
+    assert done.status == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["compare_runs.py", "plan_runs.py"])
+def test_help_needs_no_torch(tmp_path: Path, script: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'torch':\n"
+        "            raise ImportError('torch is blocked')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    blocked = subprocess.run(
+        [sys.executable, "-c", "import torch"], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert "torch is blocked" in blocked.stderr
+    done = run(script, "--help", PYTHONPATH=str(tmp_path))
+    assert f"python {script}" in done.stdout
+    assert len(done.stdout.splitlines()) <= 50
+
+
+# --- a study, from a plan to a verdict -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs folder of a study with one intervention on two seeds, planned but not trained."""
+    folder = tmp_path_factory.mktemp("study")
+    write_run(folder / "runs" / "base", {}, {"min_train_tokens": 2 * 128, "checkpoint_interval": 100})
+    interventions = write(folder / "interventions.json", {"fast": {"train": {"learning_rate": 0.05}}})
+    words = ("--design", "one-at-a-time", "--seeds", "1,2", "--name", "toy", "--test-batches", "2")
+    done = run("plan_runs.py", "base", interventions, *words, "--runs-dir", folder / "runs")
+    assert "2 arms x 2 seeds = 4 runs" in done.stdout
+    assert f"--execute {folder / 'runs' / 'toy' / 'plan.json'}" in done.stdout
+    return folder / "runs"
+
+
+def in_process(command: Sequence[str]) -> SimpleNamespace:
+    """Run a script of a plan in this process, which spares importing torch for each of them."""
+    assert command[0] == sys.executable
+    mains = {ROOT / "ddp_train.py": ddp_train.main, ROOT / "test_loss.py": test_loss.main}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(command[1:]))
+        patch.setattr(ChartPainter, "_start", lambda _: None)
+        return SimpleNamespace(returncode=exit_status_of(mains[Path(command[1])]))
+
+
+@pytest.fixture(scope="module")
+def executed(study: Path, datasets_dir: Path) -> Path:
+    """The same with every run trained and scored; its plan."""
+    plan = study / "toy" / "plan.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_runs, "subprocess", SimpleNamespace(run=in_process))
+        patch.setattr(sys, "argv", ["plan_runs.py", "--execute", str(plan), str(datasets_dir)])
+        assert exit_status_of(plan_runs.main) == 0
+    return plan
+
+
+def test_every_run_is_trained_and_scored_on_the_same_tokens(executed: Path) -> None:
+    scores = {}
+    for name in STUDY:
+        folder = executed.parent.parent / name
+        assert json.loads((folder / "status.json").read_text())["state"] == "complete"
+        (path,) = (folder / "evals").glob("loss-*.json")
+        scores[name] = json.loads(path.read_text())
+    assert len({score["tokens_sha256"] for score in scores.values()}) == 1
+    assert {score["split"] for score in scores.values()} == {"validation"}
+    assert {score["tokens"] for score in scores.values()} == {2 * 6 * 16}
+    assert len({score["loss"] for score in scores.values()}) == 4
+
+
+def test_plan_is_judged_in_blocks(executed: Path, call: Callable[..., Called]) -> None:
+    done = call(compare_runs.main, "--plan", executed, "--format", "json")
+    assert done.status == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["method"] == "blocks"
+    assert (document["baseline"]["recipe"], document["baseline"]["n"]) == ("baseline", 2)
+    (arm,) = document["arms"]
+    assert (arm["recipe"], arm["n"]) == ("fast", 2)
+    assert arm["changes"] == "learning_rate 0.01→0.05"
+    assert arm["verdict"] in VERDICTS
+    losses = {
+        name: json.loads(next((executed.parent.parent / name / "evals").glob("loss-*.json")).read_text())["loss"]
+        for name in STUDY
+    }
+    difference = sum((-1 if "baseline" in name else 1) * loss / 2 for name, loss in losses.items())
+    assert arm["mean"] - document["baseline"]["mean"] == pytest.approx(difference, abs=1e-9)
+    table = call(compare_runs.main, "--plan", executed)
+    assert table.status == 0
+    assert any(line.startswith("fast ") and line.split()[1] == "2" for line in table.stdout.splitlines())
+
+
+def test_noise_is_learned_and_lent(executed: Path, call: Callable[..., Called]) -> None:
+    runs_dir = executed.parent.parent
+    pair = ("toy-baseline-s1", "toy-fast-s1", "--only-named", "--runs-dir", runs_dir, "--format", "json")
+    unknown = json.loads(call(compare_runs.main, "--baseline", *pair).stdout)
+    assert (unknown["arms"][0]["verdict"], unknown["arms"][0]["p"]) == ("CANNOT TELL", None)
+    learned = call(compare_runs.main, "--learn-noise", "--runs-dir", runs_dir)
+    assert learned.status == 0, learned.stderr
+    assert learned.stdout.count("all seeds: sd 0.") == 2
+    try:
+        known = json.loads(call(compare_runs.main, "--baseline", *pair).stdout)
+        assert known["method"] == "ledger"
+        assert known["noise"]["df"] == 1
+        words = ("base", runs_dir.parent / "interventions.json", "--dry-run", "--runs-dir", runs_dir)
+        assert "degrees of freedom from the ledger, this recipe's own" in call(plan_runs.main, *words).stdout
+    finally:
+        (runs_dir / "noise-ledger.json").unlink()
+
+
+def test_executing_again_does_nothing_but_what_is_missing(executed: Path, datasets_dir: Path) -> None:
+    # In processes of their own, as users have them: the last run is complete, and only has to be scored.
+    runs_dir = executed.parent.parent
+    before = {name: (runs_dir / name / "metrics.jsonl").stat().st_mtime_ns for name in STUDY}
+    shutil.rmtree(runs_dir / "toy-fast-s2" / "evals")
+    done = run("plan_runs.py", "--execute", executed, datasets_dir)
+    for number, name in enumerate(STUDY[:3], start=1):
+        assert f"[{number}/4] {name}: already complete" in done.stdout
+    assert f"[4/4] {STUDY[3]}: training" in done.stdout
+    assert "Loss against our test dataset: " in done.stdout
+    assert {name: (runs_dir / name / "metrics.jsonl").stat().st_mtime_ns for name in STUDY} == before
+
+
+def test_planning_again_is_harmless_and_another_plan_is_refused(
+    study: Path, call: Callable[..., Called], tmp_path: Path
+) -> None:
+    plan = study / "toy" / "plan.json"
+    before = plan.read_bytes()
+    words = ("--seeds", "1,2", "--name", "toy", "--test-batches", "2", "--runs-dir", study)
+    assert call(plan_runs.main, "base", study.parent / "interventions.json", *words).status == 0
+    other = write(tmp_path / "other.json", {"slow": {"train": {"learning_rate": 0.001}}})
+    done = call(plan_runs.main, "base", other, *words)
+    assert done.status == 2
+    assert done.stderr == f"{plan}: found another plan of this name, wanted a new --name\n"
+    assert plan.read_bytes() == before
+    assert not list(study.glob("toy-slow-*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("base",),
+        ("--execute", "plan.json"),
+        ("base", "interventions.json", "--seeds", "1,1"),
+        ("base", "interventions.json", "--seeds", "1,-2"),
+        ("base", "interventions.json", "--design", "fraction"),
+        ("base", "interventions.json", "--with-stack"),
+        ("nobody", "interventions.json"),
+        ("base", "nowhere.json"),
+    ],
+)
+def test_impossible_plans(study: Path, call: Callable[..., Called], words: tuple[str, ...]) -> None:
+    before = sorted(study.iterdir())
+    place = [study.parent / word if word == "interventions.json" else word for word in words]
+    done = call(plan_runs.main, *place, "--runs-dir", study)
+    assert done.status == 2
+    assert done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(study.iterdir()) == before

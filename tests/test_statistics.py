@@ -1,0 +1,458 @@
+"""Every estimator against scipy or statsmodels, against a textbook, or by hand."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.api as sm
+import statsmodels.formula.api as smf
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestIndPower
+from statsmodels.stats.weightstats import ttost_ind, ttost_paired
+
+from study.designs import Design, make_design
+from study.statistics import (
+    Estimate,
+    Noise,
+    additivity,
+    block_noise,
+    clustered_mean,
+    compare_means,
+    detectable,
+    factorial_effects,
+    holm,
+    lenth_noise,
+    loss_slope,
+    pooled_noise,
+    power,
+    replicate_noise,
+    sample_sd,
+    seed_correlation,
+    seeds_to_see,
+    tokens_worth,
+    welch,
+)
+
+SIZES = [(2, 2), (3, 3), (4, 7), (9, 2)]
+PUBLISHED_SEVEN = [3.691526, 3.673453, 3.653593, 3.681356, 3.680505, 3.673943, 3.664345]
+
+
+def draw(seed: int, *sizes: int) -> list[list[float]]:
+    """Draw groups of losses, each with a mean of its own."""
+    generator = np.random.default_rng(seed)
+    return [generator.normal(3.6 + 0.01 * place, 0.01, size).tolist() for place, size in enumerate(sizes)]
+
+
+# --- two groups ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_pooled_comparison_is_students_t(sizes: tuple[int, int]) -> None:
+    baseline, arm = draw(1, *sizes)
+    noise = pooled_noise([baseline, arm])
+    assert noise is not None
+    found = compare_means(arm, baseline, noise)
+    wanted = stats.ttest_ind(arm, baseline)
+    assert found.difference == pytest.approx(np.mean(arm) - np.mean(baseline))
+    assert (found.t, found.p, found.df) == pytest.approx((wanted.statistic, wanted.pvalue, wanted.df))
+    for level in (0.95, 0.8):
+        assert found.interval(level) == pytest.approx(tuple(wanted.confidence_interval(level)))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_welch(sizes: tuple[int, int]) -> None:
+    baseline, arm = draw(2, *sizes)
+    found, wanted = welch(arm, baseline), stats.ttest_ind(arm, baseline, equal_var=False)
+    assert (found.t, found.p, found.df) == pytest.approx((wanted.statistic, wanted.pvalue, wanted.df))
+    assert found.interval() == pytest.approx(tuple(wanted.confidence_interval()))
+
+
+def test_two_uncertainties_add_up_by_satterthwaite() -> None:
+    both = Estimate(0.5, 0.3, 4).plus(Estimate(9.0, 0.4, 10))
+    assert both.difference == 0.5
+    assert both.se == pytest.approx(0.5)
+    assert both.df == pytest.approx(0.25**2 / (0.09**2 / 4 + 0.16**2 / 10))
+
+
+def test_an_uncertainty_of_nothing_changes_nothing() -> None:
+    assert Estimate(0.5, 0.3, 4).plus(Estimate(0.0, 0.0, 10)) == Estimate(0.5, 0.3, pytest.approx(4))
+    assert Estimate(0.5, 0.0, 4).plus(Estimate(0.0, 0.0, 10)) == Estimate(0.5, 0.0, 4)
+
+
+def test_an_infinite_uncertainty_leaves_nothing_known() -> None:
+    both = Estimate(0.5, 0.3, 4).plus(Estimate(0.5, math.inf, 1))
+    assert both.se == math.inf
+    assert both.p == 1
+    assert both.interval() == (-math.inf, math.inf)
+    assert detectable(both.se, both.df) == math.inf
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_single_case_is_a_prediction_interval(n: int) -> None:
+    baseline, (loss,) = draw(3, n, 1)
+    found = compare_means([loss], baseline, Noise(sample_sd(baseline), n - 1))
+    # Crawford and Howell's t, as printed.
+    t = (loss - np.mean(baseline)) / (np.std(baseline, ddof=1) * math.sqrt((n + 1) / n))
+    assert found.t == pytest.approx(t)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(t), n - 1))
+    # Its interval says where one more baseline run would lie: 0 is inside just when the loss is.
+    predicted = sm.OLS(baseline, np.ones(n)).fit().get_prediction(np.ones(1)).conf_int(obs=True)[0]
+    low, high = found.interval()
+    assert (loss - high, loss - low) == pytest.approx(tuple(predicted))
+
+
+def test_published_schedule_against_the_seven_baselines() -> None:
+    sd = sample_sd(PUBLISHED_SEVEN)
+    assert np.mean(PUBLISHED_SEVEN) == pytest.approx(3.674103, abs=5e-7)
+    assert sd == pytest.approx(0.012339, abs=5e-7)
+    found = compare_means([3.601917], PUBLISHED_SEVEN, Noise(sd, 6))
+    assert (found.difference, found.se) == pytest.approx((-0.072186, 0.01319), abs=5e-6)
+    assert found.t == pytest.approx(-5.47, abs=5e-3)
+    assert found.p == pytest.approx(0.0016, abs=5e-5)
+    assert found.interval() == pytest.approx((-0.1045, -0.0399), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("difference", "se", "t", "p"),
+    [(0.1, 0.0, math.inf, 0.0), (-0.1, 0.0, -math.inf, 0.0), (0.0, 0.0, 0.0, 1.0), (0.0, 0.1, 0.0, 1.0)],
+)
+def test_without_noise_any_difference_is_certain(difference: float, se: float, t: float, p: float) -> None:
+    found = Estimate(difference, se, 3)
+    assert (found.t, found.p) == (t, p)
+
+
+# --- noise ---------------------------------------------------------------------------------------------------
+
+
+def test_pooled_noise_is_the_residual_of_a_one_way_analysis() -> None:
+    groups = draw(4, 3, 1, 5, 2)
+    frame = pd.DataFrame(
+        [(arm, loss) for arm, losses in enumerate(groups) for loss in losses], columns=["arm", "loss"]
+    )
+    fit = smf.ols("loss ~ C(arm)", frame).fit()
+    found = pooled_noise(groups)
+    assert found is not None
+    assert (found.sd**2, found.df) == pytest.approx((fit.mse_resid, fit.df_resid))
+
+
+@pytest.mark.parametrize("groups", [[], [[3.6]], [[3.6], [3.7], [3.8]]])
+def test_without_replicates_there_is_no_pooled_noise(groups: list[list[float]]) -> None:
+    assert pooled_noise(groups) is None
+
+
+def test_sample_sd_divides_by_n_minus_1_and_needs_two() -> None:
+    assert sample_sd([1.0, 3.0]) == pytest.approx(math.sqrt(2))
+    assert math.isnan(sample_sd([1.0]))
+    assert math.isnan(sample_sd([]))
+
+
+def test_replicate_noise_pools_over_cells() -> None:
+    losses = [3.0, 3.2, 5.0, 7.0, 7.4, 9.0]
+    found = replicate_noise(losses, ["a", "a", "b", "c", "c", "d"])
+    assert found is not None
+    assert (found.sd, found.df) == pytest.approx((math.sqrt((0.02 + 0.08) / 2), 2))
+    assert replicate_noise([1.0, 2.0], ["a", "b"]) is None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_two_arms_on_shared_seeds_are_the_paired_t(seeds: int) -> None:
+    arm, baseline = draw(5, seeds, seeds)
+    noise = block_noise(np.array([arm, baseline]))
+    found, wanted = compare_means(arm, baseline, noise), stats.ttest_rel(arm, baseline)
+    assert (found.t, found.p, found.df) == pytest.approx((wanted.statistic, wanted.pvalue, wanted.df))
+    assert found.interval() == pytest.approx(tuple(wanted.confidence_interval()))
+
+
+@pytest.mark.parametrize(("arms", "seeds"), [(3, 2), (3, 3), (6, 4)])
+def test_blocks_are_least_squares_on_arm_and_seed(arms: int, seeds: int) -> None:
+    generator = np.random.default_rng(6)
+    losses = generator.normal(3.6, 0.01, (arms, seeds)) + generator.normal(0, 0.1, seeds)
+    rows = [(arm, seed, losses[arm, seed]) for arm in range(arms) for seed in range(seeds)]
+    fit = smf.ols("loss ~ C(arm) + C(seed)", pd.DataFrame(rows, columns=["arm", "seed", "loss"])).fit()
+    noise = block_noise(losses)
+    assert (noise.sd**2, noise.df) == pytest.approx((fit.mse_resid, fit.df_resid))
+    intervals = fit.conf_int()
+    for arm in range(1, arms):
+        name = f"C(arm)[T.{arm}]"
+        found = compare_means(losses[arm].tolist(), losses[0].tolist(), noise)
+        wanted = (fit.params[name], fit.bse[name], fit.tvalues[name], fit.pvalues[name])
+        assert (found.difference, found.se, found.t, found.p) == pytest.approx(wanted)
+        assert found.interval() == pytest.approx(tuple(intervals.loc[name]))
+
+
+def test_what_a_seed_does_to_all_arms_is_no_noise() -> None:
+    losses = np.array([[3.0], [4.0], [5.0]]) + np.array([0.5, 0.25, -2.0])
+    assert block_noise(losses).sd == pytest.approx(0, abs=1e-12)
+    assert block_noise(losses).df == 4
+
+
+def test_seed_correlation() -> None:
+    arm, baseline = draw(7, 5, 5)
+    assert seed_correlation(arm, baseline) == pytest.approx(stats.pearsonr(arm, baseline).statistic)
+    assert math.isnan(seed_correlation(arm[:2], baseline[:2]))
+    assert math.isnan(seed_correlation([3.6] * 5, baseline))
+    assert math.isnan(seed_correlation(arm, [3.6] * 5))
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1, 4), (1,) * 20, (5, 5, 5, 5), (2, 9, 1, 1, 30)])
+def test_clustered_mean_is_cluster_robust_least_squares(sizes: Sequence[int]) -> None:
+    generator = np.random.default_rng(8)
+    clusters = np.repeat(generator.permutation(100)[: len(sizes)], sizes)
+    values = generator.normal(0.1, 1, len(clusters)) + clusters / 50
+    found = clustered_mean(values, clusters)
+    # Its small-sample correction is G/(G-1) (n-1)/(n-k), and k is 1 here.
+    fit = sm.OLS(values, np.ones(len(values))).fit(
+        cov_type="cluster", cov_kwds={"groups": clusters, "use_correction": True, "df_correction": True}, use_t=True
+    )
+    assert (found.difference, found.se, found.p) == pytest.approx((fit.params[0], fit.bse[0], fit.pvalues[0]))
+    assert found.df == len(sizes) - 1
+    assert found.interval() == pytest.approx(tuple(fit.conf_int()[0]))
+
+
+def test_clusters_of_one_are_the_plain_standard_error() -> None:
+    values = np.array(draw(9, 12)[0])
+    found, wanted = clustered_mean(values, np.arange(12)), stats.ttest_1samp(values, 0)
+    assert (found.t, found.p, found.df) == pytest.approx((wanted.statistic, wanted.pvalue, wanted.df))
+
+
+def test_order_of_sequences_does_not_matter() -> None:
+    values, clusters = np.array(draw(10, 12)[0]), np.repeat(np.arange(4), 3)
+    order = np.random.default_rng(0).permutation(12)
+    wanted = clustered_mean(values, clusters)
+    found = clustered_mean(values[order], clusters[order])
+    assert (found.difference, found.se, found.df) == pytest.approx((wanted.difference, wanted.se, wanted.df))
+
+
+def test_one_document_says_nothing() -> None:
+    found = clustered_mean(np.array([0.1, 0.2, 0.3]), np.zeros(3, dtype=np.int64))
+    assert found.difference == pytest.approx(0.2)
+    assert found.se == math.inf
+    assert found.p == 1
+
+
+def test_sequences_that_do_not_differ_have_no_error() -> None:
+    assert clustered_mean(np.zeros(6), np.repeat(np.arange(3), 2)) == Estimate(0.0, 0.0, 2)
+
+
+# --- many comparisons, and equivalence -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+def test_holm(count: int) -> None:
+    p_values = (np.random.default_rng(11).uniform(0, 1, count) ** 4).tolist()
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
+
+
+def test_holm_with_ties_and_none() -> None:
+    assert holm([0.01, 0.01, 0.04, 1.0]) == pytest.approx([0.04, 0.04, 0.08, 1.0])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("margin", [0.001, 0.01, 0.03])
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_equivalence_is_two_one_sided_tests(seeds: int, margin: float) -> None:
+    arm, baseline = draw(12, seeds, seeds)
+    paired = compare_means(arm, baseline, block_noise(np.array([arm, baseline])))
+    wanted = ttost_paired(np.array(arm), np.array(baseline), -margin, margin)[0]
+    assert paired.p_equivalent(margin) == pytest.approx(wanted)
+    noise = pooled_noise([arm, baseline])
+    assert noise is not None
+    unpaired = compare_means(arm, baseline, noise)
+    wanted = ttost_ind(np.array(arm), np.array(baseline), -margin, margin, usevar="pooled")[0]
+    assert unpaired.p_equivalent(margin) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("difference", "p"), [(0.009, 0.0), (-0.009, 0.0), (0.01, 1.0), (-0.02, 1.0)])
+def test_equivalence_without_noise(difference: float, p: float) -> None:
+    assert Estimate(difference, 0.0, 5).p_equivalent(0.01) == p
+
+
+# --- power ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.3, 1.0, 2.5, -2.5, 8.0])
+@pytest.mark.parametrize(("arm", "baseline"), [(1, 7), (2, 2), (3, 3), (16, 16), (500, 500)])
+def test_power(effect: float, arm: int, baseline: int) -> None:
+    found = power(effect, math.sqrt(1 / arm + 1 / baseline), arm + baseline - 2)
+    wanted = TTestIndPower().power(abs(effect), arm, 0.05, ratio=baseline / arm)
+    assert found == pytest.approx(1.0 if math.isnan(wanted) else wanted, abs=1e-6)
+
+
+def test_power_far_out_is_1() -> None:
+    assert power(1e6, 1.0, 4) == pytest.approx(1)
+    assert power(1.0, 1e-9, 1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("arm", "baseline", "sd", "wanted"),
+    [
+        (1, 7, 0.0123, 0.044),
+        (3, 3, 0.0123, 0.038),
+        (5, 5, 0.0123, 0.025),
+        (8, 8, 0.0123, 0.019),
+        (16, 16, 0.0123, 0.013),
+        (3, 3, 0.0013, 0.0040),
+    ],
+)
+def test_detectable_effects(arm: int, baseline: int, sd: float, wanted: float) -> None:
+    found = detectable(sd * math.sqrt(1 / arm + 1 / baseline), arm + baseline - 2)
+    assert float(f"{found:.2g}") == wanted
+    solved = TTestIndPower().solve_power(None, nobs1=arm, alpha=0.05, power=0.8, ratio=baseline / arm)
+    assert found == pytest.approx(sd * float(np.squeeze(solved)), rel=1e-4)
+
+
+@pytest.mark.parametrize("df", [1, 2, 5 / 3, 6, 30, 1e4, 1e7])
+def test_detectable_effect_has_a_power_of_four_fifths(df: float) -> None:
+    assert power(detectable(0.25, df), 0.25, df) == pytest.approx(0.8, abs=1e-6)
+
+
+def test_detectable_effect_with_known_noise() -> None:
+    wanted = 0.0123 * math.sqrt(2) * (stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
+    assert detectable(0.0123 * math.sqrt(2), 1e7) == pytest.approx(wanted, rel=1e-3)
+    assert wanted == pytest.approx(0.049, abs=5e-4)
+
+
+def test_without_noise_everything_is_detectable() -> None:
+    assert detectable(0.0, 4) == 0
+
+
+@pytest.mark.parametrize(("sd", "wanted"), [(0.0123, (16, 7, 3)), (0.0067, (6, 3, 2)), (0.0013, (2, 2, 2))], ids=str)
+def test_seeds_to_see(sd: float, wanted: tuple[int, ...]) -> None:
+    assert tuple(seeds_to_see(effect, sd) for effect in (0.013, 0.022, 0.05)) == wanted
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.35, 0.5, 1.0, 3.0])
+def test_seeds_to_see_is_the_smallest_number_that_does(ratio: float) -> None:
+    found = seeds_to_see(ratio, 1.0)
+    assert found is not None
+    solver = TTestIndPower()
+    assert solver.power(ratio, found, 0.05) >= 0.8
+    assert found == 2 or solver.power(ratio, found - 1, 0.05) < 0.8
+
+
+def test_most_seeds() -> None:
+    assert seeds_to_see(0.042, 1.0) == math.ceil(TTestIndPower().solve_power(0.042, alpha=0.05, power=0.8))
+    assert seeds_to_see(0.001, 1.0) is None
+
+
+# --- designed experiments ------------------------------------------------------------------------------------
+
+
+def signs_of(design: Design) -> NDArray[np.float64]:
+    """Give the main effects and two-way interactions as columns of +-1."""
+    mains = np.array([[1.0 if factor in arm.on else -1.0 for factor in design.factors] for arm in design.arms])
+    count = len(design.factors)
+    pairs = [mains[:, a] * mains[:, b] for a in range(count) for b in range(a + 1, count)]
+    return np.column_stack([mains, *pairs])
+
+
+@pytest.mark.parametrize(("name", "factors"), [("full-factorial", "abc"), ("fraction", "abcde")])
+def test_factorial_effects_are_twice_the_coefficients_of_least_squares(name: str, factors: str) -> None:
+    design = make_design("full-factorial" if name == "full-factorial" else "fraction", list(factors))
+    columns = signs_of(design)
+    losses = np.random.default_rng(13).normal(3.6, 0.01, len(columns))
+    found = factorial_effects(columns, losses)
+    fit = sm.OLS(losses, sm.add_constant(columns)).fit()
+    assert found == pytest.approx(2 * fit.params[1:])
+    for column, effect in zip(columns.T, found, strict=True):
+        assert effect == pytest.approx(losses[column > 0].mean() - losses[column < 0].mean())
+
+
+def test_lenth_by_hand() -> None:
+    effects = [0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 10.0]
+    # The median is 0.4, so s0 is 0.6 and 1.5 the limit; of the six below, the median is 0.35.
+    found = lenth_noise(effects)
+    assert (found.sd, found.df) == pytest.approx((1.5 * 0.35, 7 / 3))
+
+
+def test_lenth_on_montgomerys_filtration_rates() -> None:
+    effects = [
+        21.625, 3.125, 9.875, 14.625, 0.125, -18.125, 16.625, 2.375,
+        -0.375, -1.125, 1.875, 4.125, -1.625, -2.625, 1.375,
+    ]  # fmt: skip
+    found = lenth_noise(effects)
+    assert (found.sd, found.df) == (2.625, 5)
+    low, high = Estimate(0.0, found.sd, found.df).interval()
+    assert (low, high) == pytest.approx((-6.748, 6.748), abs=5e-4)
+
+
+def test_lenth_of_no_effects_at_all() -> None:
+    assert lenth_noise([0.0, 0.0, 0.0]) == Noise(0.0, 1.0)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 1, 1, 1, 1, 1), (3, 3, 3, 3), (4, 2, 1, 5)])
+def test_additivity_is_a_linear_combination_of_arm_means(sizes: tuple[int, ...]) -> None:
+    baseline, stack, *singles = draw(14, *sizes)
+    noise = pooled_noise([baseline, stack, *singles]) or Noise(0.01, 6)
+    found = additivity(stack, baseline, singles, noise)
+    weights = np.array([len(singles) - 1, 1, *[-1] * len(singles)])
+    arms = np.repeat(np.arange(len(sizes)), sizes)
+    losses = np.concatenate([baseline, stack, *singles])
+    if len(losses) > len(sizes):
+        fit = smf.ols("loss ~ C(arm) - 1", pd.DataFrame({"arm": arms, "loss": losses})).fit()
+        wanted = fit.t_test(weights)
+        assert (found.se, found.p) == pytest.approx((wanted.sd.item(), wanted.pvalue.item()))
+        assert found.df == fit.df_resid
+    means = [np.mean(group) for group in (baseline, stack, *singles)]
+    assert found.difference == pytest.approx(weights @ means)
+    assert found.se == pytest.approx(noise.sd * math.sqrt(sum(weights**2 / np.array(sizes))))
+
+
+def test_additivity_of_the_published_stack() -> None:
+    parts = [[3.678317], [3.642940], [3.641282], [3.601917]]
+    found = additivity([3.577761], PUBLISHED_SEVEN, parts, Noise(sample_sd(PUBLISHED_SEVEN), 6))
+    assert found.difference == pytest.approx(0.036, abs=5e-4)
+    assert found.p == pytest.approx(0.29, abs=5e-3)
+    # One baseline run, the unlucky first, is what made it look certain.
+    assert additivity([3.577761], [3.691526], parts, Noise(0.01, 6)).difference == pytest.approx(0.088, abs=5e-4)
+
+
+# --- tokens --------------------------------------------------------------------------------------------------
+
+
+def test_loss_slope_of_a_line_in_log_tokens() -> None:
+    tokens = np.arange(1, 101) * 1e6
+    losses = 8 - 0.3 * np.log(tokens)
+    losses[:50] = 99.0  # the first half has no part in it
+    assert loss_slope(tokens, losses) == pytest.approx(-0.3)
+
+
+def test_loss_slope_of_a_power_law_is_that_of_its_last_half() -> None:
+    tokens = np.arange(1, 1001) * 1e6
+    slope = loss_slope(tokens, 1.7 + 400 * tokens**-0.3)
+    derivative = -0.3 * 400 * tokens**-0.3
+    assert slope is not None
+    assert derivative[500] < slope < derivative[-1]
+
+
+def test_loss_slope_leaves_out_what_is_not_finite() -> None:
+    tokens = np.arange(1, 101) * 1e6
+    losses = 8 - 0.3 * np.log(tokens)
+    losses[[60, 70]] = math.nan, math.inf
+    assert loss_slope(tokens, losses) == pytest.approx(-0.3)
+
+
+@pytest.mark.parametrize(("steps", "is_known"), [(0, False), (1, False), (19, True), (18, False), (20, True)])
+def test_loss_slope_needs_ten_points(steps: int, is_known: bool) -> None:
+    tokens = np.arange(1, steps + 1) * 1e6
+    assert (loss_slope(tokens, 8 - 0.3 * np.log(tokens)) is not None) == is_known
+
+
+def test_rising_curve_has_no_slope_to_convert_by() -> None:
+    tokens = np.arange(1, 101) * 1e6
+    assert loss_slope(tokens, 3 + 0.1 * np.log(tokens)) is None
+
+
+def test_tokens_worth() -> None:
+    # 0.03 lower is what half as many tokens again would bring, where e-fold tokens bring 0.03 / ln 1.5.
+    assert tokens_worth(-0.03, -0.03 / math.log(1.5)) == pytest.approx(1.5)
+    assert tokens_worth(0.03, -0.03 / math.log(1.5)) == pytest.approx(1 / 1.5)
+    assert tokens_worth(0.0, -0.1) == 1
+    assert math.isfinite(tokens_worth(-1e9, -1e-9))

@@ -108,7 +108,7 @@ def stack_findings(
     beats = compare_means(stack.losses, best.losses, training.noise)
     return [
         _additivity_finding(gap),
-        _finding(f"{STACK} against its best part, {best.recipe}", beats, beats.p, margin),
+        _finding(f"{STACK} v best part {best.recipe}", beats, beats.p, margin),
     ]
 
 
@@ -118,4 +118,4 @@ def _additivity_finding(gap: Estimate) -> Finding:
     shown = f"gap {gap.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), t {gap.t:+.2f} on {gap.df:.3g} df."
     if word == "ADDS UP":
         shown += " Not shown to differ from the sum of its parts."
-    return Finding(f"{STACK} against the sum of its parts", gap, gap.p, word, f"{word}: {shown}")
+    return Finding(f"{STACK} v sum of parts", gap, gap.p, word, f"{word}: {shown}")

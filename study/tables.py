@@ -168,6 +168,10 @@ def notes_of(study: Study) -> list[str]:
         notes.append(f"Training noise: {noise.sd:.4f} on {noise.df:.3g} df ({judgement.training.source}).")
         if (unpaired := judgement.training.unpaired) is not None:
             notes.append(f"Without shared seeds it would be {unpaired.sd:.4f} on {unpaired.df:.3g} df.")
+        known = [item for item in judgement.arms if math.isfinite(item.correlation)]
+        alike = [f"{item.group.recipe} {item.correlation:+.2f}" for item in known]
+        if alike:
+            notes.append(f"Correlation with the baseline over seeds: {', '.join(alike)}.")
     return notes
 
 

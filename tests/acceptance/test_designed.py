@@ -108,10 +108,10 @@ def test_a_stack_that_adds_up_and_one_that_does_not(
 ) -> None:
     plan = planned(3, "--with-stack", "--seeds", "1,2,3", interaction=0.12)
     found = findings(call, plan)
-    gap = found["stack against the sum of its parts"]
+    gap = found["stack v sum of parts"]
     assert gap["difference"] == pytest.approx(0.12, abs=0.005)
     assert gap["verdict"] == "LESS THAN THE SUM"
-    best = found["stack against its best part, drop"]
+    best = found["stack v best part drop"]
     assert best["difference"] == pytest.approx(-0.05 + 0.12, abs=0.005)
     assert best["verdict"] == "HURTS"
 

@@ -4,18 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := quickstart
 
-.PHONY: quickstart test lint format generated setup
+.PHONY: quickstart test lint format generated
 
-setup: $(VENV)/.installed
-
+# What training needs, and on top of it what the tests need.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 # Trains a small model on Python's own documentation, scores it, and lets it write.
-quickstart: setup
+quickstart: $(VENV)/.installed
 	test -f datasets/python-docs/train.safetensors || \
 	  $(BIN)/python prepare_dataset.py python-docs datasets/python-docs --validation-fraction 0.05
 	$(BIN)/torchrun --standalone --nproc_per_node=1 ddp_train.py $(RUN) datasets
@@ -25,19 +28,19 @@ quickstart: setup
 	  --prompt "Return a new list" --seed 1
 	@echo "Charts, samples and numbers of the run: open runs/$(RUN)/training-run-chart.html"
 
-test: setup
+test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: setup
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-format: setup
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # JSON Schemas for editors, and the reference of all keys.
-generated: setup
+generated: $(VENV)/.installed
 	$(BIN)/python -m harness.config

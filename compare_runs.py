@@ -70,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.runs_dir = arguments.plan.resolve().parent.parent if arguments.plan else ROOT / "runs"
     if (arguments.noise_sd is None) != (arguments.noise_df is None):
         parser.error("--noise-sd and --noise-df go together")
+    if arguments.noise_df is not None and arguments.noise_df < 1:
+        parser.error(f"--noise-df: found {arguments.noise_df}, wanted at least 1")
     if arguments.losses and (arguments.plan or arguments.learn_noise):
         parser.error("--losses goes with neither --plan nor --learn-noise")
     if arguments.baseline is None and not arguments.plan and not arguments.learn_noise:

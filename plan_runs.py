@@ -105,6 +105,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.runs_dir is None:
         arguments.runs_dir = arguments.execute[0].resolve().parent.parent if arguments.execute else ROOT / "runs"
+    if arguments.execute and arguments.dry_run:
+        parser.error("--execute and --dry-run: found both, wanted one of them")
+    if arguments.test_start_token is not None and arguments.test_start_token < 0:
+        parser.error(f"--test-start-token: found {arguments.test_start_token}, wanted 0 or more")
     if arguments.generators and arguments.design != "fraction":
         parser.error("--generators goes with --design fraction")
     is_complete = arguments.interventions is not None or (arguments.base_run and arguments.design == "replicates")
@@ -223,13 +227,16 @@ def execute(arguments: argparse.Namespace) -> None:
         if is_scored(folder):
             print(f"{title}: already complete", flush=True)
             continue
-        print(f"{title}: training", flush=True)
+        try:
+            with folder.locked():
+                print(f"{title}: training", flush=True)
+        except RunLockedError:
+            print(f"{title}: another process is at it", flush=True)
+            continue
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.world_size}"]
         script = [str(ROOT / "ddp_train.py"), run.run, str(datasets_dir), "--runs-dir", str(arguments.runs_dir)]
         done = subprocess.run([sys.executable, *(launcher if arguments.world_size > 1 else []), *script])
         status = folder.read_status()
-        if done.returncode == RunLockedError.exit_status:
-            continue
         if done.returncode and status.get("exit_code") == NonFiniteError.exit_status:
             print(f"{title}: diverged, and counts as such", flush=True)
             continue

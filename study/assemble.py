@@ -15,6 +15,7 @@ from study.results import (
     Group,
     find_replicates,
     group_results,
+    is_scored,
     name_arms,
     read_losses,
     read_runs,
@@ -50,6 +51,8 @@ class Study:
     findings: tuple[Finding, ...] = ()
     effects_noise: str = ""
     experiment: Experiment | None = None
+    left_out: tuple[int, ...] = ()
+    """Seeds of a plan on which not every arm is scored yet."""
 
 
 def gather(request: Request) -> tuple[list[Group], Experiment | None]:
@@ -58,15 +61,18 @@ def gather(request: Request) -> tuple[list[Group], Experiment | None]:
         return group_results(read_losses(request.losses)), None
     if request.plan is not None:
         experiment = load_experiment(request.plan)
-        folders = [open_run(request.runs_dir, run.run) for run in experiment.runs]
-        return name_arms(read_runs(folders, request.checkpoint), experiment), experiment
+        folders = {run: open_run(request.runs_dir, run.run) for run in experiment.runs}
+        open_seeds = {run.seed for run, folder in folders.items() if not is_scored(folder, request.checkpoint)}
+        if open_seeds < set(experiment.seeds):  # else the error names what is missing
+            folders = {run: folder for run, folder in folders.items() if run.seed not in open_seeds}
+        return name_arms(read_runs(list(folders.values()), request.checkpoint), experiment), experiment
     named = dict.fromkeys([*([request.baseline] if request.baseline else []), *request.names])
-    folders = [open_run(request.runs_dir, name) for name in named]
+    named_folders = [open_run(request.runs_dir, name) for name in named]
     if not request.only_named:
-        folders += _replicates(folders, request)
-    if not folders:
+        named_folders += _replicates(named_folders, request)
+    if not named_folders:
         raise ConfigError(f"{request.runs_dir}: found no scored run, wanted one with a score of test_loss.py")
-    return group_results(read_runs(folders, request.checkpoint)), None
+    return group_results(read_runs(named_folders, request.checkpoint)), None
 
 
 def _replicates(named: Sequence[RunFolder], request: Request) -> list[RunFolder]:
@@ -78,10 +84,13 @@ def assemble(request: Request) -> Study:
     groups, experiment = gather(request)
     baseline = choose_baseline(groups, request, experiment)
     if request.losses or experiment:
-        arms = [find_group(groups, name, "RUN") for name in request.names] or [g for g in groups if g != baseline]
+        named = {group.recipe: group for group in (find_group(groups, name, "RUN") for name in request.names)}
+        arms = list(named.values()) or [group for group in groups if group is not baseline]
     else:
-        arms = [group for group in groups if group != baseline]
-    if baseline in arms:
+        arms = [group for group in groups if group is not baseline]
+    if request.baseline is None:
+        arms = [group for group in arms if group is not baseline]
+    elif any(group is baseline for group in arms):
         raise ConfigError(f"RUN: found {baseline.recipe}, which is the baseline, wanted other recipes")
 
     def borrow(group: Group) -> tuple[Noise, str] | None:
@@ -90,18 +99,26 @@ def assemble(request: Request) -> Study:
     judgement = judge(baseline, arms, request.margin, request.given_noise, borrow)
     if experiment is None:
         return Study(tuple(groups), judgement)
+    seen = {result.run for group in groups for result in group.results}
+    left_out = tuple(sorted({run.seed for run in experiment.runs if run.run not in seen}))
     design = experiment.as_design()
     if design.is_factorial:
         noise = common_noise(groups, request.given_noise, borrow)
         try:
             effects, source = factorial_findings(design, groups, noise, request.margin)
         except ConfigError as error:
-            return Study(tuple(groups), judgement, effects_noise=f"no effects, {error}", experiment=experiment)
-        return Study(tuple(groups), judgement, tuple(effects), source, experiment)
+            return Study(
+                tuple(groups),
+                judgement,
+                effects_noise=f"no effects, {error}",
+                experiment=experiment,
+                left_out=left_out,
+            )
+        return Study(tuple(groups), judgement, tuple(effects), source, experiment, left_out)
     found = []
     if design.name == "one-at-a-time":
         found = stack_findings(baseline, arms, design.factors, judgement.training, request.margin)
-    return Study(tuple(groups), judgement, tuple(found), experiment=experiment)
+    return Study(tuple(groups), judgement, tuple(found), experiment=experiment, left_out=left_out)
 
 
 def choose_baseline(groups: Sequence[Group], request: Request, experiment: Experiment | None) -> Group:
@@ -113,7 +130,7 @@ def choose_baseline(groups: Sequence[Group], request: Request, experiment: Exper
         # Leaving one out asks what the stack loses; a fraction may have no arm with everything off.
         is_from_stack = experiment.design == "leave-one-out" or BASELINE not in names
         return find_group(groups, STACK if is_from_stack and STACK in names else names[0], "--baseline")
-    if request.names and request.losses is None:
+    if request.names:
         return find_group(groups, request.names[0], "RUN")
     return max(groups, key=lambda group: len(group.results))
 

@@ -76,7 +76,7 @@ class Design:
         if self.is_factorial:
             resolution = self.resolution()
             if resolution is None:
-                return "every effect and interaction"
+                return "main effects and every two-way interaction, clear of all others"
             return {
                 3: "main effects, mixed up with two-way interactions: for screening",
                 4: "main effects; two-way interactions mixed up with each other",
@@ -147,7 +147,7 @@ def make_design(
     words: tuple[Word, ...] = ()
     if name == "fraction":
         words = parse_generators(generators, count) if generators else best_generators(count, resolution)
-    return Design(name, tuple(factors), tuple(_factorial_arms(factors, words)), words)
+    return Design(name, tuple(factors), tuple(factorial_arms(factors, words)), words)
 
 
 def with_stack(design: Design) -> Design:
@@ -157,7 +157,7 @@ def with_stack(design: Design) -> Design:
     return replace(design, arms=(*design.arms, Arm(STACK, design.factors)))
 
 
-def _factorial_arms(factors: Sequence[str], generators: Sequence[Word]) -> Iterator[Arm]:
+def factorial_arms(factors: Sequence[str], generators: Sequence[Word]) -> Iterator[Arm]:
     """Give the arms whose signs (+1 on, -1 off) multiply to +1 in every generator; all arms without one."""
     for size in range(len(factors) + 1):
         for on in combinations(range(len(factors)), size):

@@ -89,7 +89,7 @@ def _column(on: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], word: Word) -> 
 
 def _finding(name: str, estimate: Estimate, p_holm: float, margin: float, aliases: tuple[str, ...] = ()) -> Finding:
     word = verdict_of(estimate, p_holm, margin)
-    return Finding(name, estimate, p_holm, word, f"{word}: {explain(estimate, word, 0.0, margin, '')}", aliases)
+    return Finding(name, estimate, p_holm, word, f"{word}: {explain(estimate, word)}", aliases)
 
 
 def stack_findings(
@@ -108,7 +108,8 @@ def stack_findings(
     beats = compare_means(stack.losses, best.losses, training.noise)
     return [
         _additivity_finding(gap),
-        _finding(f"{STACK} v best part {best.recipe}", beats, beats.p, margin),
+        # Picking the best of several parts favours a lucky one, so the p value is multiplied by their number.
+        _finding(f"{STACK} v best part {best.recipe}", beats, min(1.0, len(singles) * beats.p), margin),
     ]
 
 

@@ -16,7 +16,7 @@ from harness.config import (
 from harness.errors import ConfigError
 from harness.plan import GIB, STATE_BYTES_PER_PARAMETER, Plan, count_parameters, make_plan, microbatch_gib
 from harness.run_folder import RUN_NAME, RunFolder, write_json
-from study.designs import Arm, Design, DesignName, Intervention, Word
+from study.designs import Arm, Design, DesignName, Intervention, Word, factorial_arms
 
 FILES = ("model.json", "train.json")
 MAX_PLAN_BYTES = 2**22
@@ -170,9 +170,24 @@ def load_experiment(path: Path) -> Experiment:
         )
         if experiment.design not in get_args(DesignName) or not experiment.runs:
             raise ValueError("no design or no runs")
+        _check_runs(experiment)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a plan ({error!r}), wanted one of plan_runs.py") from None
     return experiment
+
+
+def _check_runs(experiment: Experiment) -> None:
+    """Raise ValueError where a plan's runs are not those of its design: its effects would be nonsense."""
+    names = [run.run for run in experiment.runs]
+    if not all(isinstance(value, str) for run in experiment.runs for value in (run.run, run.arm, *run.on)):
+        raise ValueError("a run, an arm or an intervention that is not a name")
+    if len(set(names)) < len(names):
+        raise ValueError("a run appears twice")
+    if any(not set(run.on) <= set(experiment.factors) for run in experiment.runs):
+        raise ValueError("an intervention that is not one of the factors")
+    design = experiment.as_design()
+    if design.is_factorial and set(factorial_arms(design.factors, design.generators)) != set(design.arms):
+        raise ValueError("arms that are not those of the design")
 
 
 @dataclass(frozen=True)

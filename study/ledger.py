@@ -60,6 +60,10 @@ def load_ledger(path: Path) -> list[Entry]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read as a noise ledger ({error!r})") from None
     for entry in entries:
+        if not all(
+            isinstance(value, int | float) for value in (entry.sd, entry.df, entry.parameters, entry.train_tokens)
+        ):
+            raise ConfigError(f"{path}: found an entry of {entry.recipe} with a number that is none")
         if entry.component not in COMPONENTS or not math.isfinite(entry.sd) or entry.sd < 0 or entry.df < 1:
             raise ConfigError(f"{path}: found an entry of {entry.recipe} without a component, sd and df that can be")
     return entries

@@ -15,7 +15,7 @@ from study.drawing import COLOURS, Curve, Interval, curve_of, curves, forest, to
 from study.effects import Finding
 from study.results import Group
 from study.statistics import Estimate
-from study.tables import notes_of, rows_of
+from study.tables import notes_of, rows_of, without_empty_columns
 
 ASSETS = Path(__file__).parent.parent / "assets"
 LEFT_TO_WORDS = {"se train", "se eval", "t", "df", "p", "changes"}
@@ -74,7 +74,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequ
 
 def _leaderboard(study: Study) -> str:
     """Order recipes by their mean test loss; diverged ones come last."""
-    headings, rows = rows_of(study)
+    headings, rows = without_empty_columns(*rows_of(study))
     shown = [column for column, name in enumerate(headings) if name not in LEFT_TO_WORDS]
     headings, rows = [headings[column] for column in shown], [[row[column] for column in shown] for row in rows]
     place = headings.index("test loss")

@@ -100,13 +100,16 @@ def read_losses(path: Path) -> list[Result]:
             rows = list(csv.DictReader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read as a CSV table ({error})") from None
-    if not rows or not set(CSV_COLUMNS) <= set(rows[0]):
+    if not rows:
+        raise ConfigError(f"{path}: found no rows, wanted a table of {','.join(CSV_COLUMNS)}")
+    if not set(CSV_COLUMNS) <= set(rows[0]):
         raise ConfigError(
             f"{path}: found columns {list(rows[0]) if rows else 'nothing'}, wanted {','.join(CSV_COLUMNS)}"
         )
     problems, results = [], []
     for line, row in enumerate(rows, start=2):
-        values = [(row[column] or "").strip() for column in CSV_COLUMNS]
+        # A stranger's control characters must not reach a terminal.
+        values = ["".join(c if c.isprintable() else "?" for c in (row[k] or "").strip()) for k in CSV_COLUMNS]
         try:
             loss = float(values[-1])
         except ValueError:
@@ -178,6 +181,14 @@ def read_runs(folders: Sequence[RunFolder], rule: CheckpointRule) -> list[Result
     return [_result(folder, scores.get(folder.path.name, {}).get(chosen)) for folder in folders]
 
 
+def is_scored(folder: RunFolder, rule: CheckpointRule) -> bool:
+    """Say whether a run has a result: a score of the checkpoint that the rule names, or that it diverged."""
+    try:
+        return is_diverged(folder) or bool(scores_of(folder, rule))
+    except ConfigError:
+        return False
+
+
 def _tests(found: dict[str, dict[str, Any]]) -> str:
     return ", ".join(
         f"{score['dataset']} {score['split']} from token {score['start_token']:,} ({score['tokens']:,} tokens)"
@@ -244,6 +255,10 @@ def group_results(results: Iterable[Result]) -> list[Group]:
     names = {
         key: recipe_name(found) if any(result.evidence for result in found) else key for key, found in groups.items()
     }
+    taken = list(names.values())
+    for key, found in groups.items():
+        if taken.count(names[key]) > 1:  # two recipes whose runs are named alike
+            names[key] = found[0].run
     return [Group(names[key], tuple(found)) for key, found in groups.items()]
 
 
@@ -294,7 +309,7 @@ def find_replicates(
             continue
         try:
             is_wanted = everything or recipe_hash(*folder.read_configs()) in recipes
-            if is_wanted and (is_diverged(folder) or scores_of(folder, rule)):
+            if is_wanted and is_scored(folder, rule):
                 found.append(folder)
         except ConfigError:
             continue

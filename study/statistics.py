@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 ALPHA = 0.05
 POWER = 0.8
 MOST_SEEDS = 10_000
+ROUNDING = 1e-12  # of a loss: less than this is not a difference
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,17 @@ def sample_sd(values: Sequence[float]) -> float:
 
 def pooled_noise(groups: Sequence[Sequence[float]]) -> Noise | None:
     """Give the standard deviation within groups, pooled over those with replicates; None where there are none."""
-    df = sum(len(group) - 1 for group in groups)
+    found = [np.asarray(group) for group in groups if len(group)]
+    df = sum(len(group) - 1 for group in found)
     if df < 1:
         return None
-    squares = sum(float(np.sum((np.asarray(group) - np.mean(group)) ** 2)) for group in groups)
-    return Noise(math.sqrt(squares / df), df)
+    squares = sum(float(np.sum((group - group.mean()) ** 2)) for group in found)
+    return Noise(without_rounding(math.sqrt(squares / df), float(found[0].mean())), df)
+
+
+def without_rounding(value: float, loss: float) -> float:
+    """Give a value, or 0 where it is no more than the rounding of a loss."""
+    return 0.0 if abs(value) <= ROUNDING * abs(loss) else value
 
 
 def compare_means(arm: Sequence[float], baseline: Sequence[float], noise: Noise) -> Estimate:
@@ -90,7 +97,8 @@ def compare_means(arm: Sequence[float], baseline: Sequence[float], noise: Noise)
     (1998), The Clinical Neuropsychologist 12, 482: s sqrt(1 + 1/n) on n - 1 degrees of freedom.
     """
     se = noise.sd * math.sqrt(1 / len(arm) + 1 / len(baseline))
-    return Estimate(float(np.mean(arm) - np.mean(baseline)), se, noise.df)
+    mean = float(np.mean(baseline))
+    return Estimate(without_rounding(float(np.mean(arm)) - mean, mean), se, noise.df)
 
 
 def welch(arm: Sequence[float], baseline: Sequence[float]) -> Estimate:
@@ -109,7 +117,7 @@ def block_noise(losses: Floats) -> Noise:
     arms, seeds = losses.shape
     residual = losses - losses.mean(axis=1, keepdims=True) - losses.mean(axis=0, keepdims=True) + losses.mean()
     df = (arms - 1) * (seeds - 1)
-    return Noise(math.sqrt(float((residual**2).sum()) / df), df)
+    return Noise(without_rounding(math.sqrt(float((residual**2).sum()) / df), float(losses.mean())), df)
 
 
 def seed_correlation(arm: Sequence[float], baseline: Sequence[float]) -> float:
@@ -164,22 +172,28 @@ def detectable(se: float, df: float) -> float:
     return se * float(brentq(lambda ratio: power(ratio, 1.0, df) - POWER, 0.0, high))
 
 
-def seeds_to_see(effect: float, sd: float) -> int | None:
+def seeds_to_see(effect: float, sd: float, alpha: float = ALPHA, are_shared: bool = False) -> int | None:
     """Give the runs per arm with which a comparison of two arms finds an effect four times in five; at least 2.
 
-    `sd` is the noise of one run (or the residual noise, where seeds are shared). None where over 10,000.
+    `sd` is the noise of one run; where seeds `are_shared` it is the residual noise, and n pairs have n - 1 degrees of
+    freedom instead of 2n - 2. None where over 10,000.
     """
+
+    def finds(runs: int) -> bool:
+        df = runs - 1 if are_shared else 2 * runs - 2
+        return power(effect, sd * math.sqrt(2 / runs), df, alpha) >= POWER
+
     low, high = 2, 2
-    while power(effect, sd * math.sqrt(2 / high), 2 * high - 2) < POWER:
+    while not finds(high):
         if high == MOST_SEEDS:
             return None
         low, high = high, min(2 * high, MOST_SEEDS)
     while low < high:
         middle = (low + high) // 2
-        if power(effect, sd * math.sqrt(2 / middle), 2 * middle - 2) < POWER:
-            low = middle + 1
-        else:
+        if finds(middle):
             high = middle
+        else:
+            low = middle + 1
     return low
 
 

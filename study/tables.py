@@ -68,6 +68,7 @@ def _arm_as_json(item: Judged, baseline: Group) -> dict[str, Any]:
         "n": len(item.group.results),
         "mean": _mean(item.group),
         **_numbers(item.estimate),
+        "difference": _difference(item, baseline),
         "p_holm": json_number(item.p_holm),
         "verdict": item.verdict,
         "method": item.method,
@@ -95,6 +96,16 @@ def _numbers(estimate: Estimate | None) -> dict[str, float | None]:
     }
 
 
+def _difference(item: Judged, baseline: Group) -> float | None:
+    """Give the difference of the means, which needs no noise; None where a run diverged."""
+    if item.estimate is not None:
+        return item.estimate.difference
+    mine, theirs = _mean(item.group), _mean(baseline)
+    if mine is None or theirs is None or item.group.diverged or baseline.diverged:
+        return None
+    return mine - theirs
+
+
 def _mean(group: Group) -> float | None:
     return float(np.mean(group.losses)) if group.losses else None
 
@@ -105,7 +116,7 @@ def _average(values: Sequence[float | None]) -> float | None:
 
 
 def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Give headings and one row of text for the baseline and each arm; empty columns are left out."""
+    """Give headings and one row of text for the baseline and each arm."""
     document, judgement = as_json(study), study.judgement
     baseline = document["baseline"]
     currency = next((item.currency for item in judgement.baseline.evidence), "")
@@ -139,6 +150,11 @@ def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
             ]
         )
     headings = [*HEADINGS, *MORE_HEADINGS, "changes"]
+    return headings, rows
+
+
+def without_empty_columns(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Leave out the columns in which no row says anything, for people to read."""
     kept = [column for column in range(len(headings)) if any(row[column] for row in rows)]
     return [headings[column] for column in kept], [[row[column] for column in kept] for row in rows]
 
@@ -161,6 +177,10 @@ def notes_of(study: Study) -> list[str]:
     for finding in study.findings:
         aliases = "".join(f" = {alias}" for alias in finding.aliases)
         notes.append(f"{finding.name}{aliases}: {finding.sentence}")
+    if study.left_out:
+        notes.append(
+            f"Left out, because not every arm is scored on them: seeds {', '.join(map(str, study.left_out))}."
+        )
     if study.effects_noise:
         notes.append(f"Noise of the effects: {study.effects_noise}.")
     if judgement.training is not None:
@@ -184,6 +204,7 @@ def render(study: Study, format_name: Format) -> str:
         file = io.StringIO()
         csv.writer(file, lineterminator="\n").writerows([headings, *rows])
         return file.getvalue().rstrip("\n")
+    headings, rows = without_empty_columns(headings, rows)
     if format_name == "markdown":
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [headings, *rows]]
         lines.insert(1, "|" + "---|" * len(headings))

@@ -58,6 +58,7 @@ class Judged:
     estimate: Estimate | None
     training: Estimate | None
     evaluation: Estimate | None
+    baseline_runs: int
     p_holm: float
     verdict: str
     sentence: str
@@ -103,7 +104,10 @@ def judge(
 
 
 def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:
-    """Raise ConfigError, with every reason, where arms did not see as many tokens as the baseline."""
+    """Raise ConfigError, with every reason, where arms did not see as many tokens, or other test sequences."""
+    counts = {len(item.sequence_losses) for group in (baseline, *arms) for item in group.evidence}
+    if len(counts) > 1:
+        raise ConfigError(f"found scores of {_listed(counts)} sequences, wanted the same test sequences for all runs")
     seen = {item.tokens_seen for item in baseline.evidence}
     if len(seen) > 1:
         raise ConfigError(f"{baseline.recipe}: its replicates saw {_listed(seen)} tokens, wanted the same for all")
@@ -126,9 +130,7 @@ def shared_seeds(groups: Sequence[Group]) -> list[tuple[str, str]] | None:
     seeds = [sorted(result.seeds for result in group.results) for group in groups]
     first = seeds[0]
     is_complete = all("" not in pair for pair in first) and len(set(first)) == len(first) >= 2
-    if len(groups) < 2 or not is_complete or any(other != first for other in seeds):
-        return None
-    return None if any(group.diverged for group in groups) else first
+    return first if len(groups) > 1 and is_complete and all(other == first for other in seeds) else None
 
 
 def losses_by_seed(groups: Sequence[Group], seeds: Sequence[tuple[str, str]]) -> Floats:
@@ -142,8 +144,9 @@ def common_noise(groups: Sequence[Group], given: Noise | None, borrow: NoiseFind
     if given is not None:
         return Training("given noise", given, "given by hand")
     shared, pooled = shared_seeds(groups), pooled_noise([group.losses for group in groups])
-    if shared is not None:
-        noise = block_noise(losses_by_seed(groups, shared))
+    whole = [group for group in groups if not group.diverged]
+    if shared is not None and len(whole) > 1:
+        noise = block_noise(losses_by_seed(whole, shared))
         return Training("blocks", noise, f"{len(shared)} shared seeds, as blocks", pooled)
     if pooled is not None:
         return Training("pooled", pooled, "replicates of all arms, pooled")
@@ -163,7 +166,17 @@ def _estimate(baseline: Group, arm: Group, training: Training | None) -> Judged:
     """Put the two uncertainties of one comparison together; the verdict is still to come."""
     warnings = list(_warnings(baseline, arm, training))
     evaluation = evaluation_estimate(baseline, arm)
-    draft = Judged(arm, training.method if training else "none", None, None, evaluation, math.nan, CANNOT_TELL, "")
+    draft = Judged(
+        group=arm,
+        method=training.method if training else "none",
+        estimate=None,
+        training=None,
+        evaluation=evaluation,
+        baseline_runs=len(baseline.losses),
+        p_holm=math.nan,
+        verdict=CANNOT_TELL,
+        sentence="",
+    )
     if arm.diverged or baseline.diverged or not arm.losses or not baseline.losses or training is None:
         return replace(draft, warnings=tuple(warnings))
     trained = compare_means(arm.losses, baseline.losses, training.noise)
@@ -182,14 +195,15 @@ def _estimate(baseline: Group, arm: Group, training: Training | None) -> Judged:
 
 
 def add_evaluation(training: Estimate, evaluation: Estimate | None) -> Estimate:
-    """Add the evaluation's uncertainty to training's; degrees of freedom are rounded down.
+    """Add the evaluation's uncertainty to training's, which keeps its degrees of freedom while it is the larger.
 
-    Otherwise a little more uncertainty could narrow an interval that rests on two or three runs.
+    Satterthwaite's approximation would let a little more uncertainty narrow an interval that rests on two or three
+    runs; where evaluation is the larger, its degrees of freedom hold, rounded down.
     """
     if evaluation is None:
         return training
     both = training.plus(evaluation)
-    return replace(both, df=max(1, math.floor(both.df + 1e-9)))
+    return replace(both, df=training.df if training.se >= evaluation.se else max(1, math.floor(both.df + 1e-9)))
 
 
 def evaluation_estimate(baseline: Group, arm: Group) -> Estimate | None:
@@ -231,13 +245,9 @@ def _conclude(
         )
         return replace(draft, sentence=f"{CANNOT_TELL}: {reason}")
     word = verdict_of(estimate, p_holm, margin)
-    sd = (
-        draft.training.se / math.sqrt(1 / len(draft.group.losses) + 1 / len(baseline.losses))
-        if draft.training
-        else 0.0
-    )
     n = f"n {len(draft.group.losses)} v {len(baseline.losses)}"
-    sentence = f"{word}: {explain(estimate, word, sd, margin, draft.method)} Holm p {p_holm:.2g} of {family}, {n}."
+    advice = advise(draft, word, family, margin)
+    sentence = f"{word}: {explain(estimate, word)}{advice} Holm p {p_holm:.2g} of {family}, {n}."
     factor = None if slope is None else tokens_worth(estimate.difference, slope)
     return replace(draft, p_holm=p_holm, verdict=word, sentence=sentence, tokens_factor=factor)
 
@@ -254,28 +264,33 @@ def verdict_of(estimate: Estimate, p_adjusted: float, margin: float) -> str:
     return CANNOT_TELL
 
 
-def explain(estimate: Estimate, word: str, sd: float, margin: float, method: str) -> str:
-    """Give the numbers behind a verdict, and for an open one what it would take to settle it."""
+def explain(estimate: Estimate, word: str) -> str:
+    """Give the numbers behind a verdict."""
     if math.isinf(estimate.se):
         return f"Δ {estimate.difference:+.4f}; the test set lies in one document, so other text may be any different."
     low, high = estimate.interval()
-    shown = (
-        f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), t {estimate.t:+.2f} on {estimate.df:.3g} df."
-    )
-    if word in (LEANS_BETTER, LEANS_WORSE):
-        return f"{shown} {_seeds(abs(estimate.difference), sd, method)} would settle it."
+    shown = f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
+    shown += f"t {estimate.t:+.2f} on {estimate.df:.3g} df."
     if word == CANNOT_TELL:
         seen = detectable(estimate.se, estimate.df)
-        return (
-            f"{shown} Effects under {seen:.3g} would be missed one time in five; "
-            f"to see {margin:g}: {_seeds(margin, sd, method)}."
-        )
+        shown += f" Effects under {seen:.3g} would be missed one time in five."
     return shown
 
 
-def _seeds(effect: float, sd: float, method: str) -> str:
-    if sd == 0 or effect == 0:
-        return "more seeds"
-    count = seeds_to_see(effect, sd)
-    shared = " shared" if method == "blocks" else ""
-    return "over 10,000 seeds per arm" if count is None else f"{count}{shared} seeds per arm"
+def advise(item: Judged, word: str, family: int, margin: float) -> str:
+    """Say how many seeds would settle an open verdict; empty where it is settled or seeds are not what is missing."""
+    assert item.estimate is not None
+    assert item.training is not None
+    if word not in (LEANS_BETTER, LEANS_WORSE, CANNOT_TELL) or item.training.se == 0:
+        return ""
+    leans = word != CANNOT_TELL
+    effect, alpha = (abs(item.estimate.difference), ALPHA / family) if leans else (margin, ALPHA)
+    are_shared = item.method == "blocks"
+    runs = len(item.group.losses)
+    sd = item.training.se / math.sqrt(1 / runs + 1 / item.baseline_runs)
+    count = seeds_to_see(effect, sd, alpha, are_shared)
+    if count is not None and count <= min(runs, item.baseline_runs):
+        return ""
+    seeds = "over 10,000" if count is None else str(count)
+    seeds += " shared seeds per arm" if are_shared else " seeds per arm"
+    return f" {seeds} would settle it four times in five." if leans else f" To see {margin:g}: {seeds}."

@@ -312,7 +312,7 @@ def test_what_a_design_sees() -> None:
     assert "screening" in said["fraction", 3]
     assert "two-way interactions mixed up with each other" in said["fraction", 4]
     assert said["fraction", 5] == "main effects and two-way interactions"
-    assert said["full-factorial", None] == "every effect and interaction"
+    assert said["full-factorial", None] == "main effects and every two-way interaction, clear of all others"
     assert said["replicates", None] == "the noise"
     assert len(set(said.values())) == len(said)
 

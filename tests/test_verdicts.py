@@ -18,7 +18,18 @@ from study.ledger import Entry, Scale, find_noise, load_ledger, record
 from study.noise import learn_noise
 from study.results import Evidence, Group, Result, group_results, read_losses
 from study.statistics import Estimate, Noise, block_noise, clustered_mean, compare_means, seeds_to_see
-from study.verdicts import CANNOT_TELL, HELPS, HURTS, LEANS_BETTER, LEANS_WORSE, NO_LARGER, Judged, judge, verdict_of
+from study.verdicts import (
+    CANNOT_TELL,
+    HELPS,
+    HURTS,
+    LEANS_BETTER,
+    LEANS_WORSE,
+    NO_LARGER,
+    Judged,
+    add_evaluation,
+    judge,
+    verdict_of,
+)
 
 BASELINE = [3.600, 3.612, 3.606]
 KNOWN = Noise(0.01, 1000)
@@ -122,7 +133,7 @@ def test_cannot_tell_says_what_it_could_have_seen() -> None:
     assert judged.verdict == CANNOT_TELL
     assert "Δ +0.0042 (95% CI -0.0281..+0.0365), t +0.32 on 6 df." in judged.sentence
     assert "Effects under 0.0444 would be missed one time in five" in judged.sentence
-    assert "to see 0.01: 25 seeds per arm" in judged.sentence
+    assert "To see 0.01: 25 seeds per arm" in judged.sentence
     assert "no effect" not in judged.sentence
 
 
@@ -130,7 +141,7 @@ def test_leaning_says_how_many_seeds_would_settle_it() -> None:
     arms = [make_group("it", [3.576]), *(make_group(f"null{n}", [3.6]) for n in range(3))]
     judged = judge(make_group("base", [3.6]), arms, given=Noise(0.0075, 1000)).arms[0]
     assert judged.verdict == LEANS_BETTER
-    assert f"{seeds_to_see(0.024, 0.0075)} seeds per arm would settle it" in judged.sentence
+    assert f"{seeds_to_see(0.024, 0.0075, alpha=0.05 / 4)} seeds per arm would settle it" in judged.sentence
 
 
 # --- whose noise ---------------------------------------------------------------------------------------------
@@ -334,7 +345,27 @@ def test_an_arm_with_a_diverged_run_gets_no_verdict_from_the_others(shared: Seed
     assert judged.group.losses == [3.1, 3.11]
     assert (judged.verdict, judged.estimate) == (CANNOT_TELL, None)
     assert judged.sentence == "CANNOT TELL: diverged: it-1"
-    assert (beside.verdict, beside.method) == (HELPS, "pooled")
+    assert (beside.verdict, beside.method) == (HELPS, "blocks" if shared else "pooled")
+
+
+def test_an_arm_that_diverged_altogether_leaves_the_noise_alone() -> None:
+    baseline, arm = make_group("base", BASELINE), make_group("it", [3.4, 3.41, 3.42])
+    alone = judge(baseline, [arm]).training
+    assert judge(baseline, [arm, make_group("gone", [None, None])]).training == alone
+
+
+def test_identical_losses_are_no_difference() -> None:
+    (judged,) = judge(make_group("base", [3.7] * 7), [make_group("it", [3.7] * 3)]).arms
+    assert judged.verdict == f"{NO_LARGER} 0.01"
+    assert judged.estimate is not None
+    assert (judged.estimate.difference, judged.estimate.t) == (0.0, 0.0)
+
+
+def test_more_evaluation_noise_never_narrows_an_interval() -> None:
+    training = Estimate(-0.05, 0.01, 1)
+    added = [add_evaluation(training, Estimate(-0.05, se, 500)) for se in (1e-4, 0.005, 0.0099)]
+    highs = [estimate.interval()[1] for estimate in (training, *added)]
+    assert highs == sorted(set(highs))
 
 
 def test_a_baseline_with_a_diverged_run_is_no_measure() -> None:

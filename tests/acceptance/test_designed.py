@@ -1,6 +1,7 @@
 """Designed experiments from plan to effects, with losses made up so that the truth is known."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_a_stack_that_adds_up_and_one_that_does_not(
     best = found["stack v best part drop"]
     assert best["difference"] == pytest.approx(-0.05 + 0.12, abs=0.005)
     assert best["verdict"] == "HURTS"
+    assert best["p_holm"] == pytest.approx(3 * best["p"])  # the best of three parts was picked
+
+
+def test_a_plan_is_judged_on_the_seeds_that_are_done(
+    planned: Callable[..., Path], call: Callable[..., Called]
+) -> None:
+    plan = planned(2, "--seeds", "1,2,3")
+    shutil.rmtree(plan.parent.parent / "study-bias-s3" / "evals")
+    done = call(compare_runs.main, "--plan", plan, "--format", "json")
+    assert [arm["n"] for arm in json.loads(done.stdout)["arms"]] == [2, 2]
+    assert "seeds 3" in call(compare_runs.main, "--plan", plan).stdout
 
 
 def test_leaving_one_out_is_judged_against_the_stack(

@@ -159,7 +159,8 @@ def test_tables_say_the_same_in_every_format(call: Callable[..., Called]) -> Non
         assert float(row["Δ"]) == pytest.approx(arm["difference"], abs=5e-7)
     lines = printed["markdown"].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    assert cells == [list(rows[0]), *(list(row.values()) for row in rows)]
+    shown = [name for name in rows[0] if any(row[name] for row in rows)]  # for people, empty columns are left out
+    assert cells == [shown, *([row[name] for name in shown] for row in rows)]
     assert set(lines[1]) == {"|", "-"}
     table = printed["table"].splitlines()
     assert table[0].split()[:2] == ["recipe", "n"]
@@ -169,6 +170,14 @@ def test_tables_say_the_same_in_every_format(call: Callable[..., Called]) -> Non
     )
     assert sentence in table
     assert f"- {sentence}" in lines
+
+
+def test_naming_an_arm_twice_changes_nothing(call: Callable[..., Called], tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    rows = [f"{name}{i},{name},,,{loss + i / 100}" for name, loss in (("b", 3.5), ("x", 3.6)) for i in range(3)]
+    path.write_text("\n".join([HEADER, *rows]))
+    words = ("--losses", path, "--baseline", "b")
+    assert call(compare_runs.main, *words, "x", "x1").stdout == call(compare_runs.main, *words, "x").stdout
 
 
 def test_output_goes_to_a_file(call: Callable[..., Called], tmp_path: Path) -> None:
@@ -182,8 +191,8 @@ def test_output_goes_to_a_file(call: Callable[..., Called], tmp_path: Path) -> N
 # --- bad input -----------------------------------------------------------------------------------------------
 
 BAD_TABLES = {
-    "": ["nothing"],
-    HEADER: ["nothing"],
+    "": ["no rows"],
+    HEADER: ["no rows"],
     "run,recipe,loss\na,base,3.6": ["wanted run,recipe,init_seed,train_seed,test_loss"],
     f"{HEADER}\na,baseline,,,x\nb,it,,,3.5\nc,it,,,": ["line 2: test_loss: found 'x'", "line 4: test_loss: found ''"],
     f"{HEADER}\n,baseline,,,3.6\nb,,,,3.5": ["line 2: found no run", "line 3: found no run or no recipe"],

@@ -142,7 +142,9 @@ def test_unfair_comparisons_are_refused_with_the_reason(runs_dir: Path, call: Ca
 
 def test_noise_is_learned_and_borrowed(runs_dir: Path, call: Callable[..., Called]) -> None:
     alone = ("--baseline", "plain-s1", "better-s1", "--only-named", "--runs-dir", runs_dir)
-    assert "noise unknown" in call(compare_runs.main, *alone).stdout
+    unknown = call(compare_runs.main, *alone)
+    assert "noise unknown" in unknown.stdout
+    assert "-0.09" in unknown.stdout  # the difference itself is known
     done = call(compare_runs.main, "--learn-noise", "--runs-dir", runs_dir)
     assert done.status == 0, done.stderr
     ledger = json.loads((runs_dir / "noise-ledger.json").read_text())

@@ -14,8 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from harness.config import ModelConfig, TrainConfig, config_from, recipe_hash
-from harness.errors import HarnessError, NonFiniteError, RunLockedError, exit_status_of
+from harness.errors import DataError, HarnessError, NonFiniteError, RunLockedError, exit_status_of
 from harness.run_folder import RunFolder, open_run
 from study.designs import (
     DESIGNS,
@@ -221,6 +223,7 @@ def execute(arguments: argparse.Namespace) -> None:
     """Train and score a plan's runs in order; a diverged run is noted and the next one follows."""
     path, datasets_dir = arguments.execute
     experiment = load_experiment(path)
+    check_test_set(experiment, open_run(arguments.runs_dir, experiment.runs[0].run), datasets_dir)
     for number, run in enumerate(experiment.runs, start=1):
         folder = open_run(arguments.runs_dir, run.run)
         title = f"[{number}/{len(experiment.runs)}] {run.run}"
@@ -243,6 +246,30 @@ def execute(arguments: argparse.Namespace) -> None:
         if done.returncode:
             raise ExecutionError(f"{run.run}: training ended with status {done.returncode}; the same command goes on")
         score(experiment, run, folder, datasets_dir)
+
+
+def check_test_set(experiment: Experiment, folder: RunFolder, datasets_dir: Path) -> None:
+    """Raise DataError where the validation split is too short for the test set: before training, not after it.
+
+    A dataset that is still to be downloaded cannot be checked yet.
+    """
+    model, train = folder.read_configs()
+    path = datasets_dir / train.dataset / "validation.safetensors"
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = file.get_slice("tokens").get_shape()[0]
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read as a token file ({error})") from None
+    test_set = experiment.test_set
+    wanted = test_set.start_token + test_set.sequences * model.context_length + 1
+    if found < wanted:
+        raise DataError(
+            f"{path}: found {found:,} tokens, wanted {wanted:,} (--test-start-token {test_set.start_token:,} + "
+            f"--test-batches {test_set.batches} x 6 sequences x {model.context_length} tokens + 1); "
+            "plan anew with fewer, under another --name"
+        )
 
 
 class ExecutionError(HarnessError):

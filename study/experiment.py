@@ -39,6 +39,11 @@ class TestSet:
     start_token: int
     batches: int
 
+    @property
+    def sequences(self) -> int:
+        """Sequences that are scored; test_loss.py counts 6 a batch."""
+        return 6 * self.batches
+
 
 @dataclass(frozen=True)
 class Experiment:

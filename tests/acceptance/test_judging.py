@@ -172,6 +172,19 @@ def test_tables_say_the_same_in_every_format(call: Callable[..., Called]) -> Non
     assert f"- {sentence}" in lines
 
 
+def test_a_test_set_that_is_too_long_is_refused_before_training(
+    datasets_dir: Path, tmp_path: Path, call: Callable[..., Called]
+) -> None:
+    runs_dir = tmp_path / "runs"
+    write_run(runs_dir / "base", {}, {})
+    words = ("--design", "replicates", "--runs-dir", runs_dir, "--name", "noise", "--seeds", "1,2")
+    assert call(plan_runs.main, "base", *words).status == 0  # 3,200 batches are more than the toy dataset has
+    done = call(plan_runs.main, "--execute", runs_dir / "noise" / "plan.json", datasets_dir)
+    assert (done.status, len(done.stderr.splitlines())) == (3, 1)
+    assert "--test-batches" in done.stderr
+    assert not (runs_dir / "noise-baseline-s1" / "status.json").exists()
+
+
 def test_naming_an_arm_twice_changes_nothing(call: Callable[..., Called], tmp_path: Path) -> None:
     path = tmp_path / "losses.csv"
     rows = [f"{name}{i},{name},,,{loss + i / 100}" for name, loss in (("b", 3.5), ("x", 3.6)) for i in range(3)]

@@ -44,6 +44,7 @@ from study.experiment import (
     write_runs,
 )
 from study.ledger import Scale, find_noise, load_ledger
+from study.results import is_scored
 from study.statistics import Noise, detectable
 
 ROOT = Path(__file__).parent
@@ -227,7 +228,7 @@ def execute(arguments: argparse.Namespace) -> None:
     for number, run in enumerate(experiment.runs, start=1):
         folder = open_run(arguments.runs_dir, run.run)
         title = f"[{number}/{len(experiment.runs)}] {run.run}"
-        if is_scored(folder):
+        if is_scored(folder, "last"):
             print(f"{title}: already complete", flush=True)
             continue
         try:
@@ -274,13 +275,6 @@ def check_test_set(experiment: Experiment, folder: RunFolder, datasets_dir: Path
 
 class ExecutionError(HarnessError):
     """A run of a plan did not end well."""
-
-
-def is_scored(folder: RunFolder) -> bool:
-    """Say whether a run is complete and its last checkpoint has been scored."""
-    status = folder.read_status()
-    step = status.get("step")
-    return status.get("state") == "complete" and any(folder.evals.glob(f"loss-*-step-{step:08d}.json"))
 
 
 def score(experiment: Experiment, run: PlannedRun, folder: RunFolder, datasets_dir: Path) -> None:

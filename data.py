@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from harness import faults
 from harness.config import ModelConfig, TrainConfig
 from harness.errors import DataError, as_harness_error
 from harness.plan import Plan, make_plan, validation_sequences
@@ -147,6 +148,7 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
     if all(path.is_file() for path in files):
         return
     try:
+        faults.reach("download")
         datasets_dir.mkdir(parents=True, exist_ok=True)
         # Beside the folder, because the Hub client takes a folder that is there for a finished download.
         with FileLock(datasets_dir / f".{dataset.replace('/', '--')}.lock"):
@@ -224,6 +226,14 @@ class Splits:
     train: TrainData
     validation: TokenFile | None
     checks: list[TokenCheck]
+
+    def checked(self) -> dict[str, str]:
+        """Give the SHA-256 of the tokens that this process read through, by their place."""
+        names = ("train", "validation")
+        return {
+            f"{name} tokens {check.start} to {check.start + check.count}": check.sha256
+            for name, check in zip(names, self.checks, strict=False)
+        }
 
 
 def open_splits(

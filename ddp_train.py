@@ -7,15 +7,16 @@ A run is a folder with model.json and train.json. Start it, and start it again a
 or with plain python for one process. What is run lies in the run's files; how to run it, in the flags.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-from harness.config import ModelConfig, TrainConfig, hash_of_json, recipe_hash
-from harness.errors import exit_status_of
+from harness.command_line import Request, read_request
+from harness.config import ModelConfig, TrainConfig, recipe_hash
+from harness.errors import ConfigError, DataError, PeerError, exit_status_of
 from harness.plan import (
     Plan,
+    count_parameters,
     describe,
     flops_per_token,
     identity_of,
@@ -23,51 +24,15 @@ from harness.plan import (
     peak_flops_per_second,
     validation_sequences,
 )
-from harness.run_folder import RunFolder, describe_start, json_number, open_run, write_json
+from harness.run_folder import RunFolder, describe_start, json_number, write_json
 
 ROOT = Path(__file__).parent
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line; bad usage exits with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="name of a folder in the runs directory")
-    parser.add_argument("datasets_dir", metavar="DATASETS_DIR", type=Path, help="where datasets lie, or are put")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="resume from it: a name, latest or best")
-    parser.add_argument("--fresh", action="store_true", help="start over; what there was is moved aside")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs", help="where runs live (default: runs)")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
-    parser.add_argument("--max-steps", type=_positive, metavar="K", help="stop, saved, after global step K-1")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
-    parser.add_argument("--world-size", type=_positive, metavar="W", help="with --dry-run: plan for W processes")
-    parser.add_argument(
-        "--dump-initial-weights", type=Path, metavar="FILE", help="write the untrained model and exit"
-    )
-    arguments = parser.parse_args()
-    if arguments.world_size and not arguments.dry_run:
-        parser.error("--world-size goes with --dry-run; when training, torchrun sets the number of processes")
-    if arguments.fresh and arguments.checkpoint:
-        parser.error("--fresh starts over, so it takes no CHECKPOINT")
-    return arguments
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number above 0")
-    return int(text)
-
-
-def read_request() -> tuple[argparse.Namespace, RunFolder, ModelConfig, TrainConfig]:
-    """Read the command line and the run's two files; raises ConfigError with every error in them."""
-    arguments = parse_arguments()
-    folder = open_run(arguments.runs_dir, arguments.run)
-    return arguments, folder, *folder.read_configs()
-
+STEPS_BETWEEN_DRIFT_CHECKS = 100
 
 # What every process of a machine finds wrong alike, the first of them says.
 speaks = os.environ.get("LOCAL_RANK", "0") == "0"
 
-if __name__ == "__main__" and (status := exit_status_of(read_request, speaks)):
+if __name__ == "__main__" and (status := exit_status_of(lambda: read_request(__doc__), speaks)):
     # Importing torch takes seconds, so a mistyped key is refused before it.
     sys.exit(status)
 
@@ -80,9 +45,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 import data
-from harness import checkpoint, distributed
+from harness import checkpoint, distributed, faults, resume
 from harness.charts import ChartPainter
-from harness.distributed import Launch, StopRequest, gradient_sync
+from harness.console import outlive_the_terminal
+from harness.distributed import Launch, gradient_sync
 from harness.errors import StopRequestedError
 from harness.evaluate import sequence_losses
 from harness.loss import Objective, first_loss_warning
@@ -91,6 +57,8 @@ from harness.optim import guarded_step, learning_rate_at, make_optimizer, requir
 from harness.randomness import seed_dropout, stream_seed
 from harness.sampling import SampleSettings, continue_text
 from harness.tokenizer import VOCAB_SIZE
+from harness.train_state import TrainState
+from harness.watch import StopRequest, Watch
 from model import GPTModel, empty_model, fingerprint, initialise
 
 
@@ -107,8 +75,10 @@ class Stage:
     trainee: checkpoint.Trainee
     objective: nn.Module
     """The model's loss, wrapped for compilation and for the other ranks."""
-    state: checkpoint.TrainState
-    identity: dict[str, object]
+    state: TrainState
+    basis: checkpoint.Basis
+    stop: StopRequest
+    watch: Watch
     stop_step: int
     """One past the last global step of this start: the plan's last, or less with --max-steps."""
 
@@ -131,10 +101,11 @@ class Stage:
 
 def main() -> None:
     """Read the run, prepare everything that can be refused, then train and report."""
-    arguments, folder, model_config, config = read_request()
+    request = read_request(__doc__)
+    arguments, folder, model_config, config = request.arguments, request.folder, request.model, request.config
     launch = distributed.launch_from_environment()
     if arguments.dry_run:
-        dry_run(arguments, model_config, config, arguments.world_size or launch.world_size)
+        dry_run(request, arguments.world_size or launch.world_size)
         return
     if arguments.dump_initial_weights:
         if launch.is_main:
@@ -143,27 +114,44 @@ def main() -> None:
         return
     device = distributed.choose_device(arguments.device, launch)
     distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=config.deterministic)
+    outlive_the_terminal()
+    stop = StopRequest()
+    painter = ChartPainter(folder)
+    watch = Watch(
+        launch.rank,
+        launch.world_size,
+        timeout_seconds=arguments.peer_timeout,
+        stop=stop,
+        give_up=folder.write_failure if launch.is_main else lambda _: None,
+        has_launcher=launch.has_launcher,
+    )
 
     with ExitStack() as stack:
-        painter = ChartPainter(folder)
+        stack.enter_context(stop)
         if launch.is_main:
             stack.enter_context(folder.locked())
             stack.enter_context(painter)
             stack.enter_context(folder.reporting_failure())
+        stack.enter_context(watch)
         data.ensure_dataset(arguments.datasets_dir, config)
         splits = data.open_splits(
             arguments.datasets_dir, model_config, config, launch.world_size, reads_through=launch.local_rank == 0
         )
 
-        stack.enter_context(distributed.process_group(launch, device))
-        identity = identity_of(model_config, config, splits.plan, splits.train.fingerprint())
-        distributed.agree(launch, "configuration, plan or data", hash_of_json([identity, asdict(splits.plan)]))
-        start = distributed.on_main(launch, lambda: choose_start(folder, arguments, identity))
+        stack.enter_context(distributed.process_group(launch, device, watch))
         stop_step = min(arguments.max_steps or splits.plan.global_steps, splits.plan.global_steps)
+        basis = checkpoint.Basis(
+            identity=identity_of(model_config, config, splits.plan, splits.train.fingerprint()),
+            data=splits.checked(),
+            split=splits.plan.split(),
+        )
+        require_agreement(launch, folder, basis, stop_step)
+        start = distributed.on_main(launch, lambda: choose_start(request, launch, basis))
         if start.state.next_step >= stop_step:
             report_nothing_to_do(launch, folder, splits.plan, start.state)
             return
 
+        record_start(request, launch, device, splits, start)
         trainee = build(model_config, config, launch, device, start)
         stage = Stage(
             launch=launch,
@@ -175,23 +163,36 @@ def main() -> None:
             trainee=trainee,
             objective=wrap(trainee.model, config, launch, device),
             state=start.state,
-            identity=identity,
+            basis=basis,
+            stop=stop,
+            watch=watch,
             stop_step=stop_step,
         )
         warm_up(stage)
-        record_start(stage)
         train(stage, painter)
         report_end(stage)
 
 
-def choose_start(folder: RunFolder, arguments: argparse.Namespace, identity: dict[str, object]) -> checkpoint.Start:
-    """Decide where to begin; with --fresh what there was is moved aside first."""
-    if arguments.fresh and (aside := folder.set_aside(folder.checkpoints, folder.metrics_jsonl, folder.evals)):
-        print(f"Starting over; what there was is in {aside}")
-    return checkpoint.choose_start(folder, arguments.checkpoint, identity)
+def require_agreement(launch: Launch, folder: RunFolder, basis: checkpoint.Basis, stop_step: int) -> None:
+    """Check that all ranks are about to do the same; raises the same error on all, naming what differs.
+
+    Machines may have copies of their own of the run's folder and of the dataset.
+    """
+    identity = dict(basis.identity)
+    distributed.agree(launch, {"data_fingerprint": identity.pop("data_fingerprint")}, DataError)
+    distributed.agree(launch, {**identity, **basis.split, "--max-steps": stop_step}, ConfigError)
+    distributed.agree(launch, {"torch": torch.__version__}, PeerError)
 
 
-def report_nothing_to_do(launch: Launch, folder: RunFolder, plan: Plan, state: checkpoint.TrainState) -> None:
+def choose_start(request: Request, launch: Launch, basis: checkpoint.Basis) -> resume.Start:
+    """Decide where to begin, and check that there is room for what will be written."""
+    wish = resume.Wish(request.arguments.checkpoint, request.arguments.fresh, launch.restart)
+    start = resume.choose_start(request.folder, wish, basis)
+    checkpoint.require_room(request.folder, count_parameters(request.model).total)
+    return start
+
+
+def report_nothing_to_do(launch: Launch, folder: RunFolder, plan: Plan, state: TrainState) -> None:
     """Say that the run has got as far as it was asked to; its last process may have died before it could say so."""
     if not launch.is_main:
         return
@@ -220,15 +221,18 @@ def train(stage: Stage, painter: ChartPainter) -> None:
         peak_flops_per_second=None if peak is None else peak * launch.world_size,
         device=stage.device,
     )
-    stop = StopRequest()
-    with stop.listening(), closing(log):
+    stage.stop.listen()
+    with closing(log):
         for step in range(state.next_step, stage.stop_step):
+            stage.watch.reached(step)
+            faults.reach("step.start", step, stage.trainee.model)
             learning_rate = learning_rate_at(config, step, plan.global_steps)
             losses = accumulate_gradients(stage, step)
+            faults.reach("step.opt", step)
             outcome = guarded_step(
                 stage.trainee.optimizer, stage.trainee.scaler, learning_rate, config.clipping_max_norm
             )
-            report = StepReport(launch, losses, outcome.grad_norm, outcome.is_finite, stop.requested)
+            report = StepReport(launch, losses, outcome.grad_norm, outcome.is_finite, stage.stop.requested)
             log.submit(step, report, learning_rate)
 
             is_scheduled = plan.is_checkpoint_step(step, config.checkpoint_interval)
@@ -240,7 +244,10 @@ def train(stage: Stage, painter: ChartPainter) -> None:
                 log.restart_clock()
             if step == 0:
                 warn_of_first_loss(stage, log)
-            if is_scheduled or step == stage.stop_step - 1 or log.stop_agreed:
+            saves = is_scheduled or step == stage.stop_step - 1 or log.stop_agreed
+            if saves or step % STEPS_BETWEEN_DRIFT_CHECKS == 0:
+                distributed.require_same_weights(launch, stage.trainee.model, step)
+            if saves:
                 log.settle()
                 save(stage, is_scheduled, validation)
                 log.restart_clock()
@@ -265,6 +272,7 @@ def accumulate_gradients(stage: Stage, step: int) -> Tensor:
         with gradient_sync(stage.objective, enabled=accumulation_step == steps - 1):
             with stage.autocast():
                 loss = stage.objective(stage.on_device(tokens), stage.on_device(targets))
+            faults.reach("step.backward", step, stage.trainee.model)
             stage.trainee.scaler.scale(loss / steps).backward()
         losses.append(loss.detach())
     return torch.stack(losses)
@@ -285,6 +293,7 @@ def observe(stage: Stage, is_scheduled: bool) -> tuple[float | None, dict[str, o
     """
     validation: float | None = None
     observed: dict[str, object] = {}
+    faults.reach("eval", stage.state.next_step - 1)
     if stage.splits.validation is not None:
         validation = validation_loss(stage)
         observed["val/loss"] = json_number(validation)
@@ -317,11 +326,12 @@ def save(stage: Stage, is_scheduled: bool, validation: float | None) -> None:
 
     def write() -> None:
         folder, state = stage.folder, stage.state
-        checkpoint.save(folder, stage.trainee, state, stage.identity)
+        checkpoint.save(folder, stage.trainee, state, stage.basis)
         if is_best:
             checkpoint.link_best(folder, state.next_step - 1)
-        checkpoint.prune(folder, stage.config.checkpoints_to_keep, state.best_step)
+        checkpoint.prune(folder, stage.config.checkpoints_to_keep, state)
         folder.write_status("running", state.next_step - 1)
+        faults.reach("ckpt.end", state.next_step - 1)
 
     distributed.on_main(stage.launch, write)
 
@@ -334,7 +344,7 @@ def untrained_model(model_config: ModelConfig, config: TrainConfig) -> GPTModel:
 
 
 def build(
-    model_config: ModelConfig, config: TrainConfig, launch: Launch, device: torch.device, start: checkpoint.Start
+    model_config: ModelConfig, config: TrainConfig, launch: Launch, device: torch.device, start: resume.Start
 ) -> checkpoint.Trainee:
     """Make model, optimizer and scaler on the device, with the start's values on every rank.
 
@@ -377,23 +387,26 @@ def warm_up(stage: Stage) -> None:
     stage.trainee.optimizer.zero_grad(set_to_none=True)
 
 
-def record_start(stage: Stage) -> None:
+def record_start(
+    request: Request, launch: Launch, device: torch.device, splits: data.Splits, start: resume.Start
+) -> None:
     """Write run.json, which says what really ran, and status.json."""
-    device_names = distributed.gather_strings(stage.launch, distributed.device_name(stage.device))
-    if not stage.launch.is_main:
-        return
-    folder, plan, from_step = stage.folder, stage.plan, stage.state.next_step
-    earlier = folder.read_starts() if from_step else []
-    document = {
-        "model": asdict(stage.model_config),
-        "train": asdict(stage.config),
-        "recipe_hash": recipe_hash(stage.model_config, stage.config),
-        "plan": {**asdict(plan), "global_batch": plan.global_batch, "train_tokens": plan.train_tokens},
-        "dataset": [asdict(check) for check in stage.splits.checks],
-        "starts": [*earlier, describe_start(from_step, device_names, ROOT)],
-    }
-    write_json(folder.run_json, document)
-    folder.write_status("running", from_step - 1 if from_step else None)
+    device_names = distributed.gather_strings(launch, distributed.device_name(device))
+
+    def write() -> None:
+        folder, plan, from_step = request.folder, splits.plan, start.state.next_step
+        document = {
+            "model": asdict(request.model),
+            "train": asdict(request.config),
+            "recipe_hash": recipe_hash(request.model, request.config),
+            "plan": {**asdict(plan), "global_batch": plan.global_batch, "train_tokens": plan.train_tokens},
+            "dataset": [asdict(check) for check in splits.checks],
+            "starts": [*folder.read_starts(), describe_start(from_step, launch.restart, device_names, ROOT)],
+        }
+        write_json(folder.run_json, document)
+        folder.write_status("running", from_step - 1 if from_step else None)
+
+    distributed.on_main(launch, write)
 
 
 def report_end(stage: Stage) -> None:
@@ -414,11 +427,11 @@ def report_end(stage: Stage) -> None:
         stage.folder.write_status("stopped", state.next_step - 1, 0, "--max-steps")
 
 
-def dry_run(arguments: argparse.Namespace, model_config: ModelConfig, config: TrainConfig, world_size: int) -> None:
+def dry_run(request: Request, world_size: int) -> None:
     """Print what a run would do; the dataset is needed only where min_train_tokens is -1."""
-    available = None
+    model_config, config, available = request.model, request.config, None
     if config.min_train_tokens == -1:
-        file = data.open_split(arguments.datasets_dir, config.dataset, "train")
+        file = data.open_split(request.arguments.datasets_dir, config.dataset, "train")
         available = file.length - config.start_train_token
     plan = make_plan(model_config, config, world_size, available)
     rows = describe(model_config, config, plan)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 import string
 import subprocess
 import sys
@@ -46,9 +47,9 @@ class ChartPainter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._has_news:
-            self._draw_last()
+            self._draw_last(waits=kind is None)
 
     def draw_now_and_then(self) -> None:
         """Start a drawing if the last began a minute ago and is done; never waits."""
@@ -57,11 +58,12 @@ class ChartPainter:
         if not is_busy and time.monotonic() - self._last_start >= SECONDS_BETWEEN_DRAWINGS:
             self._start()
 
-    def _draw_last(self) -> None:
-        if self._process is not None:
+    def _draw_last(self, waits: bool) -> None:
+        if self._process is not None and waits:
             self._process.wait()
         self._start()
-        if self._process is not None and (status := self._process.wait()):
+        # After an error nobody waits: the drawing goes on by itself, and the process may be needed elsewhere.
+        if waits and self._process is not None and (status := self._process.wait()):
             print(f"warning: the charts could not be drawn (status {status})", file=sys.stderr)
 
     def _start(self) -> None:
@@ -120,8 +122,8 @@ def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.set_xlabel("global step")
             paint(axes)
-            temporary = folder.charts / f".{name}.tmp.png"
-            figure.savefig(temporary)
+            temporary = folder.charts / f".{name}.{os.getpid()}.tmp"
+            figure.savefig(temporary, format="png")
             temporary.replace(folder.charts / f"{name}.png")
             plt.close(figure)
 

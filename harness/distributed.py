@@ -1,26 +1,34 @@
-"""Join and leave the process group, choose the device, agree between ranks, and notice requests to stop.
+"""Join and leave the process group, choose the device, and agree between ranks.
 
 The environment variables of torchrun are read here and nowhere else. A single process needs no process group:
 every function below works without one.
 """
 
 import ctypes
+import json
 import os
-import signal
+import sys
+import time
+import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.errors import ConfigError, PeerError, as_harness_error
+from harness.errors import ConfigError, HarnessError, PeerError, as_harness_error
+from harness.watch import Watch
 
+# For all ranks to arrive, and for a collective that every rank has alive but some are slow to reach: those that died
+# or were stopped, the watch finds sooner.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # Numbers of glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -36,6 +44,10 @@ class Launch:
     world_size: int = 1
     local_world_size: int = 1
     """Processes on this machine."""
+    restart: int = 0
+    """How many times torchrun has restarted the ranks of this launch (--max-restarts)."""
+    has_launcher: bool = False
+    """Whether torchrun started this process."""
 
     @property
     def is_main(self) -> bool:
@@ -44,9 +56,19 @@ class Launch:
 
 
 def launch_from_environment() -> Launch:
-    """Read rank, local rank and world size from torchrun's environment."""
-    names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-    return Launch(*(int(os.environ.get(name, default)) for name, default in names))
+    """Read rank, world size and what else torchrun says from the environment."""
+
+    def number(name: str, default: int = 0) -> int:
+        return int(os.environ.get(name, default))
+
+    return Launch(
+        rank=number("RANK"),
+        local_rank=number("LOCAL_RANK"),
+        world_size=number("WORLD_SIZE", 1),
+        local_world_size=number("LOCAL_WORLD_SIZE", 1),
+        restart=number("TORCHELASTIC_RESTART_COUNT"),
+        has_launcher="TORCHELASTIC_RUN_ID" in os.environ,
+    )
 
 
 def choose_device(choice: str, launch: Launch) -> torch.device:
@@ -102,30 +124,71 @@ def _keep_freed_memory() -> None:
 
 
 @contextmanager
-def process_group(launch: Launch, device: torch.device) -> Iterator[None]:
-    """Join the other processes: NCCL for CUDA, gloo otherwise.
+def process_group(launch: Launch, device: torch.device, watch: Watch) -> Iterator[None]:
+    """Join the other processes: NCCL for CUDA, gloo otherwise; `watch` watches them from then on.
 
     The group is left on a clean exit only: after an error the other ranks may never answer, and leaving would wait
-    for them.
+    for them. A collective that fails becomes a PeerError that says what became of whom.
     """
     if launch.world_size == 1:
         yield
         return
+    try:
+        _join(launch, device, watch)
+        yield
+    except BaseException as error:
+        # gloo's errors are plain RuntimeErrors that name it; torch's own for NCCL and the store are DistErrors.
+        is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+        if is_gloo or isinstance(error, dist.DistError):
+            raise watch.explain(str(error).splitlines()[0]) from error
+        with suppress(RuntimeError):  # nobody may be left to tell
+            watch.report(error, traceback.format_exc())
+        raise
+    dist.destroy_process_group()
+
+
+def _join(launch: Launch, device: torch.device, watch: Watch) -> None:
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if is_cuda else None
-        )
-        yield
-    except RuntimeError as error:
-        # gloo's errors are plain RuntimeErrors that name it; torch's own for NCCL and the store are DistErrors.
-        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-            first_line = str(error).splitlines()[0]
-            raise PeerError(f"rank {launch.rank}: another rank was lost or hung ({first_line})") from error
-        raise
-    dist.destroy_process_group()
+    elif launch.local_world_size == launch.world_size:
+        # All ranks are on this machine, so nobody else needs to reach them.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    shared, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    store = PrefixStore(_meet(launch, shared), shared)
+    watch.announce(store)
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if is_cuda else None,
+    )
+    watch.follow(store.clone())  # type: ignore[attr-defined]  # missing from torch's stubs
+
+
+def _meet(launch: Launch, store: Any) -> str:
+    """Agree with the ranks of this very attempt on a name that no earlier attempt has used.
+
+    After a restart the launcher's store still holds the addresses of ranks that died, and the launchers of several
+    machines need not agree on how many restarts there were. So rank 0 proposes a name, every rank answers it with a
+    name of its own, and rank 0 publishes the answers: who finds its answer there has met living ranks.
+    """
+    mine = uuid.uuid4().hex
+    if launch.is_main:
+        store.set("attempt", mine)
+        answers = store.multi_get([f"{mine}/answer/{rank}" for rank in range(1, launch.world_size)])
+        store.set(f"{mine}/answers", b" ".join(answers))
+        return mine
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        attempt: str = store.get("attempt").decode()
+        store.set(f"{attempt}/answer/{launch.rank}", mine)
+        if store.check([f"{attempt}/answers"]) and mine in store.get(f"{attempt}/answers").decode():
+            return attempt
+        time.sleep(0.02)
+    raise PeerError(f"rank {launch.rank}: rank 0 did not answer for {COLLECTIVE_TIMEOUT.total_seconds():.0f} seconds")
 
 
 def gather_strings(launch: Launch, value: str) -> list[str]:
@@ -137,12 +200,38 @@ def gather_strings(launch: Launch, value: str) -> list[str]:
     return values
 
 
-def agree(launch: Launch, what: str, value: str) -> None:
-    """Check that `value` is the same on all ranks; raises PeerError on every rank if not."""
-    values = gather_strings(launch, value)
-    if len(set(values)) > 1:
-        odd = [rank for rank, other in enumerate(values) if other != values[0]]
-        raise PeerError(*([f"ranks disagree on {what}: ranks {odd} differ from rank 0"] if launch.is_main else []))
+def agree(launch: Launch, value: dict[str, object], error_class: type[HarnessError]) -> None:
+    """Check that `value` is the same on all ranks; raises `error_class` on every rank if not, naming the keys."""
+    values = [json.loads(text) for text in gather_strings(launch, json.dumps(value))]
+    lines = [
+        f"ranks disagree on {key}: found {other.get(key)!r} on rank {rank}, wanted rank 0's {values[0].get(key)!r}"
+        for rank, other in enumerate(values)
+        for key in sorted(values[0].keys() | other.keys())
+        if other.get(key) != values[0].get(key)
+    ]
+    if lines:
+        raise error_class(*(lines if launch.is_main else []))
+
+
+def require_same_weights(launch: Launch, model: nn.Module, step: int) -> None:
+    """Check that all ranks hold the same parameters to the bit; raises PeerError on every rank, naming one tensor.
+
+    Compares the sum of each tensor's bit patterns, modulo 2^64, which any single flipped bit changes. Waits for the
+    device.
+    """
+    if launch.world_size == 1:
+        return
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    sums = torch.stack([parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in parameters])
+    rows = gather(launch, sums).cpu()
+    ranks, columns = (rows != rows[0]).nonzero(as_tuple=True)
+    if len(ranks):
+        drifted, tensors = sorted(set(ranks.tolist())), sorted(set(columns.tolist()))
+        line = (
+            f"ranks {drifted} drifted from rank 0 by global step {step}: {names[tensors[0]]} differs "
+            f"(as do {len(tensors) - 1} other tensors); the newest checkpoint stands"
+        )
+        raise PeerError(*([line] if launch.is_main else []))
 
 
 def on_main(launch: Launch, function: Callable[[], T]) -> T:
@@ -205,30 +294,3 @@ def gradient_sync(objective: nn.Module, enabled: bool) -> AbstractContextManager
         return nullcontext()
     context: AbstractContextManager[None] = objective.no_sync()  # type: ignore[operator]
     return context
-
-
-class StopRequest:
-    """Remembers SIGTERM or SIGINT so that the loop can stop at a step's end; a second signal stops at once.
-
-    A handler only sets a flag: it may run at any moment, so it must neither wait nor speak to other ranks.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen while the block runs, then put the former handlers back."""
-        signals = (signal.SIGTERM, signal.SIGINT)
-        former = {number: signal.signal(number, self._remember) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.requested = True

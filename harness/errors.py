@@ -5,10 +5,17 @@ by `exit_status_of` around a command's `main`. Nothing here imports anything but
 """
 
 import errno
+import re
 import sys
+import traceback
 from collections.abc import Callable
 
 INTERRUPTED_STATUS = 130  # as a shell reports SIGINT: there was nothing to save
+DEFECT_STATUS = 1
+# Access tokens of the Hugging Face Hub and keys of OpenAI-compatible services.
+SECRET = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{8,}")
+# What could move a terminal's cursor or reverse its text: control characters, and Unicode's directional ones.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class HarnessError(Exception):
@@ -18,9 +25,11 @@ class HarnessError(Exception):
     is_found_by_all = False
     """Whether every process of a machine finds it alike, so that one of them should say it."""
 
-    def __init__(self, *lines: str) -> None:
+    def __init__(self, *lines: str, details: str = "") -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+        self.details = details
+        """The traceback behind it, for status.json; it was printed where it arose."""
 
 
 class ConfigError(HarnessError):
@@ -86,21 +95,27 @@ def as_harness_error(error: BaseException) -> HarnessError | None:
     return None
 
 
+def fit_to_print(text: str) -> str:
+    """Make text from elsewhere fit for a terminal or a file: secrets masked, control characters escaped."""
+    masked = SECRET.sub(r"\1...", text)
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), masked)
+
+
 def exit_status_of(command: Callable[[], object], speaks: bool = True) -> int:
     """Run `command`; print a documented error to stderr and give its exit status, or 0.
 
-    Without `speaks`, errors that another process of the machine finds alike are left for that one to print.
+    Any other error is a defect: its traceback is printed, and the status is 1. Without `speaks`, errors that another
+    process of the machine finds alike are left for that one to print.
     """
     try:
         command()
-    except (HarnessError, OSError) as error:
+    except Exception as error:
         known = as_harness_error(error)
-        if known is None:
-            raise
-        if speaks or not known.is_found_by_all:
-            for line in known.lines:
-                print(line, file=sys.stderr)
-        return known.exit_status
+        lines = known.lines if known else ["".join(traceback.format_exception(error)).rstrip()]
+        if speaks or known is None or not known.is_found_by_all:
+            for line in lines:
+                print(fit_to_print(line), file=sys.stderr)
+        return known.exit_status if known else DEFECT_STATUS
     except KeyboardInterrupt:
         if speaks:
             print("interrupted", file=sys.stderr)

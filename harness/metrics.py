@@ -7,36 +7,26 @@ numbers and therefore counts, warns and stops alike; rank 0 writes.
 
 import json
 import math
+import os
 import resource
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from harness import faults
 from harness.config import TrainConfig
 from harness.distributed import Launch, gather
 from harness.errors import NonFiniteError
 from harness.plan import GIB, Plan
 from harness.run_folder import json_number
+from harness.train_state import TrainState
 
 VALUES_PER_RANK = 4  # mean, lowest and highest micro-batch loss, and whether this rank was asked to stop
-
-
-class Progress(Protocol):
-    """The counters that a finished step moves on; see checkpoint.TrainState."""
-
-    next_step: int
-    consecutive_skips: int
-    tokens: int
-    elapsed_seconds: float
-
-    def count(self, tokens: int, loss: float, was_skipped: bool) -> None:
-        """Count one completed global step."""
 
 
 class StepReport:
@@ -98,7 +88,7 @@ class StepLog:
     launch: Launch
     plan: Plan
     config: TrainConfig
-    progress: Progress
+    progress: TrainState
     file: Path
     flops_per_token: int
     peak_flops_per_second: float | None
@@ -109,6 +99,8 @@ class StepLog:
     last: StepNumbers | None = None
     _pending: tuple[int, StepReport, float] | None = field(default=None, init=False)
     _line: dict[str, object] | None = field(default=None, init=False)
+    _waiting: list[str] = field(default_factory=list, init=False)
+    _has_warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         now = time.monotonic()
@@ -152,13 +144,31 @@ class StepLog:
             return
         line, self._line = self._line | extras, None
         if self.launch.is_main:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._waiting.append(json.dumps(line, allow_nan=False) + "\n")
+            self._write()
         if self.progress.consecutive_skips >= self.config.nonfinite_patience:
             raise NonFiniteError(
                 f"global step {line['step']}: gradients were not finite for {self.progress.consecutive_skips} steps "
                 "in a row (nonfinite_patience); the weights are those before them"
             )
+
+    def _write(self) -> None:
+        """Append the lines that wait; where that fails they wait on, because training is worth more than its log."""
+        try:
+            faults.reach("metrics", self.progress.next_step - 1)
+            size = self.file.stat().st_size if self.file.exists() else 0
+            try:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.writelines(self._waiting)
+            except OSError:
+                os.truncate(self.file, size)  # no half line stays before those that will follow
+                raise
+        except OSError as error:
+            if not self._has_warned:
+                print(f"warning: {self.file}: cannot be written for now ({error.strerror})", file=sys.stderr)
+            self._has_warned = True
+        else:
+            self._waiting.clear()
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step (a checkpoint, an observation) out of the next one's speed."""

@@ -113,6 +113,14 @@ class Plan:
         """Tokens read from the file: one more than trained, because the last target is the token after."""
         return self.train_tokens + 1
 
+    def split(self) -> dict[str, int]:
+        """Give how the global batch is split, which may change from one start of a run to the next."""
+        return {
+            "world_size": self.world_size,
+            "microbatch_size": self.microbatch_size,
+            "accumulation_steps": self.accumulation_steps,
+        }
+
     def microbatch_index(self, global_step: int, accumulation_step: int, rank: int) -> int:
         """Give the place of a micro-batch in the data: ranks take turns within an accumulation step."""
         return (global_step * self.accumulation_steps + accumulation_step) * self.world_size + rank

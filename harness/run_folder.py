@@ -10,10 +10,12 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,10 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import ModelConfig, TrainConfig, load_run_configs, recipe_hash, run_hash
-from harness.errors import INTERRUPTED_STATUS, ConfigError, RunLockedError, StopRequestedError, as_harness_error
+from harness.errors import (
+    DEFECT_STATUS,
+    INTERRUPTED_STATUS,
+    ConfigError,
+    RunLockedError,
+    StopRequestedError,
+    as_harness_error,
+    fit_to_print,
+)
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+TEMPORARY_PREFIX = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,16 @@ class RunFolder:
         matches = (STEP_FOLDER.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
+    def remove_unfinished(self) -> list[str]:
+        """Delete what a killed process was still writing; give the names of unfinished checkpoints among it."""
+        unfinished = list(self.checkpoints.glob(f"{TEMPORARY_PREFIX}*"))
+        for path in unfinished:
+            shutil.rmtree(path)
+        for place in (self.path, self.checkpoints, self.charts, self.evals):
+            for path in place.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+        return sorted(path.name.removeprefix(TEMPORARY_PREFIX) for path in unfinished)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl; a last line that was being written when the process died is left out."""
         if not self.metrics_jsonl.is_file():
@@ -114,10 +135,24 @@ class RunFolder:
 
     def write_status(self, state: str, step: int | None, exit_code: int | None = None, reason: str = "") -> None:
         """Replace status.json; `step` is the last completed global step, None before the first."""
-        write_json(
-            self.status_json,
-            {"state": state, "step": step, "exit_code": exit_code, "reason": reason, "time": utc_now()},
+        self._write_status(state=state, step=step, exit_code=exit_code, reason=reason)
+
+    def write_failure(self, error: BaseException) -> None:
+        """Replace status.json with how a start ended badly, and the traceback where there is one to learn from."""
+        known = as_harness_error(error)
+        state, exit_code = "failed", known.exit_status if known else DEFECT_STATUS
+        if isinstance(known, StopRequestedError):
+            state = "stopped"
+        elif isinstance(error, KeyboardInterrupt):
+            state, exit_code = "stopped", INTERRUPTED_STATUS
+        details = known.details if known else "".join(traceback.format_exception(error))
+        reason = fit_to_print(str(known or repr(error)))
+        self._write_status(
+            state=state, step=self.status_step(), exit_code=exit_code, reason=reason, traceback=fit_to_print(details)
         )
+
+    def _write_status(self, **values: object) -> None:
+        write_json(self.status_json, {**values, "host": socket.gethostname(), "pid": os.getpid(), "time": utc_now()})
 
     def set_aside(self, *paths: Path) -> Path | None:
         """Move what exists of `paths` into a new folder `aside-N`, deleting nothing; give that folder."""
@@ -158,12 +193,8 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            known = as_harness_error(error)
-            exit_code = known.exit_status if known else 1
-            state = "stopped" if isinstance(known, StopRequestedError) else "failed"
-            if isinstance(error, KeyboardInterrupt):
-                state, exit_code = "stopped", INTERRUPTED_STATUS
-            self.write_status(state, self.status_step(), exit_code, str(known or repr(error)))
+            with suppress(OSError):  # a full disk, say: then the error itself must get out
+                self.write_failure(error)
             raise
 
     def evidence(self, step: int) -> dict[str, object]:
@@ -179,10 +210,10 @@ class RunFolder:
             return {**found, "recipe_hash": None, "run_hash": None}
         return {**found, "recipe_hash": recipe_hash(model, train), "run_hash": run_hash(model, train)}
 
-    def read_starts(self) -> list[object]:
+    def read_starts(self) -> list[dict[str, Any]]:
         """Give what run.json says of earlier starts of the run."""
         starts = read_json(self.run_json).get("starts")
-        return starts if isinstance(starts, list) else []
+        return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
     def read_status(self) -> dict[str, Any]:
         """Give what status.json says, nothing where it cannot be read."""
@@ -272,12 +303,13 @@ def replace_link(link: Path, target: str) -> None:
     temporary.replace(link)
 
 
-def describe_start(from_step: int, device_names: list[str], code: Path) -> dict[str, object]:
+def describe_start(from_step: int, restart: int, device_names: list[str], code: Path) -> dict[str, object]:
     """Describe one start of a run for run.json: when, from where, on what, with which code and versions."""
     packages = ("torch", "numpy", "safetensors", "tiktoken", "huggingface_hub", "pydantic")
     return {
         "time": utc_now(),
         "from_step": from_step,
+        "restart": restart,
         "world_size": len(device_names),
         "devices": device_names,
         "code": git_state(code),

@@ -220,7 +220,7 @@ def _evidence(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: 
     lines = folder.read_metrics()
     last: dict[str, Any] = lines[-1] if lines else {}
     starts = folder.read_starts()
-    devices = starts[-1].get("devices", []) if starts and isinstance(starts[-1], dict) else []
+    devices = starts[-1].get("devices", []) if starts else []
     return Evidence(
         recipe=recipe(model, train),
         recipe_hash=recipe_hash(model, train),

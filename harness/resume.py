@@ -1,0 +1,162 @@
+"""Decide where a start of a run begins, and tidy the run's folder for it. Only rank 0 does either."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.checkpoint import Basis, link_best, read_contents, verify
+from harness.errors import CheckpointError, ConfigError, DataError, PeerError
+from harness.run_folder import RunFolder, replace_link
+from harness.train_state import TrainState
+
+RESTARTS_WITHOUT_PROGRESS = 3
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins: a checkpoint's folder and what its state.json holds, or nothing yet."""
+
+    path: Path | None
+    state: TrainState
+    scaler: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Where the user asked to begin."""
+
+    name: str | None = None
+    """A checkpoint's folder, `latest` or `best`; None for the newest valid one."""
+    fresh: bool = False
+    """Whether to start over."""
+    restart: int = 0
+    """How many times torchrun has restarted this launch (--max-restarts), always with the same words."""
+
+
+def choose_start(folder: RunFolder, wish: Wish, basis: Basis) -> Start:
+    """Decide where to begin, and tidy the folder for it: newer checkpoints aside, later metrics dropped.
+
+    Errors are as for `find`; raises ConfigError or DataError, naming the keys, where the checkpoint rests on another
+    basis, and PeerError where restarting leads nowhere.
+    """
+    if wish.restart:
+        wish = Wish(restart=wish.restart)  # whatever was asked for has been done: now it means to go on
+    old = (folder.checkpoints, folder.metrics_jsonl, folder.evals, folder.run_json)
+    if wish.fresh and (aside := folder.set_aside(*old)):
+        print(f"Starting over; what there was is in {aside}")
+    start = _prepare_start(folder, wish.name, basis)
+    require_progress(folder, wish.restart, start.state.next_step)
+    return start
+
+
+def _prepare_start(folder: RunFolder, name: str | None, basis: Basis) -> Start:
+    unfinished = folder.remove_unfinished()
+    for leftover in unfinished:
+        print(f"Removed {leftover}, which was cut off while it was written")
+    path = find(folder, name)
+    if path is None:
+        if unfinished:
+            print("There is no complete checkpoint; starting at step 0")
+        folder.drop_metrics_from(0)
+        return Start(None, TrainState(), {})
+    contents = read_contents(path)
+    state = contents.state
+    require_same_basis(folder, path, contents.basis, basis)
+    newer = [folder.checkpoint(step) for step in folder.checkpoint_steps() if step >= state.next_step]
+    aside = folder.set_aside(*newer)
+    if aside:
+        print(f"Newer checkpoints are moved to {aside}")
+    _repair_links(folder, path, state.best_step)
+    folder.drop_metrics_from(state.next_step)
+    print(f"Resuming from {path.name}: {state.next_step:,} global steps are done")
+    if contents.basis.split != basis.split:
+        before, now = (_in_words(split) for split in (contents.basis.split, basis.split))
+        print(
+            f"The global batch is split another way ({now}; before: {before}): the same data in the same order, "
+            "results equal up to rounding and dropout masks"
+        )
+    return Start(path, state, contents.scaler)
+
+
+def _in_words(split: dict[str, int]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in split.items())
+
+
+def find(folder: RunFolder, name: str | None) -> Path | None:
+    """Find the checkpoint to resume from, verified; only warns about damaged ones that it passes over.
+
+    A `name` (a folder's, `latest` or `best`) must be valid. Without one: the newest valid checkpoint by step, None
+    where none was ever written. Raises CheckpointError, also where some were written and none is valid.
+    """
+    if name is not None:
+        path = (folder.checkpoints / name).resolve()
+        if path.parent != folder.checkpoints.resolve() or not path.is_dir():
+            raise CheckpointError(f"{folder.checkpoints}: found no checkpoint {name[:80]!r}")
+        verify(path)
+        return path
+    reasons: list[str] = []
+    for step in reversed(folder.checkpoint_steps()):
+        try:
+            verify(folder.checkpoint(step))
+        except CheckpointError as error:
+            reasons.extend(error.lines)
+            continue
+        for reason in reasons:
+            print(f"warning: passing over a damaged checkpoint: {reason}", file=sys.stderr)
+        return folder.checkpoint(step)
+    if reasons:
+        raise CheckpointError(
+            *reasons, f"{folder.checkpoints}: no checkpoint is valid (start over with --fresh, which deletes nothing)"
+        )
+    return None
+
+
+def require_same_basis(folder: RunFolder, path: Path, before: Basis, now: Basis) -> None:
+    """Check that a start may go on from a checkpoint; raises DataError if only the data differ, else ConfigError."""
+    differences = [
+        (key, now.identity.get(key), before.identity.get(key))
+        for key in sorted(now.identity.keys() | before.identity.keys())
+        if now.identity.get(key) != before.identity.get(key)
+    ]
+    other_data = [
+        (f"SHA-256 of {place}", now.data[place], before.data[place])
+        for place in sorted(now.data.keys() & before.data.keys())
+        if now.data[place] != before.data[place]
+    ]
+    lines = [
+        f"{folder.path}: {key}: found {found}, wanted {wanted} as in {path.name} (or --fresh to start over)"
+        for key, found, wanted in differences + other_data
+    ]
+    if lines:
+        is_data = all(key == "data_fingerprint" for key, _, _ in differences)
+        raise (DataError if is_data else ConfigError)(*lines)
+
+
+def require_progress(folder: RunFolder, restart: int, from_step: int) -> None:
+    """Stop a launch whose restarts (--max-restarts) get no further; raises PeerError.
+
+    `restart` counts them, and every start, once chosen, stands in run.json.
+    """
+    since = 0
+    for start in reversed(folder.read_starts() if restart else []):
+        if start.get("from_step") != from_step:
+            break
+        since += 1
+        if start.get("restart", 0) == 0:
+            break
+    if since > RESTARTS_WITHOUT_PROGRESS:
+        raise PeerError(
+            f"{folder.path}: restarted {RESTARTS_WITHOUT_PROGRESS} times without progress beyond global step "
+            f"{from_step}; status.json and the output above say what goes wrong"
+        )
+
+
+def _repair_links(folder: RunFolder, newest: Path, best_step: int | None) -> None:
+    """Make `latest` and `best` what they should be: a cut-off save, or somebody's hand, may have left them behind."""
+    links = {name: folder.checkpoints / name for name in ("latest", "best")}
+    folder.set_aside(*(link for link in links.values() if link.exists() and not link.is_symlink()))
+    replace_link(links["latest"], newest.name)
+    if best_step is not None and folder.checkpoint(best_step).is_dir():
+        link_best(folder, best_step)
+    else:
+        links["best"].unlink(missing_ok=True)

@@ -31,6 +31,8 @@ STEPS_BETWEEN_DRIFT_CHECKS = 100
 
 # What every process of a machine finds wrong alike, the first of them says.
 speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+# Asked at once, because a launcher may die during the seconds in which torch is imported.
+parent = os.getppid()
 
 if __name__ == "__main__" and (status := exit_status_of(lambda: read_request(__doc__), speaks)):
     # Importing torch takes seconds, so a mistyped key is refused before it.
@@ -123,7 +125,7 @@ def main() -> None:
         timeout_seconds=arguments.peer_timeout,
         stop=stop,
         give_up=folder.write_failure if launch.is_main else lambda _: None,
-        has_launcher=launch.has_launcher,
+        launcher=parent if launch.has_launcher else None,
     )
 
     with ExitStack() as stack:

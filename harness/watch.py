@@ -79,7 +79,8 @@ class Watch:
     Every rank counts up in the store twice a second; a count that stands still belongs to a rank that died, was
     stopped, or cannot be reached. After `timeout_seconds` of that, `give_up` is told
     and the process ends, whatever it is waiting in: a collective may never return. When the launcher dies,
-    `stop.requested` is set, and a process that has not ended a few seconds later is ended.
+    `stop.requested` is set, and a process that has not ended a few seconds later is ended. `launcher` is its process
+    number; without one there is nothing to watch.
     """
 
     def __init__(
@@ -89,14 +90,14 @@ class Watch:
         timeout_seconds: float,
         stop: StopRequest,
         give_up: Callable[[HarnessError], None],
-        has_launcher: bool,
+        launcher: int | None,
     ) -> None:
         self._rank = rank
         self._others = [other for other in range(world_size) if other != rank]
         self._timeout_seconds = timeout_seconds
         self._stop = stop
         self._give_up = give_up
-        self._launcher = os.getppid() if has_launcher else None
+        self._launcher = launcher
         self._store: Store | None = None
         self._step: int | None = None
         self._beats = 0

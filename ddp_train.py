@@ -147,7 +147,7 @@ def main() -> None:
             data=splits.checked(),
             split=splits.plan.split(),
         )
-        require_agreement(launch, folder, basis, stop_step)
+        require_agreement(request, launch, basis, stop_step)
         start = distributed.on_main(launch, lambda: choose_start(request, launch, basis))
         if start.state.next_step >= stop_step:
             report_nothing_to_do(launch, folder, splits.plan, start.state)
@@ -175,7 +175,7 @@ def main() -> None:
         report_end(stage)
 
 
-def require_agreement(launch: Launch, folder: RunFolder, basis: checkpoint.Basis, stop_step: int) -> None:
+def require_agreement(request: Request, launch: Launch, basis: checkpoint.Basis, stop_step: int) -> None:
     """Check that all ranks are about to do the same; raises the same error on all, naming what differs.
 
     Machines may have copies of their own of the run's folder and of the dataset.
@@ -184,6 +184,10 @@ def require_agreement(launch: Launch, folder: RunFolder, basis: checkpoint.Basis
     distributed.agree(launch, {"data_fingerprint": identity.pop("data_fingerprint")}, DataError)
     distributed.agree(launch, {**identity, **basis.split, "--max-steps": stop_step}, ConfigError)
     distributed.agree(launch, {"torch": torch.__version__}, PeerError)
+    if not request.arguments.fresh:
+        newest = max(request.folder.checkpoint_steps(), default=-1)
+        steps = [int(step) for step in distributed.gather_strings(launch, str(newest))]
+        distributed.on_main(launch, lambda: resume.require_main_to_have_the_newest(steps))
 
 
 def choose_start(request: Request, launch: Launch, basis: checkpoint.Basis) -> resume.Start:

@@ -132,6 +132,21 @@ def require_same_basis(folder: RunFolder, path: Path, before: Basis, now: Basis)
         raise (DataError if is_data else ConfigError)(*lines)
 
 
+def require_main_to_have_the_newest(newest_steps: list[int]) -> None:
+    """Check that no machine knows of a newer checkpoint than rank 0's; raises CheckpointError.
+
+    `newest_steps` holds what each rank sees in its own copy of the run's folder, -1 for none. Where machines share no
+    disk, a new rendezvous may have made another one rank 0, which would silently start over.
+    """
+    ahead = max(range(len(newest_steps)), key=lambda rank: newest_steps[rank])
+    if newest_steps[ahead] > newest_steps[0]:
+        seen = "no checkpoint" if newest_steps[0] < 0 else f"none after step {newest_steps[0]}"
+        raise CheckpointError(
+            f"rank {ahead}'s machine has a checkpoint of step {newest_steps[ahead]}, rank 0's has {seen}: make the "
+            "machine that has the run's folder rank 0 (torchrun --node-rank), or share the folder (or --fresh)"
+        )
+
+
 def require_progress(folder: RunFolder, restart: int, from_step: int) -> None:
     """Stop a launch whose restarts (--max-restarts) get no further; raises PeerError.
 

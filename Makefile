@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := quickstart
 
-.PHONY: quickstart test lint format generated
+.PHONY: quickstart test lint format generated soak
 
 # What training needs, and on top of it what the tests need.
 $(VENV)/.installed: pyproject.toml
@@ -44,3 +44,7 @@ format: $(VENV)/.installed-dev
 # JSON Schemas for editors, and the reference of all keys.
 generated: $(VENV)/.installed
 	$(BIN)/python -m harness.config
+
+# Kills a run at random 200 times and races 50 pairs of trainers for one: about an hour on two cores.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.soak --output benchmarks/results/soak.txt

@@ -1,11 +1,11 @@
 """Kill a two-process run at random, many times, and race pairs of trainers for one run; count what was lost.
 
-  python benchmarks/soak.py --kills 200 --races 50 --seed 1
+  python -m benchmarks.soak --kills 200 --races 50 --seed 1
 
 Every kill strikes a run under `torchrun --max-restarts 3` at a moment drawn by the seed, somewhere between its launch
 and its end, and hits one rank, both, the launcher, or everything. Whatever has died is started again with the same
-command until the run is complete; then its model, optimizer, state and losses must equal those of a run that was never
-touched, to the bit. A run counts as having lost something if they do not, or if a start went further back than the
+command until the run is complete; then its model, optimizer, state and losses must equal those of an untouched run to
+the bit. A run counts as having lost something if they do not, or if a start went further back than the
 newest checkpoint that was complete before the kill.
 """
 
@@ -19,18 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch
 
 from tests.helpers import final_bits, status, write_run, write_toy_dataset
 
-STEPS = 150
+ROOT = Path(__file__).parent.parent
+STEPS = 80
 INTERVAL = 5
 # All that could make a resumed run differ: dropout, accumulation, float16 with its scaler, a schedule, shuffling.
 TRAIN = {
@@ -149,7 +148,7 @@ def wait_for_the_moment(process: subprocess.Popen[bytes], folder: Path, draw: ra
     before = lines.stat().st_mtime_ns if lines.exists() else 0
     while process.poll() is None and (not lines.exists() or lines.stat().st_mtime_ns == before):
         time.sleep(0.005)
-    sleep_while_alive(process, draw.uniform(0.0, 1.5))
+    sleep_while_alive(process, draw.uniform(0.0, 1.0))
 
 
 def sleep_while_alive(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -174,10 +173,8 @@ def kill(process: subprocess.Popen[bytes], folder: Path, victim: str, tally: Tal
         tally.during_start += 1  # no worker yet: the launcher is all there is to kill
         chosen = [process.pid]
     for pid in chosen:
-        try:
+        with suppress(ProcessLookupError):  # it ended by itself in the meantime
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it ended by itself in the meantime
     tally.kills[victim] += 1
     starts_before = len(starts_of(folder))
     if process.pid in chosen:
@@ -275,8 +272,8 @@ def describe(tally: Tally, seed: int, untouched_seconds: float, seconds: float) 
     kills = ", ".join(f"{name} {count}" for name, count in tally.kills.items())
     lines = [
         f"Soak of {datetime.now(UTC):%Y-%m-%d}, seed {seed}, {seconds / 60:.0f} minutes",
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs, gloo",
-        f"A run: {STEPS} global steps, a checkpoint every {INTERVAL}; untouched it takes {untouched_seconds:.0f} seconds",
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, gloo, {os.cpu_count()} CPUs",
+        f"A run: {STEPS} global steps, a checkpoint every {INTERVAL}, {untouched_seconds:.0f} seconds if untouched",
         f"Kills: {tally.kill_count} ({kills}), {tally.during_start} of them before a worker existed",
         f"Runs: {tally.runs}, completed with the bits of the untouched run: {tally.equal_runs}",
         f"Starts that went back beyond the newest complete checkpoint: {tally.steps_back}",

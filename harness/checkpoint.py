@@ -6,6 +6,7 @@ and `best` are hints for people; the truth is the newest folder whose manifest h
 """
 
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -110,13 +111,12 @@ def save(folder: RunFolder, trainee: Trainee, state: TrainState, basis: Basis) -
 
 
 def require_finite(trainee: Trainee, step: int) -> None:
-    """Check that weights and moments are finite; raises NonFiniteError naming the first that is not."""
+    """Check that weights and moments are finite, waiting for the device; raises NonFiniteError naming one."""
     tensors = {**trainee.model.state_dict(), **trainee.optimizer_tensors()}
-    are_finite = torch.stack(
-        [tensor.isfinite().all() for tensor in tensors.values()]
-    ).tolist()  # waits for the device
-    for name, is_finite in zip(tensors, are_finite, strict=True):
-        if not is_finite:
+    # The largest magnitude is NaN or infinite if any value is, and finding it makes no copy.
+    largest = torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors.values()])
+    for name, value in zip(tensors, largest.tolist(), strict=True):
+        if not math.isfinite(value):
             raise NonFiniteError(f"global step {step}: {name} is not finite, so no checkpoint is written")
 
 

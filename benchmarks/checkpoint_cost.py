@@ -1,0 +1,88 @@
+"""What does a checkpoint cost? Saves the 163M-parameter model with its optimizer (2 GB) and verifies it, repeatedly.
+
+  python -m benchmarks.checkpoint_cost --rounds 5 --device auto
+
+The fraction of time that saving takes follows for an interval of 617 global steps of 98,304 tokens, at throughputs
+that were published for this model and at any given with --tokens-per-second. Results, with the machine's
+description, go to benchmarks/results/checkpoint_cost.json.
+"""
+
+import argparse
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from harness import checkpoint, distributed
+from harness.config import load_run_configs
+from harness.optim import make_optimizer
+from harness.run_folder import RunFolder, write_json
+from harness.train_state import TrainState
+from model import empty_model, initialise
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "checkpoint_cost.json"
+RUN = ROOT / "runs" / "8xa100m40-baseline"
+INTERVAL_STEPS, TOKENS_PER_STEP = 617, 98_304
+PUBLISHED = {"8x A100 40 GB, published": 285_420, "RTX 3090, published": 22_285}
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--tokens-per-second", type=float, action="append", default=[])
+    arguments = parser.parse_args()
+    device = distributed.choose_device(arguments.device, distributed.launch_from_environment())
+    model_config, config = load_run_configs(RUN / "model.json", RUN / "train.json")
+    model = empty_model(model_config).to(device)
+    initialise(model, 42)
+    trainee = checkpoint.Trainee(model, make_optimizer(model, config, device), GradScaler(device.type, enabled=False))
+    trainee.optimizer_tensors()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+        folder = RunFolder(Path(place))
+        seconds: dict[str, list[float]] = {"save": [], "of it: finite check": [], "verify (at a resume)": []}
+        for step in range(arguments.rounds):
+            state = TrainState(next_step=step + 1)
+            took = timed(lambda state=state: checkpoint.save(folder, trainee, state, checkpoint.Basis({})))  # type: ignore[misc]
+            seconds["save"].append(took)
+            seconds["of it: finite check"].append(timed(lambda: checkpoint.require_finite(trainee, 0)))
+            seconds["verify (at a resume)"].append(
+                timed(lambda step=step: checkpoint.verify(folder.checkpoint(step)))
+            )  # type: ignore[misc]
+            checkpoint.prune(folder, 2, state)
+        size = sum(path.stat().st_size for path in folder.checkpoint(arguments.rounds - 1).iterdir())
+    typical = {name: median(values) for name, values in seconds.items()}
+    speeds = PUBLISHED | {f"{value:,.0f} tokens/s": value for value in arguments.tokens_per_second}
+    fractions = {name: fraction(typical["save"], speed) for name, speed in speeds.items()}
+    print(f"{size / 1e9:.2f} GB a checkpoint, {arguments.rounds} rounds on {distributed.device_name(device)}")
+    for name, value in typical.items():
+        print(f"{name:<22} {value:6.2f} s (from {min(seconds[name]):.2f} to {max(seconds[name]):.2f})")
+    for name, value in fractions.items():
+        print(f"{value:6.2%} of the time in checkpoints every {INTERVAL_STEPS} steps ({name})")
+    machine = {"device": distributed.device_name(device), "torch": torch.__version__, "platform": platform.platform()}
+    write_json(RESULTS, {"machine": machine, "bytes": size, "seconds": seconds, "fraction_of_time": fractions})
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Give the seconds that `action` takes."""
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
+
+
+def fraction(save_seconds: float, tokens_per_second: float) -> float:
+    """Give the share of all time that goes into saving."""
+    training = INTERVAL_STEPS * TOKENS_PER_STEP / tokens_per_second
+    return save_seconds / (save_seconds + training)
+
+
+if __name__ == "__main__":
+    main()

@@ -122,6 +122,14 @@ class GPTModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Give logits (B, T, V) for token ids (B, T), where T is at most the context length."""
+        return F.linear(self.hidden_states(tokens), self.head_weight())
+
+    def head_weight(self) -> Tensor:
+        """Give the output head's matrix (V, C), which a tied model shares with the token embedding."""
+        return self.tok_emb.weight if self.out_head is None else self.out_head.weight
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Give the states (B, T, C) that the output head turns into logits, for token ids (B, T)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, C)
         for block in self.trf_blocks:
@@ -129,8 +137,8 @@ class GPTModel(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        head = self.tok_emb.weight if self.out_head is None else self.out_head.weight
-        return F.linear(self.final_norm(x), head)
+        normalised: Tensor = self.final_norm(x)
+        return normalised
 
 
 def empty_model(config: ModelConfig, activation_checkpointing: bool = False) -> GPTModel:

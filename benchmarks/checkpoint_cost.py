@@ -12,6 +12,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -51,12 +52,13 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"save": [], "of it: finite check": [], "verify (at a resume)": []}
         for step in range(arguments.rounds):
             state = TrainState(next_step=step + 1)
-            took = timed(lambda state=state: checkpoint.save(folder, trainee, state, checkpoint.Basis({})))  # type: ignore[misc]
-            seconds["save"].append(took)
-            seconds["of it: finite check"].append(timed(lambda: checkpoint.require_finite(trainee, 0)))
-            seconds["verify (at a resume)"].append(
-                timed(lambda step=step: checkpoint.verify(folder.checkpoint(step)))
-            )  # type: ignore[misc]
+            actions: dict[str, Callable[[], object]] = {
+                "save": partial(checkpoint.save, folder, trainee, state, checkpoint.Basis({})),
+                "of it: finite check": partial(checkpoint.require_finite, trainee, step),
+                "verify (at a resume)": partial(checkpoint.verify, folder.checkpoint(step)),
+            }
+            for name, action in actions.items():
+                seconds[name].append(timed(action))
             checkpoint.prune(folder, 2, state)
         size = sum(path.stat().st_size for path in folder.checkpoint(arguments.rounds - 1).iterdir())
     typical = {name: median(values) for name, values in seconds.items()}

@@ -272,7 +272,7 @@ def describe(tally: Tally, seed: int, untouched_seconds: float, seconds: float) 
     kills = ", ".join(f"{name} {count}" for name, count in tally.kills.items())
     lines = [
         f"Soak of {datetime.now(UTC):%Y-%m-%d}, seed {seed}, {seconds / 60:.0f} minutes",
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, gloo, {os.cpu_count()} CPUs",
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs",
         f"A run: {STEPS} global steps, a checkpoint every {INTERVAL}, {untouched_seconds:.0f} seconds if untouched",
         f"Kills: {tally.kill_count} ({kills}), {tally.during_start} of them before a worker existed",
         f"Runs: {tally.runs}, completed with the bits of the untouched run: {tally.equal_runs}",

@@ -105,14 +105,14 @@ def set_up_kernels(device: torch.device, use_tf32: bool, deterministic: bool) ->
     same bits on every run on the same hardware.
     """
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high" if use_tf32 else "highest")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for to be reproducible
         torch.use_deterministic_algorithms(True)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Stop glibc from handing large blocks back to the system as soon as they are freed.
 
     Logits are such blocks: every micro-batch would page them in again, which takes up to half of a step's time.

@@ -1,10 +1,21 @@
-"""Next-token cross-entropy, and the objective that training compiles and distributes."""
+"""Next-token cross-entropy, plain and memory-lean, and the objective that training compiles and distributes."""
 
 import math
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# Logits above this size in float32 are not all held at once; see `is_lean`.
+PLAIN_LOGITS_BYTES = 2**31
+# Rows of logits at a time: enough to keep a GPU busy, 0.8 GB of float32 at GPT-2's vocabulary.
+LEAN_ROWS = 4096
+
+
+def is_lean(tokens: int, vocab_size: int) -> bool:
+    """Say whether a micro-batch of so many tokens is trained with the memory-lean loss."""
+    return tokens * vocab_size * 4 > PLAIN_LOGITS_BYTES
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,11 +32,69 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view_as(targets)
 
 
+class _LeanLoss(torch.autograd.Function):
+    """The loss of a linear head, and its gradients, computed a chunk of rows at a time.
+
+    A chunk's logits live only until their gradient has been used, in the forward pass already: the loss is a scalar,
+    so the backward pass has nothing left to do but to scale. Gradients are kept before the division by the number of
+    rows and the multiplication with the incoming gradient, which would underflow in float16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        rows, narrow = hidden.to(dtype), weight.to(dtype)  # (N, C), (V, C)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(rows)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(rows), LEAN_ROWS):
+            chunk, wanted = rows[start : start + LEAN_ROWS], targets[start : start + LEAN_ROWS, None]
+            logits = (chunk @ narrow.t()).float()  # (n, V)
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            total += (normaliser - logits.gather(-1, wanted)).sum()
+            probabilities = (logits - normaliser).exp()
+            gradient = probabilities.scatter_add(-1, wanted, -torch.ones_like(normaliser)).to(dtype)
+            hidden_gradient[start : start + LEAN_ROWS] = gradient @ narrow
+            weight_gradient += gradient.t() @ chunk
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.types = hidden.dtype, weight.dtype
+        return total / len(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        hidden_type, weight_type = ctx.types
+        scale = gradients[0] / len(hidden_gradient)
+        return (hidden_gradient * scale).to(hidden_type), (weight_gradient * scale).to(weight_type), None, None
+
+
+def lean_next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Give `next_token_loss(hidden @ head.T, targets)` and its gradients without holding all logits at once.
+
+    hidden (B, T, C), head (V, C), targets (B, T). Under autocast the products are computed in its type, as the plain
+    loss's are; sums over rows are float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        loss = _LeanLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), dtype)  # type: ignore[no-untyped-call]
+    return cast(Tensor, loss)
+
+
+class LanguageModel(Protocol):
+    """What the objective needs of a model besides logits."""
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Give the final hidden states (B, T, C) for tokens (B, T)."""
+
+    def head_weight(self) -> Tensor:
+        """Give the output head's matrix (V, C)."""
+
+
 class Objective(nn.Module):
     """What goes into torch.compile and DDP: tokens and targets in, loss out.
 
     Wrapping this instead of the model keeps the model's forward free to give logits, and its parameter names free
-    of wrappers' prefixes.
+    of wrappers' prefixes. The memory-lean loss is taken where a micro-batch's logits would be large in float32.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,6 +103,10 @@ class Objective(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
+        model = cast(LanguageModel, self.model)
+        head = model.head_weight()
+        if is_lean(tokens.numel(), head.shape[0]):
+            return lean_next_token_loss(model.hidden_states(tokens), head, targets)
         return next_token_loss(self.model(tokens), targets)
 
 

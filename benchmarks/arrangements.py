@@ -1,0 +1,237 @@
+"""Our model and step in several arrangements: from the published harness's to the default one, a technique at a time.
+
+Every arrangement is made by `build(shape, device)`, which gives a function that trains one global step and waits for
+nothing but what the arrangement itself waits for. A contender from outside is a Python file with the same function.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import functional as F
+
+import ddp_train
+from data import Splits, TokenFile, TrainData
+from harness import distributed
+from harness.checkpoint import Basis, Trainee
+from harness.config import ModelConfig, TrainConfig
+from harness.distributed import Launch
+from harness.loss import Objective, next_token_loss
+from harness.optim import guarded_step, make_optimizer
+from harness.plan import Plan
+from harness.run_folder import RunFolder
+from harness.train_state import TrainState
+from harness.watch import StopRequest, Watch
+from model import Attention, GPTModel, LayerNorm, empty_model, initialise
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained: the model, and sequences per micro-batch and global step."""
+
+    model: ModelConfig
+    microbatch_size: int
+    accumulation_steps: int = 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Trained tokens per global step."""
+        return self.microbatch_size * self.accumulation_steps * self.model.context_length
+
+    def microbatches(self) -> list[tuple[Tensor, Tensor]]:
+        """Give the same random tokens and targets, each (B, T), to every arrangement."""
+        generator = torch.Generator().manual_seed(0)
+        size = (self.accumulation_steps, self.microbatch_size, self.model.context_length + 1)
+        blocks = torch.randint(0, self.model.vocab_size, size, generator=generator)
+        return [(block[:, :-1].contiguous(), block[:, 1:].contiguous()) for block in blocks]
+
+
+class NaiveAttention(Attention):
+    """Attention as the textbook writes it: all scores, a mask, softmax, dropout, and a weighted sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Let every position of x (B, T, C) attend to itself and those before it; gives (B, T, C)."""
+        length = x.shape[1]
+        query, key, value = (
+            projection(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for projection in (self.W_query, self.W_key, self.W_value)
+        )
+        scores = query @ key.transpose(2, 3)  # (B, H, T, T)
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        weights = torch.softmax(scores.masked_fill(later, -math.inf) / math.sqrt(key.shape[-1]), dim=-1)
+        weights = F.dropout(weights, self.drop_rate, self.training)
+        joined: Tensor = self.out_proj((weights @ value).transpose(1, 2).flatten(2))
+        return joined
+
+
+class PlainLayerNorm(LayerNorm):
+    """Layer normalisation as the textbook writes it: mean and variance one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., C)."""
+        mean = x.mean(dim=-1, keepdim=True)
+        variance = x.var(dim=-1, keepdim=True, unbiased=False)
+        return self.scale * ((x - mean) / torch.sqrt(variance + 1e-5)) + self.shift
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """What an arrangement does differently from the published one; all off is the published arrangement."""
+
+    fused_attention: bool = False
+    fused_layer_norm: bool = False
+    device_side_step: bool = False
+    """Fused AdamW, finite check, clipping and loss sum that never make the host wait."""
+    kept_memory: bool = False
+    """On a CPU: the allocator keeps large blocks instead of paging them in anew for every micro-batch."""
+    bfloat16: bool = False
+    compiled: bool = False
+
+
+def build_arrangement(shape: Shape, device: torch.device, techniques: Techniques) -> Step:
+    """Give a global step of our model in an arrangement; on a CPU it computes in float32."""
+    model = prepared_model(shape, device, techniques)
+    is_cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if techniques.bfloat16 else torch.float16
+    scaler = GradScaler(device.type, enabled=is_cuda and not techniques.bfloat16)
+    config = train_config(shape)
+    optimizer = make_optimizer(model, config, device)
+    if not techniques.device_side_step:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1, fused=False)
+    objective: nn.Module = Objective(model) if techniques.device_side_step else PlainObjective(model)
+    forward = torch.compile(objective) if techniques.compiled else objective
+    batches = shape.microbatches()
+
+    def backward(tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=is_cuda):
+            loss: Tensor = forward(tokens.to(device), targets.to(device))
+        scaler.scale(loss / shape.accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def published_step() -> None:
+        keep_freed_memory(techniques.kept_memory)
+        for batch in batches:
+            backward(*batch).item()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.5).item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    def device_side_step() -> None:
+        keep_freed_memory(techniques.kept_memory)
+        torch.stack([backward(*batch) for batch in batches]).sum()
+        guarded_step(optimizer, scaler, config.learning_rate, config.clipping_max_norm)
+
+    return device_side_step if techniques.device_side_step else published_step
+
+
+class PlainObjective(nn.Module):
+    """The loss from all logits in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
+        return next_token_loss(self.model(tokens), targets)
+
+
+def prepared_model(shape: Shape, device: torch.device, techniques: Techniques) -> GPTModel:
+    """Make the model with its initial weights, and the plain modules in place of those not yet wanted."""
+    model = empty_model(shape.model)
+    initialise(model, 42)
+    for module in model.modules():
+        if isinstance(module, Attention) and not techniques.fused_attention:
+            module.__class__ = NaiveAttention
+        elif isinstance(module, LayerNorm) and not techniques.fused_layer_norm:
+            module.__class__ = PlainLayerNorm
+    return model.to(device)
+
+
+def build_default(shape: Shape, device: torch.device) -> Step:
+    """Give the global step of `ddp_train.py` itself: its own functions, fed with made-up tokens."""
+    config = train_config(shape)
+    plan = Plan(1, shape.microbatch_size, shape.accumulation_steps, shape.model.context_length, 10**6)
+    launch = Launch()
+    distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=False)
+    model = empty_model(shape.model)
+    initialise(model, 42)
+    model.to(device)
+    scaler = GradScaler(device.type, enabled=False)
+    trainee = Trainee(model, make_optimizer(model, config, device), scaler)
+    stop = StopRequest()
+    stage = ddp_train.Stage(
+        launch=launch,
+        device=device,
+        folder=RunFolder(Path()),
+        model_config=shape.model,
+        config=config,
+        splits=Splits(plan, RepeatedData(shape.microbatches(), plan), None, []),
+        trainee=trainee,
+        objective=ddp_train.wrap(model, config, launch, device),
+        state=TrainState(),
+        basis=Basis({}),
+        stop=stop,
+        watch=Watch(0, 1, 0.0, stop, lambda _: None, None),
+        stop_step=10**6,
+    )
+    ddp_train.warm_up(stage)
+
+    def step() -> None:
+        keep_freed_memory(True)
+        ddp_train.accumulate_gradients(stage, 0)
+        guarded_step(trainee.optimizer, scaler, config.learning_rate, config.clipping_max_norm)
+
+    return step
+
+
+class RepeatedData(TrainData):
+    """Hands out the same micro-batches at every step, from memory."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]], plan: Plan) -> None:
+        super().__init__(TokenFile(Path(), 0, "U16", {}), 0, plan, None)
+        object.__setattr__(self, "batches", batches)
+
+    def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
+        """Give an accumulation step's tokens and targets, each (B, T)."""
+        batches: list[tuple[Tensor, Tensor]] = self.batches  # type: ignore[attr-defined]
+        return batches[accumulation_step]
+
+
+def train_config(shape: Shape) -> TrainConfig:
+    """Give the training configuration of the published runs with clipping, in bfloat16 on a GPU."""
+    return TrainConfig(
+        dataset="made-up",
+        min_train_tokens=shape.tokens_per_step,
+        start_train_token=0,
+        start_val_token=0,
+        microbatch_size=shape.microbatch_size,
+        gradient_accumulation_steps=shape.accumulation_steps,
+        checkpoint_interval=1,
+        clipping_max_norm=3.5,
+        use_amp=torch.cuda.is_available(),
+        amp_dtype="bfloat16",
+    )
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Switch between glibc's defaults for large blocks and what the harness sets, within one process."""
+    if keep:
+        distributed.keep_freed_memory()
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(distributed.M_MMAP_MAX, 65_536)
+    libc.mallopt(distributed.M_TRIM_THRESHOLD, 128 * 1024)
+    libc.malloc_trim(0)

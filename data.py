@@ -205,6 +205,20 @@ class TrainData:
         return digest.hexdigest()
 
 
+class MadeUpData:
+    """Random tokens in place of a dataset, the same for every step: for trials and benchmarks."""
+
+    def __init__(self, plan: Plan, vocab_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = (plan.accumulation_steps, plan.microbatch_size, plan.context_length + 1)
+        self._blocks = torch.randint(0, vocab_size, size, generator=generator)
+
+    def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
+        """Give tokens and targets, each (B, T) int64 on the CPU, of an accumulation step."""
+        block = self._blocks[accumulation_step]  # (B, T + 1)
+        return block[:, :-1], block[:, 1:]
+
+
 def as_sequences(tokens: NDArray[np.int64], context_length: int) -> tuple[Tensor, Tensor]:
     """Cut B*T + 1 consecutive tokens into inputs and targets, each (B, T); targets are one token later."""
     flat = torch.from_numpy(tokens)
@@ -223,9 +237,15 @@ class Splits:
     """The data of a run, cut by its plan; `checks` are those of the process that read through it."""
 
     plan: Plan
-    train: TrainData
+    train: TrainData | MadeUpData
     validation: TokenFile | None
     checks: list[TokenCheck]
+    fingerprint: str
+    """SHA-256 that tells other train data apart; see TrainData.fingerprint."""
+
+    def describe(self) -> list[dict[str, object]]:
+        """Give what was read through, for run.json."""
+        return [asdict(check) for check in self.checks]
 
     def checked(self) -> dict[str, str]:
         """Give the SHA-256 of the tokens that this process read through, by their place."""
@@ -257,7 +277,8 @@ def open_splits(
             )
         used.append((validation, config.start_val_token, needed))
     checks = [check_tokens(*span, model.vocab_size) for span in used] if reads_through else []
-    return Splits(plan, train_data(file, config, plan), validation, checks)
+    train = train_data(file, config, plan)
+    return Splits(plan, train, validation, checks, train.fingerprint())
 
 
 def evaluation_batches(

@@ -9,11 +9,9 @@ or with plain python for one process. What is run lies in the run's files; how t
 
 import os
 import sys
-from pathlib import Path
 
 from harness.command_line import Request, read_request
-from harness.config import ModelConfig, TrainConfig, recipe_hash
-from harness.errors import ConfigError, DataError, PeerError, exit_status_of
+from harness.errors import ConfigError, DataError, DoesNotFitError, PeerError, exit_status_of
 from harness.plan import (
     Plan,
     count_parameters,
@@ -24,9 +22,8 @@ from harness.plan import (
     peak_flops_per_second,
     validation_sequences,
 )
-from harness.run_folder import RunFolder, describe_start, json_number, write_json
+from harness.run_folder import json_number
 
-ROOT = Path(__file__).parent
 STEPS_BETWEEN_DRIFT_CHECKS = 100
 
 # What every process of a machine finds wrong alike, the first of them says.
@@ -38,67 +35,27 @@ if __name__ == "__main__" and (status := exit_status_of(lambda: read_request(__d
     # Importing torch takes seconds, so a mistyped key is refused before it.
     sys.exit(status)
 
-import math
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
+from torch import Tensor
 
 import data
-from harness import checkpoint, distributed, faults, resume
+from harness import account, checkpoint, distributed, faults, microbatch, resume
 from harness.charts import ChartPainter
 from harness.console import outlive_the_terminal
 from harness.distributed import Launch, gradient_sync
 from harness.errors import StopRequestedError
 from harness.evaluate import sequence_losses
-from harness.loss import Objective, first_loss_warning
+from harness.loss import first_loss_warning
 from harness.metrics import StepLog, StepReport
-from harness.optim import guarded_step, learning_rate_at, make_optimizer, require_gradients
+from harness.optim import guarded_step, learning_rate_at
 from harness.randomness import seed_dropout, stream_seed
 from harness.sampling import SampleSettings, continue_text
 from harness.tokenizer import VOCAB_SIZE
-from harness.train_state import TrainState
 from harness.watch import StopRequest, Watch
-from model import GPTModel, empty_model, fingerprint, initialise
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Everything that training needs; only what `trainee` and `state` hold changes while it runs."""
-
-    launch: Launch
-    device: torch.device
-    folder: RunFolder
-    model_config: ModelConfig
-    config: TrainConfig
-    splits: data.Splits
-    trainee: checkpoint.Trainee
-    objective: nn.Module
-    """The model's loss, wrapped for compilation and for the other ranks."""
-    state: TrainState
-    basis: checkpoint.Basis
-    stop: StopRequest
-    watch: Watch
-    stop_step: int
-    """One past the last global step of this start: the plan's last, or less with --max-steps."""
-
-    @property
-    def plan(self) -> Plan:
-        """Counts of the run."""
-        return self.splits.plan
-
-    def autocast(self) -> torch.autocast:
-        """Give the context in which a forward pass has the configured precision."""
-        dtype = torch.bfloat16 if self.config.amp_dtype == "bfloat16" else torch.float16
-        return torch.autocast(self.device.type, dtype, enabled=self.config.use_amp)
-
-    def on_device(self, tensor: Tensor) -> Tensor:
-        """Copy a CPU tensor to the device; on CUDA the host does not wait for it."""
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+from model import fingerprint
+from stage import Stage, build, rehearse, untrained_model, warm_up, wrap
 
 
 def main() -> None:
@@ -106,13 +63,7 @@ def main() -> None:
     request = read_request(__doc__)
     arguments, folder, model_config, config = request.arguments, request.folder, request.model, request.config
     launch = distributed.launch_from_environment()
-    if arguments.dry_run:
-        dry_run(request, arguments.world_size or launch.world_size)
-        return
-    if arguments.dump_initial_weights:
-        if launch.is_main:
-            weights = untrained_model(model_config, config).state_dict()
-            checkpoint.save_tensors(weights, arguments.dump_initial_weights)
+    if answer_without_training(request, launch):
         return
     device = distributed.choose_device(arguments.device, launch)
     distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=config.deterministic)
@@ -143,17 +94,20 @@ def main() -> None:
         stack.enter_context(distributed.process_group(launch, device, watch))
         stop_step = min(arguments.max_steps or splits.plan.global_steps, splits.plan.global_steps)
         basis = checkpoint.Basis(
-            identity=identity_of(model_config, config, splits.plan, splits.train.fingerprint()),
+            identity=identity_of(model_config, config, splits.plan, splits.fingerprint),
             data=splits.checked(),
             split=splits.plan.split(),
         )
         require_agreement(request, launch, basis, stop_step)
         start = distributed.on_main(launch, lambda: choose_start(request, launch, basis))
         if start.state.next_step >= stop_step:
-            report_nothing_to_do(launch, folder, splits.plan, start.state)
+            if launch.is_main:
+                account.report_nothing_to_do(folder, splits.plan, start.state)
             return
 
-        record_start(request, launch, device, splits, start)
+        names = distributed.gather_strings(launch, distributed.device_name(device))
+        how = account.RunningAs(start.state.next_step, launch.restart, names, splits.describe())
+        distributed.on_main(launch, lambda: account.record_start(folder, model_config, config, splits.plan, how))
         trainee = build(model_config, config, launch, device, start)
         stage = Stage(
             launch=launch,
@@ -172,7 +126,26 @@ def main() -> None:
         )
         warm_up(stage)
         train(stage, painter)
-        report_end(stage)
+        if launch.is_main:
+            account.report_end(folder, splits.plan, start.state)
+
+
+def answer_without_training(request: Request, launch: Launch) -> bool:
+    """Do what a flag asks for in place of training; say whether one did."""
+    arguments = request.arguments
+    if arguments.dry_run:
+        dry_run(request, arguments.world_size or launch.world_size)
+    elif arguments.dump_initial_weights:
+        if launch.is_main:
+            weights = untrained_model(request.model, request.config).state_dict()
+            checkpoint.save_tensors(weights, arguments.dump_initial_weights)
+    elif arguments.try_microbatch_size:
+        try_microbatch_size(request, launch)
+    elif arguments.find_max_microbatch_size:
+        find_max_microbatch_size(request, launch)
+    else:
+        return False
+    return True
 
 
 def require_agreement(request: Request, launch: Launch, basis: checkpoint.Basis, stop_step: int) -> None:
@@ -196,18 +169,6 @@ def choose_start(request: Request, launch: Launch, basis: checkpoint.Basis) -> r
     start = resume.choose_start(request.folder, wish, basis)
     checkpoint.require_room(request.folder, count_parameters(request.model).total)
     return start
-
-
-def report_nothing_to_do(launch: Launch, folder: RunFolder, plan: Plan, state: TrainState) -> None:
-    """Say that the run has got as far as it was asked to; its last process may have died before it could say so."""
-    if not launch.is_main:
-        return
-    if state.next_step >= plan.global_steps:
-        print(f"{folder.path} is already complete: {state.next_step:,} global steps")
-        if folder.read_status().get("state") != "complete":
-            folder.write_status("complete", state.next_step - 1, 0)
-    else:
-        print(f"{folder.path} has already done {state.next_step:,} global steps, as many as --max-steps asks for")
 
 
 def train(stage: Stage, painter: ChartPainter) -> None:
@@ -236,7 +197,11 @@ def train(stage: Stage, painter: ChartPainter) -> None:
             losses = accumulate_gradients(stage, step)
             faults.reach("step.opt", step)
             outcome = guarded_step(
-                stage.trainee.optimizer, stage.trainee.scaler, learning_rate, config.clipping_max_norm
+                stage.trainee.optimizer,
+                stage.trainee.scaler,
+                learning_rate,
+                config.clipping_max_norm,
+                keep_gradients=launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
             )
             report = StepReport(launch, losses, outcome.grad_norm, outcome.is_finite, stage.stop.requested)
             log.submit(step, report, learning_rate)
@@ -342,95 +307,48 @@ def save(stage: Stage, is_scheduled: bool, validation: float | None) -> None:
     distributed.on_main(stage.launch, write)
 
 
-def untrained_model(model_config: ModelConfig, config: TrainConfig) -> GPTModel:
-    """Give the model with its initial weights, on the CPU."""
-    model = empty_model(model_config, config.activation_checkpointing)
-    initialise(model, config.seed_of("init"))
-    return model
+def find_max_microbatch_size(request: Request, launch: Launch) -> None:
+    """Print the largest micro-batch that trains here, and the accumulation that keeps the run's global batch.
 
-
-def build(
-    model_config: ModelConfig, config: TrainConfig, launch: Launch, device: torch.device, start: resume.Start
-) -> checkpoint.Trainee:
-    """Make model, optimizer and scaler on the device, with the start's values on every rank.
-
-    Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder.
+    Every rank tries every size in a fresh process on its own device; a size fits where it fits on all.
     """
-    if launch.is_main and start.path is None:
-        model = untrained_model(model_config, config).to(device)
-    else:
-        model = empty_model(model_config, config.activation_checkpointing).to(device)
-    scaler = GradScaler(device.type, enabled=config.use_amp and config.amp_dtype == "float16")
-    trainee = checkpoint.Trainee(model, make_optimizer(model, config, device), scaler)
-    tensors = list(model.state_dict().values())
-    if start.path is not None:
-        path = start.path
-        distributed.on_main(launch, lambda: checkpoint.load(path, trainee))
-        scaler.load_state_dict(start.scaler)
-        tensors += trainee.optimizer_tensors().values()
-    distributed.broadcast(launch, tensors)
-    return trainee
+    plan = make_plan(request.model, request.config, launch.world_size)
+    watch = Watch(launch.rank, launch.world_size, microbatch.TRIAL_SECONDS, StopRequest(), lambda _: None, None)
+    with distributed.process_group(launch, torch.device("cpu"), watch):
+
+        def fits(size: int) -> bool:
+            trial = [sys.executable, *sys.argv, "--try-microbatch-size", str(size)]
+            fits_here = microbatch.succeeds(trial, distributed.environment_of_one(launch))
+            fits_everywhere = str(False) not in distributed.gather_strings(launch, str(fits_here))
+            if launch.is_main:
+                print(f"micro-batch {size}: {'trains' if fits_everywhere else 'does not fit'}", flush=True)
+            return fits_everywhere
+
+        largest = microbatch.largest_that_fits(fits, plan.microbatch_size)
+    if launch.is_main:
+        print(microbatch.describe(largest, plan))
 
 
-def wrap(model: nn.Module, config: TrainConfig, launch: Launch, device: torch.device) -> nn.Module:
-    """Make the objective and wrap it for the other ranks, then for the compiler, which sees through DDP's buckets."""
-    objective = distributed.distribute(Objective(model), launch, device)
-    is_compiled = device.type == "cuda" if config.compile == "auto" else config.compile
-    return torch.compile(objective) if is_compiled else objective  # type: ignore[return-value]
-
-
-def warm_up(stage: Stage) -> None:
-    """Run one pass on zeros and throw its gradients away, so that every start is alike before its first step.
-
-    Compilation happens here, outside the clock. DDP orders its buckets anew after the first pass it sees; without
-    this one, a resumed run would add up its first gradients in another order than the run that never stopped.
-    """
-    tokens = torch.zeros(stage.plan.microbatch_size, stage.plan.context_length, dtype=torch.int64)
-    with stage.autocast():
-        loss = stage.objective(stage.on_device(tokens), stage.on_device(tokens))
-    loss.backward()
-    require_gradients(stage.trainee.model)
-    stage.trainee.optimizer.zero_grad(set_to_none=True)
-
-
-def record_start(
-    request: Request, launch: Launch, device: torch.device, splits: data.Splits, start: resume.Start
-) -> None:
-    """Write run.json, which says what really ran, and status.json."""
-    device_names = distributed.gather_strings(launch, distributed.device_name(device))
-
-    def write() -> None:
-        folder, plan, from_step = request.folder, splits.plan, start.state.next_step
-        document = {
-            "model": asdict(request.model),
-            "train": asdict(request.config),
-            "recipe_hash": recipe_hash(request.model, request.config),
-            "plan": {**asdict(plan), "global_batch": plan.global_batch, "train_tokens": plan.train_tokens},
-            "dataset": [asdict(check) for check in splits.checks],
-            "starts": [*folder.read_starts(), describe_start(from_step, launch.restart, device_names, ROOT)],
-        }
-        write_json(folder.run_json, document)
-        folder.write_status("running", from_step - 1 if from_step else None)
-
-    distributed.on_main(launch, write)
-
-
-def report_end(stage: Stage) -> None:
-    """Print the four closing lines and write the final status, on rank 0."""
-    if not stage.launch.is_main:
-        return
-    state = stage.state
-    is_complete = state.next_step == stage.plan.global_steps
-    # A scheduled checkpoint after the last step has just closed its interval.
-    loss = state.interval_loss if state.interval_steps else state.last_interval_loss
-    print(f"Training complete in {state.elapsed_seconds:,.3f} seconds")
-    print(f"Tokens seen: {state.tokens:,}")
-    print(f"Throughput: {state.tokens / state.elapsed_seconds:,.0f} tokens/second")
-    print(f"Final train loss: {math.nan if loss is None else loss:.3f}")
-    if is_complete:
-        stage.folder.write_status("complete", state.next_step - 1, 0)
-    else:
-        stage.folder.write_status("stopped", state.next_step - 1, 0, "--max-steps")
+def try_microbatch_size(request: Request, launch: Launch) -> None:
+    """Train two global steps on made-up tokens; raises DoesNotFitError where memory does not suffice."""
+    device = distributed.choose_device(request.arguments.device, launch)
+    distributed.set_up_kernels(device, use_tf32=request.config.use_amp, deterministic=request.config.deterministic)
+    if device.type == "cpu":
+        microbatch.limit_memory(launch.local_world_size)
+    size = request.arguments.try_microbatch_size
+    plan = Plan(1, size, accumulation_steps=2, context_length=request.model.context_length, global_steps=2)
+    try:
+        stage = rehearse(request.model, request.config, plan, device)
+        for step in range(plan.global_steps):
+            accumulate_gradients(stage, step)
+            outcome = guarded_step(
+                stage.trainee.optimizer, stage.trainee.scaler, 0.0, request.config.clipping_max_norm
+            )
+        outcome.grad_norm.item()  # waits for the device
+    except (MemoryError, RuntimeError) as error:
+        if not microbatch.is_lack_of_memory(error):
+            raise
+        raise DoesNotFitError(f"micro-batch {size} does not fit") from error
 
 
 def dry_run(request: Request, world_size: int) -> None:

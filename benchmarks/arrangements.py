@@ -8,7 +8,6 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +15,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
 import ddp_train
-from data import Splits, TokenFile, TrainData
+from data import MadeUpData
 from harness import distributed
-from harness.checkpoint import Basis, Trainee
 from harness.config import ModelConfig, TrainConfig
-from harness.distributed import Launch
 from harness.loss import Objective, next_token_loss
 from harness.optim import guarded_step, make_optimizer
 from harness.plan import Plan
-from harness.run_folder import RunFolder
-from harness.train_state import TrainState
-from harness.watch import StopRequest, Watch
 from model import Attention, GPTModel, LayerNorm, empty_model, initialise
+from stage import rehearse
 
 Step = Callable[[], None]
 
@@ -47,10 +42,9 @@ class Shape:
 
     def microbatches(self) -> list[tuple[Tensor, Tensor]]:
         """Give the same random tokens and targets, each (B, T), to every arrangement."""
-        generator = torch.Generator().manual_seed(0)
-        size = (self.accumulation_steps, self.microbatch_size, self.model.context_length + 1)
-        blocks = torch.randint(0, self.model.vocab_size, size, generator=generator)
-        return [(block[:, :-1].contiguous(), block[:, 1:].contiguous()) for block in blocks]
+        plan = Plan(1, self.microbatch_size, self.accumulation_steps, self.model.context_length, 1)
+        made_up = MadeUpData(plan, self.model.vocab_size)
+        return [made_up.microbatch(0, step, 0) for step in range(self.accumulation_steps)]
 
 
 class NaiveAttention(Attention):
@@ -158,53 +152,18 @@ def prepared_model(shape: Shape, device: torch.device, techniques: Techniques) -
 
 
 def build_default(shape: Shape, device: torch.device) -> Step:
-    """Give the global step of `ddp_train.py` itself: its own functions, fed with made-up tokens."""
+    """Give the global step of `ddp_train.py` itself: its own functions, on made-up tokens."""
     config = train_config(shape)
     plan = Plan(1, shape.microbatch_size, shape.accumulation_steps, shape.model.context_length, 10**6)
-    launch = Launch()
     distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=False)
-    model = empty_model(shape.model)
-    initialise(model, 42)
-    model.to(device)
-    scaler = GradScaler(device.type, enabled=False)
-    trainee = Trainee(model, make_optimizer(model, config, device), scaler)
-    stop = StopRequest()
-    stage = ddp_train.Stage(
-        launch=launch,
-        device=device,
-        folder=RunFolder(Path()),
-        model_config=shape.model,
-        config=config,
-        splits=Splits(plan, RepeatedData(shape.microbatches(), plan), None, []),
-        trainee=trainee,
-        objective=ddp_train.wrap(model, config, launch, device),
-        state=TrainState(),
-        basis=Basis({}),
-        stop=stop,
-        watch=Watch(0, 1, 0.0, stop, lambda _: None, None),
-        stop_step=10**6,
-    )
-    ddp_train.warm_up(stage)
+    stage = rehearse(shape.model, config, plan, device)
 
     def step() -> None:
         keep_freed_memory(True)
         ddp_train.accumulate_gradients(stage, 0)
-        guarded_step(trainee.optimizer, scaler, config.learning_rate, config.clipping_max_norm)
+        guarded_step(stage.trainee.optimizer, stage.trainee.scaler, config.learning_rate, config.clipping_max_norm)
 
     return step
-
-
-class RepeatedData(TrainData):
-    """Hands out the same micro-batches at every step, from memory."""
-
-    def __init__(self, batches: list[tuple[Tensor, Tensor]], plan: Plan) -> None:
-        super().__init__(TokenFile(Path(), 0, "U16", {}), 0, plan, None)
-        object.__setattr__(self, "batches", batches)
-
-    def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
-        """Give an accumulation step's tokens and targets, each (B, T)."""
-        batches: list[tuple[Tensor, Tensor]] = self.batches  # type: ignore[attr-defined]
-        return batches[accumulation_step]
 
 
 def train_config(shape: Shape) -> TrainConfig:

@@ -5,6 +5,7 @@ and SHA-256 of every file) last, everything is flushed to disk, and one rename m
 and `best` are hints for people; the truth is the newest folder whose manifest holds. Only rank 0 reads or writes.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -97,10 +98,9 @@ def save(folder: RunFolder, trainee: Trainee, state: TrainState, basis: Basis) -
         _write_files(temporary, trainee, Contents(state, trainee.scaler.state_dict(), basis))
         temporary.rename(target)
         fsync_folder(folder.checkpoints)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise StorageError(f"{target}: cannot be written ({reason}); {_room(folder, trainee)}") from error
+        raise StorageError(f"{target}: cannot be written ({error.strerror}); {_room(folder, trainee)}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -236,8 +236,11 @@ def load(path: Path, trainee: Trainee) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as float32 safetensors and flush them to disk; raises OSError and SafetensorError."""
-    save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Write tensors as float32 safetensors and flush them to disk; raises OSError."""
+    try:
+        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

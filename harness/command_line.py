@@ -45,6 +45,10 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
         "--dump-initial-weights", type=Path, metavar="FILE", help="write the untrained model and exit"
     )
     parser.add_argument(
+        "-f", "--find-max-microbatch-size", action="store_true", help="find the largest micro-batch that trains here"
+    )
+    parser.add_argument("--try-microbatch-size", type=_positive, help=argparse.SUPPRESS)  # one trial of the above
+    parser.add_argument(
         "--peer-timeout",
         type=_positive,
         default=120,

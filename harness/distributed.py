@@ -71,6 +71,18 @@ def launch_from_environment() -> Launch:
     )
 
 
+def environment_of_one(launch: Launch) -> dict[str, str]:
+    """Give the environment for a process that uses this rank's device and knows of no other rank."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
+    return {
+        **inherited,
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_WORLD_SIZE": str(launch.local_world_size),
+    }
+
+
 def choose_device(choice: str, launch: Launch) -> torch.device:
     """Give this process's device for `--device` auto, cuda, cpu or mps; raises ConfigError."""
     has_mps = torch.backends.mps.is_available()

@@ -77,6 +77,12 @@ class PeerError(HarnessError):
     exit_status = 8
 
 
+class DoesNotFitError(HarnessError):
+    """A trial (--find-max-microbatch-size) found that memory does not suffice; never a command's own status."""
+
+    exit_status = errno.ENOMEM
+
+
 class StopRequestedError(HarnessError):
     """SIGTERM or SIGINT asked the run to stop, and its state is saved."""
 

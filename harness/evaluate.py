@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from harness.loss import token_losses
+from harness.loss import LanguageModel, sequences_with_plain_loss, token_losses
 
 Floats = NDArray[np.float64]
 PER_MILLION_BOUNDS = (0.0, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
@@ -27,10 +28,22 @@ def token_loss_batches(
     was_training = model.training
     model.eval()
     try:
-        for tokens, targets in batches:
-            yield token_losses(model(tokens.to(device)), targets.to(device))
+        for batch in batches:
+            yield torch.cat(
+                [
+                    token_losses(model(tokens.to(device)), targets.to(device))
+                    for tokens, targets in _parts(model, *batch)
+                ]
+            )
     finally:
         model.train(was_training)
+
+
+def _parts(model: nn.Module, tokens: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a batch into parts whose logits are not too large to be held in float32; most batches are one part."""
+    vocab_size = cast(LanguageModel, model).head_weight().shape[0]
+    rows = max(1, sequences_with_plain_loss(tokens.shape[1], vocab_size))
+    return zip(torch.split(tokens, rows), torch.split(targets, rows), strict=True)
 
 
 def sequence_losses(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Floats:

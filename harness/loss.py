@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Logits above this size in float32 are not all held at once; see `is_lean`.
+# Logits above this size in float32 are not all held at once.
 PLAIN_LOGITS_BYTES = 2**31
 # Rows of logits at a time: enough to keep a GPU busy, 0.8 GB of float32 at GPT-2's vocabulary.
 LEAN_ROWS = 4096
 
 
-def is_lean(tokens: int, vocab_size: int) -> bool:
-    """Say whether a micro-batch of so many tokens is trained with the memory-lean loss."""
-    return tokens * vocab_size * 4 > PLAIN_LOGITS_BYTES
+def sequences_with_plain_loss(context_length: int, vocab_size: int) -> int:
+    """Give the most sequences whose logits are held at once; a larger micro-batch takes the memory-lean loss."""
+    return PLAIN_LOGITS_BYTES // (context_length * vocab_size * 4)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Objective(nn.Module):
         """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
         model = cast(LanguageModel, self.model)
         head = model.head_weight()
-        if is_lean(tokens.numel(), head.shape[0]):
+        if tokens.shape[0] > sequences_with_plain_loss(tokens.shape[1], head.shape[0]):
             return lean_next_token_loss(model.hidden_states(tokens), head, targets)
         return next_token_loss(self.model(tokens), targets)
 

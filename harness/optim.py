@@ -63,11 +63,14 @@ class StepOutcome:
     is_finite: Tensor
 
 
-def guarded_step(optimizer: AdamW, scaler: GradScaler, learning_rate: float, max_norm: float | None) -> StepOutcome:
+def guarded_step(
+    optimizer: AdamW, scaler: GradScaler, learning_rate: float, max_norm: float | None, keep_gradients: bool = False
+) -> StepOutcome:
     """Unscale, take the global L2 norm, decide whether it is finite, clip, step or skip, update the scaler.
 
     One decision for all parameters, taken on the device, and the same on every rank because gradients were
-    averaged before; no host sync on CUDA and CPU. A skipped step leaves weights and moments as they were.
+    averaged before; no host sync on CUDA and CPU. A skipped step leaves weights and moments as they were. With
+    `keep_gradients` they are set to zero and not freed, for a wrapper whose buckets they are.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler.unscale_(optimizer)
@@ -88,5 +91,5 @@ def guarded_step(optimizer: AdamW, scaler: GradScaler, learning_rate: float, max
     elif is_finite:  # waits for the device, once a step
         optimizer.step()
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not keep_gradients)
     return StepOutcome(grad_norm, is_finite)

@@ -143,12 +143,17 @@ def prepared_model(shape: Shape, device: torch.device, techniques: Techniques) -
     """Make the model with its initial weights, and the plain modules in place of those not yet wanted."""
     model = empty_model(shape.model)
     initialise(model, 42)
+    replace_modules(model, techniques)
+    return model.to(device)
+
+
+def replace_modules(model: GPTModel, techniques: Techniques) -> None:
+    """Put the plain modules in place of the fused ones that are not wanted."""
     for module in model.modules():
         if isinstance(module, Attention) and not techniques.fused_attention:
             module.__class__ = NaiveAttention
         elif isinstance(module, LayerNorm) and not techniques.fused_layer_norm:
             module.__class__ = PlainLayerNorm
-    return model.to(device)
 
 
 def build_default(shape: Shape, device: torch.device) -> Step:

@@ -108,7 +108,7 @@ def main() -> None:
         names = distributed.gather_strings(launch, distributed.device_name(device))
         how = account.RunningAs(start.state.next_step, launch.restart, names, splits.describe())
         distributed.on_main(launch, lambda: account.record_start(folder, model_config, config, splits.plan, how))
-        trainee = build(model_config, config, launch, device, start)
+        trainee = build(request, launch, device, start)
         stage = Stage(
             launch=launch,
             device=device,
@@ -137,7 +137,7 @@ def answer_without_training(request: Request, launch: Launch) -> bool:
         dry_run(request, arguments.world_size or launch.world_size)
     elif arguments.dump_initial_weights:
         if launch.is_main:
-            weights = untrained_model(request.model, request.config).state_dict()
+            weights = untrained_model(request).state_dict()
             checkpoint.save_tensors(weights, arguments.dump_initial_weights)
     elif arguments.try_microbatch_size:
         try_microbatch_size(request, launch)
@@ -213,7 +213,7 @@ def train(stage: Stage, painter: ChartPainter) -> None:
                 validation, observed = observe(stage, is_scheduled)
                 log.settle(**observed)
                 log.restart_clock()
-            if step == 0:
+            if step == 0 and config.initial_weights is None:
                 warn_of_first_loss(stage, log)
             saves = is_scheduled or step == stage.stop_step - 1 or log.stop_agreed
             if saves or step % STEPS_BETWEEN_DRIFT_CHECKS == 0:
@@ -338,7 +338,7 @@ def try_microbatch_size(request: Request, launch: Launch) -> None:
     size = request.arguments.try_microbatch_size
     plan = Plan(1, size, accumulation_steps=2, context_length=request.model.context_length, global_steps=2)
     try:
-        stage = rehearse(request.model, request.config, plan, device)
+        stage = rehearse(request, plan, device)
         for step in range(plan.global_steps):
             accumulate_gradients(stage, step)
             outcome = guarded_step(
@@ -359,7 +359,7 @@ def dry_run(request: Request, world_size: int) -> None:
         available = file.length - config.start_train_token
     plan = make_plan(model_config, config, world_size, available)
     rows = describe(model_config, config, plan)
-    rows.append(("Initial weights", f"SHA-256 {fingerprint(untrained_model(model_config, config))}"))
+    rows.append(("Initial weights", f"SHA-256 {fingerprint(untrained_model(request))}"))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label + ':':<{width + 1}} {value}")

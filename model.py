@@ -215,15 +215,19 @@ def load_weights(model: GPTModel, tensors: Mapping[str, Tensor], source: object)
     model.load_state_dict(found)
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file; raises CheckpointError."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
 def load_model(model_json: str | Path, safetensors_file: str | Path, device: torch.device) -> GPTModel:
     """Open a trained model for evaluation: float32, on `device`, dropout off.
 
     Raises ConfigError for the configuration and CheckpointError for the weights.
     """
     model = empty_model(load_model_config(model_json))
-    try:
-        tensors = load_file(safetensors_file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{safetensors_file}: cannot be read as safetensors ({error})") from None
-    load_weights(model, tensors, safetensors_file)
+    load_weights(model, read_weights(safetensors_file), safetensors_file)
     return model.to(device).eval()

@@ -1,7 +1,7 @@
 """Set the stage for training: model, optimizer and scaler on the device, wrapped for compilation and other ranks."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 
 import data
 from harness import checkpoint, distributed, resume
+from harness.command_line import Request
 from harness.config import ModelConfig, TrainConfig
 from harness.distributed import Launch
 from harness.loss import Objective
@@ -18,7 +19,7 @@ from harness.plan import Plan
 from harness.run_folder import RunFolder
 from harness.train_state import TrainState
 from harness.watch import StopRequest, Watch
-from model import GPTModel, empty_model, initialise
+from model import GPTModel, empty_model, initialise, load_weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,33 @@ class Stage:
         return tensor.to(self.device)
 
 
-def untrained_model(model_config: ModelConfig, config: TrainConfig) -> GPTModel:
+def untrained_model(request: Request) -> GPTModel:
     """Give the model with its initial weights, on the CPU."""
-    model = empty_model(model_config, config.activation_checkpointing)
-    initialise(model, config.seed_of("init"))
+    model = empty_model(request.model, request.config.activation_checkpointing)
+    give_initial_weights(model, request)
     return model
 
 
-def build(
-    model_config: ModelConfig, config: TrainConfig, launch: Launch, device: torch.device, start: resume.Start
-) -> checkpoint.Trainee:
+def give_initial_weights(model: GPTModel, request: Request) -> None:
+    """Give a model the values that training starts from: drawn, or imported; raises CheckpointError."""
+    config = request.config
+    if config.initial_weights is None:
+        initialise(model, config.seed_of("init"))
+    else:
+        path = checkpoint.imported_weights(request.folder, config.initial_weights)
+        load_weights(model, read_weights(path), path)
+
+
+def build(request: Request, launch: Launch, device: torch.device, start: resume.Start) -> checkpoint.Trainee:
     """Make model, optimizer and scaler on the device, with the start's values on every rank.
 
     Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder.
     """
-    if launch.is_main and start.path is None:
-        model = untrained_model(model_config, config).to(device)
-    else:
-        model = empty_model(model_config, config.activation_checkpointing).to(device)
+    config = request.config
+    model = empty_model(request.model, config.activation_checkpointing)
+    if start.path is None:
+        distributed.on_main(launch, lambda: give_initial_weights(model, request))
+    model = model.to(device)
     scaler = GradScaler(device.type, enabled=config.use_amp and config.amp_dtype == "float16")
     trainee = checkpoint.Trainee(model, make_optimizer(model, config, device), scaler)
     tensors = list(model.state_dict().values())
@@ -109,19 +119,20 @@ def warm_up(stage: Stage) -> None:
     stage.trainee.optimizer.zero_grad(set_to_none=stage.launch.world_size == 1)
 
 
-def rehearse(model_config: ModelConfig, config: TrainConfig, plan: Plan, device: torch.device) -> Stage:
-    """Make a stage with untrained weights and made-up tokens that writes nothing, ready for its first step."""
+def rehearse(request: Request, plan: Plan, device: torch.device) -> Stage:
+    """Make a stage with drawn weights and made-up tokens that writes nothing, ready for its first step."""
+    request = replace(request, config=replace(request.config, initial_weights=None))
     launch, start, stop = Launch(), resume.Start(None, TrainState(), {}), StopRequest()
-    trainee = build(model_config, config, launch, device, start)
+    trainee = build(request, launch, device, start)
     stage = Stage(
         launch=launch,
         device=device,
         folder=RunFolder(Path(os.devnull)),
-        model_config=model_config,
-        config=config,
-        splits=data.Splits(plan, data.MadeUpData(plan, model_config.vocab_size), None, [], ""),
+        model_config=request.model,
+        config=request.config,
+        splits=data.Splits(plan, data.MadeUpData(plan, request.model.vocab_size), None, [], ""),
         trainee=trainee,
-        objective=wrap(trainee.model, config, launch, device),
+        objective=wrap(trainee.model, request.config, launch, device),
         state=start.state,
         basis=checkpoint.Basis({}),
         stop=stop,

@@ -6,7 +6,6 @@ Without options this is the published test set: 19,660,800 tokens of FineWeb fro
 """
 
 import argparse
-import hashlib
 import math
 import os
 import sys
@@ -26,7 +25,7 @@ from harness.config import ModelConfig, load_model_config
 from harness.distributed import Launch, choose_device, set_up_kernels
 from harness.errors import ConfigError, DataError, StorageError, exit_status_of
 from harness.evaluate import Bucket, LossTally, token_loss_batches
-from harness.run_folder import json_number, run_of_model_file, utc_now, write_json
+from harness.run_folder import file_sha256, json_number, run_of_model_file, utc_now, write_json
 from harness.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
 from model import load_model
 
@@ -200,10 +199,9 @@ def described(buckets: list[Bucket]) -> list[dict[str, object]]:
 
 def origin(arguments: argparse.Namespace) -> dict[str, object]:
     """Say which model was scored: the file, its SHA-256 and, for a run's checkpoint, which run had seen what."""
-    with arguments.model_safetensors.open("rb") as file:
-        model_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    found = {"model_file": arguments.model_safetensors.name, "model_sha256": model_sha256}
-    owner = run_of_model_file(arguments.model_safetensors)
+    path = arguments.model_safetensors
+    found = {"model_file": path.name, "model_sha256": file_sha256(path)}
+    owner = run_of_model_file(path)
     if owner is None:
         return found
     folder, step = owner
@@ -219,7 +217,7 @@ def output_file(arguments: argparse.Namespace) -> Path:
     if path is None:
         owner = run_of_model_file(arguments.model_safetensors)
         place = owner[0].evals if owner else arguments.model_safetensors.parent / "evals"
-        model = f"step-{owner[1]:08d}" if owner else arguments.model_safetensors.stem
+        model = owner[0].checkpoint(owner[1]).name if owner else arguments.model_safetensors.stem
         sequences = arguments.batches * SEQUENCES_PER_BATCH
         length = load_model_config(arguments.model_json).context_length
         path = place / f"loss-{arguments.split}-{arguments.start_token}-{sequences * length}-{model}.json"

@@ -14,7 +14,7 @@ import torch
 
 from harness.distributed import Launch, choose_device, set_up_kernels
 from harness.errors import CheckpointError, exit_status_of
-from harness.run_folder import open_run, run_of_model_file, utc_now
+from harness.run_folder import IMPORTED, IMPORTED_STEP, open_run, run_of_model_file, utc_now
 from harness.sampling import SampleSettings, continue_text
 from model import load_model
 
@@ -30,12 +30,13 @@ def main() -> None:
         print(sample(arguments, arguments.model_json, arguments.model_safetensors, device))
         return
     folder = open_run(arguments.runs_dir, arguments.timeline)
-    steps = folder.checkpoint_steps()
+    steps = folder.model_steps()
     if not steps:
         raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted at least one")
     for step in steps:
         weights = folder.checkpoint(step) / "model.safetensors"
-        print(f"step {step:,}: {sample(arguments, folder.model_json, weights, device)}", flush=True)
+        label = IMPORTED if step == IMPORTED_STEP else f"step {step:,}"
+        print(f"{label}: {sample(arguments, folder.model_json, weights, device)}", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:

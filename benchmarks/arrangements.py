@@ -4,10 +4,13 @@ Every arrangement is made by `build(shape, device)`, which gives a function that
 nothing but what the arrangement itself waits for. A contender from outside is a Python file with the same function.
 """
 
+import argparse
 import ctypes
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,12 @@ from torch.nn import functional as F
 import ddp_train
 from data import MadeUpData
 from harness import distributed
+from harness.command_line import Request
 from harness.config import ModelConfig, TrainConfig
 from harness.loss import Objective, next_token_loss
 from harness.optim import guarded_step, make_optimizer
 from harness.plan import Plan
+from harness.run_folder import RunFolder
 from model import Attention, GPTModel, LayerNorm, empty_model, initialise
 from stage import rehearse
 
@@ -161,7 +166,8 @@ def build_default(shape: Shape, device: torch.device) -> Step:
     config = train_config(shape)
     plan = Plan(1, shape.microbatch_size, shape.accumulation_steps, shape.model.context_length, 10**6)
     distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=False)
-    stage = rehearse(shape.model, config, plan, device)
+    request = Request(argparse.Namespace(), RunFolder(Path(os.devnull)), shape.model, config)
+    stage = rehearse(request, plan, device)
 
     def step() -> None:
         keep_freed_memory(True)

@@ -6,7 +6,6 @@ and `best` are hints for people; the truth is the newest folder whose manifest h
 """
 
 import errno
-import hashlib
 import math
 import os
 import shutil
@@ -27,7 +26,7 @@ from harness import faults
 from harness.config import read_strict_json
 from harness.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
 from harness.plan import CHECKPOINT_BYTES_PER_PARAMETER
-from harness.run_folder import STEP_FOLDER, TEMPORARY_PREFIX, RunFolder, fsync_folder, replace_link, write_json
+from harness.run_folder import STEP_FOLDER, TEMPORARY_PREFIX, RunFolder, file_sha256, fsync_folder, replace_link, write_json
 from harness.train_state import TrainState
 
 MODEL_FILE = "model.safetensors"
@@ -168,7 +167,7 @@ def _write_files(temporary: Path, trainee: Trainee, contents: Contents) -> None:
                 document = {"train_state": documents["state"], "scaler": documents["scaler"], **documents["basis"]}
                 write_json(temporary / name, document)
             faults.reach(f"ckpt.file:{name}", step)
-            hashes[name] = pool.submit(_sha256, temporary / name)
+            hashes[name] = pool.submit(file_sha256, temporary / name)
         files = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": found.result()}
             for name, found in hashes.items()
@@ -198,11 +197,21 @@ def verify(path: Path) -> None:
         )
     for name, (size, sha256) in files.items():
         file = path / name
-        found_size, found = file.stat().st_size, _sha256(file)
+        found_size, found = file.stat().st_size, file_sha256(file)
         if (found_size, found) != (size, sha256):
             raise CheckpointError(
                 f"{file}: found {found_size:,} bytes with SHA-256 {found}, wanted {size:,} with {sha256}"
             )
+
+
+def imported_weights(folder: RunFolder, sha256: str) -> Path:
+    """Give the file of a run's imported weights; raises CheckpointError unless it is the one train.json names."""
+    path = folder.imported / MODEL_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: found no such file, wanted the weights of train.json (initial_weights)")
+    if (found := file_sha256(path)) != sha256:
+        raise CheckpointError(f"{path}: found SHA-256 {found}, wanted {sha256} (train.json: initial_weights)")
+    return path
 
 
 def read_contents(path: Path) -> Contents:
@@ -235,16 +244,15 @@ def load(path: Path, trainee: Trainee) -> None:
                 tensor.copy_(found[key])
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors as float32 safetensors and flush them to disk; raises OSError."""
     try:
-        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        path.touch()
+        mode = path.stat().st_mode  # the library would leave a file that its owner alone can read
+        values = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(values, path, metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,6 +38,7 @@ WANTED_IN_WORDS = {
     "compile": '"auto", true or false',
     "dataset": "NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'",
     "dataset_revision": "a commit, branch or tag name",
+    "initial_weights": "a SHA-256 of 64 hexadecimal digits in lower case",
 }
 
 
@@ -119,6 +120,8 @@ class TrainConfig:
     """Seed of the data order; null takes random_seed."""
     dropout_seed: int | None = Field(default=None, ge=0, lt=2**64)
     """Seed of the dropout masks; null takes random_seed."""
+    initial_weights: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the run's imported/model.safetensors, from which it starts; null draws weights by init_seed."""
     shuffle: bool = False
     """Permute the sequences by order_seed; false reads the file in order."""
     compile: Literal["auto"] | bool = "auto"
@@ -158,6 +161,8 @@ def recipe(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
     """Give the recipe: every key of both files but seeds, notes, intervals and what only reports show."""
     excluded = SEED_KEYS | INTERVAL_KEYS | REPORT_KEYS
     written = {**asdict(model), **asdict(train)}
+    if train.initial_weights is None:
+        del written["initial_weights"]  # a key that came later: it leaves the hashes of runs without it as they were
     return {key: value for key, value in written.items() if key not in excluded}
 
 

@@ -5,6 +5,7 @@ file but metrics.jsonl is replaced whole: a reader sees the old file or the new 
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -36,6 +37,9 @@ from harness.errors import (
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 TEMPORARY_PREFIX = ".tmp-"
+IMPORTED = "imported"
+IMPORTED_STEP = -1
+"""Imported weights stand where a checkpoint before global step 0 would."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,14 @@ class RunFolder:
         """Folder of evaluation results."""
         return self.path / "evals"
 
+    @property
+    def imported(self) -> Path:
+        """Folder of the weights that were made elsewhere, from which the run starts."""
+        return self.path / IMPORTED
+
     def checkpoint(self, step: int) -> Path:
-        """Give the folder of the checkpoint written after global step `step`."""
-        return self.checkpoints / f"step-{step:08d}"
+        """Give the folder of the checkpoint written after global step `step`, or of the imported weights."""
+        return self.imported if step == IMPORTED_STEP else self.checkpoints / f"step-{step:08d}"
 
     def checkpoint_steps(self) -> list[int]:
         """Give the steps of all checkpoint folders, oldest first, valid or not."""
@@ -99,6 +108,10 @@ class RunFolder:
             return []
         matches = (STEP_FOLDER.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in matches if match)
+
+    def model_steps(self) -> list[int]:
+        """Give the steps of all that can be sampled or scored: imported weights first, then every checkpoint."""
+        return [IMPORTED_STEP] * self.imported.is_dir() + self.checkpoint_steps()
 
     def remove_unfinished(self) -> list[str]:
         """Delete what a killed process was still writing; give the names of unfinished checkpoints among it."""
@@ -242,6 +255,8 @@ def open_run(runs_dir: Path, name: str) -> RunFolder:
 def run_of_model_file(path: Path) -> tuple[RunFolder, int] | None:
     """Give the run and global step whose checkpoint a model file belongs to, or None for a loose file."""
     checkpoint = path.resolve().parent
+    if checkpoint.name == IMPORTED and RunFolder(checkpoint.parent).model_json.is_file():
+        return RunFolder(checkpoint.parent), IMPORTED_STEP
     match = STEP_FOLDER.fullmatch(checkpoint.name)
     if match is None or checkpoint.parent.name != "checkpoints":
         return None
@@ -260,6 +275,32 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Give the SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Make folder `target`, new or empty until now, so that it appears whole or not at all.
+
+    Yields the folder beside it in which to write; what an interrupted attempt left there is deleted first.
+    """
+    target = target.resolve()
+    temporary = target.with_name(f".{target.name}.unfinished")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -57,6 +57,14 @@ def _byte_alphabet() -> list[tuple[int, str]]:
     return [(byte, chr(byte)) for byte in printable] + [(byte, chr(256 + n)) for n, byte in enumerate(others)]
 
 
+def printable_vocabulary() -> dict[str, int]:
+    """Give every GPT-2 id by its token, in the printable characters that stand for bytes in the merges file."""
+    character_of = dict(_byte_alphabet())
+    encoding = gpt2_encoding()
+    tokens = ("".join(character_of[b] for b in encoding.decode_single_token_bytes(n)) for n in range(END_OF_TEXT_ID))
+    return {**{token: number for number, token in enumerate(tokens)}, END_OF_TEXT: END_OF_TEXT_ID}
+
+
 @functools.cache
 def bytes_per_token() -> tuple[int, ...]:
     """Give the length in UTF-8 bytes of every GPT-2 id; a document end counts 0."""

@@ -15,7 +15,7 @@ from harness.config import (
 )
 from harness.errors import ConfigError
 from harness.plan import GIB, STATE_BYTES_PER_PARAMETER, Plan, count_parameters, make_plan, microbatch_gib
-from harness.run_folder import RUN_NAME, RunFolder, write_json
+from harness.run_folder import IMPORTED, RUN_NAME, RunFolder, replace_link, write_json
 from study.designs import Arm, Design, DesignName, Intervention, Word, factorial_arms
 
 FILES = ("model.json", "train.json")
@@ -148,6 +148,9 @@ def write_runs(experiment: Experiment, runs_dir: Path) -> Path:
         (runs_dir / name).mkdir(parents=True, exist_ok=True)
         for file, value in zip(FILES, pair, strict=True):
             write_json(runs_dir / name / file, value)
+        # Runs of an imported base start from its weights, of which one copy is enough.
+        if RunFolder(runs_dir / experiment.base).imported.is_dir() and name != experiment.base:
+            replace_link(runs_dir / name / IMPORTED, f"../{experiment.base}/{IMPORTED}")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, text)
     return target

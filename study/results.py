@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from harness.config import ModelConfig, TrainConfig, recipe, recipe_hash, run_hash
 from harness.errors import ConfigError, NonFiniteError
 from harness.plan import count_parameters
-from harness.run_folder import RunFolder, read_json
+from harness.run_folder import IMPORTED_STEP, RunFolder, read_json
 from study.experiment import Experiment
 
 CheckpointRule = Literal["last", "best"]
@@ -135,7 +135,8 @@ def scores_of(folder: RunFolder, rule: CheckpointRule) -> dict[str, dict[str, An
     step = read_json(folder.run_json).get("plan", {}).get("global_steps", 0) - 1
     if rule == "best" and (match := re.fullmatch(r"step-(\d+)", _target(folder.checkpoints / "best"))):
         step = int(match[1])
-    paths = sorted(folder.evals.glob(f"loss-*-step-{step:08d}.json")) if step >= 0 else []
+    # An imported run that was never trained has no plan, and so step -1: that of its imported weights.
+    paths = sorted(folder.evals.glob(f"loss-*-{folder.checkpoint(step).name}.json"))
     scores = {}
     for path in paths:
         score = read_json(path)
@@ -211,6 +212,11 @@ def _result(folder: RunFolder, score: dict[str, Any] | None) -> Result:
         return result
     if score.get("run_hash") != run_hash(model, train):
         raise ConfigError(f"{folder.path}: scored with another model.json or train.json, wanted a new score")
+    if score["step"] == IMPORTED_STEP:
+        raise ConfigError(
+            f"{folder.path}: found imported weights, which nobody knows to have seen as many tokens as another run, "
+            "wanted a run trained here (--losses compares numbers alone)"
+        )
     return replace(result, loss=float(score["loss"]), evidence=_evidence(folder, model, train, score))
 
 
@@ -298,14 +304,14 @@ def find_replicates(
 ) -> list[RunFolder]:
     """Find scored runs in `runs_dir` with the recipe of a named one, or with `everything` all scored runs.
 
-    Folders that cannot be read or have no score are passed over: they were not asked for.
+    Folders that cannot be read, were never trained or have no score are passed over: they were not asked for.
     """
     known = {folder.path.name for folder in named}
     recipes = {recipe_hash(*folder.read_configs()) for folder in named}
     found = []
     for path in sorted(runs_dir.iterdir()):
         folder = RunFolder(path)
-        if path.name in known or not folder.train_json.is_file():
+        if path.name in known or not folder.train_json.is_file() or not folder.run_json.is_file():
             continue
         try:
             is_wanted = everything or recipe_hash(*folder.read_configs()) in recipes

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import ROOT
 
 COMMANDS = {"ddp_train", "test_loss", "test_smoke", "prepare_dataset", "plan_runs", "compare_runs", "report"}
+COMMANDS |= {"import_weights", "export_hf"}
 RESEARCHER = {"model", "data"}
 STAGE = {"stage"}
 # Tier of each room in harness/. A room imports `errors` and lower tiers; plan and run_folder also import config.
@@ -46,9 +47,12 @@ STUDY = [
     "statistics", "designs", "ledger", "experiment", "results", "noise", "verdicts", "effects", "assemble", "tables",
     "drawing", "page",
 ]  # fmt: skip
+# The rooms in exchange/, other people's formats; none imports another.
+EXCHANGE = {"hugging_face", "published", "vocabulary", "parity", "model_card"}
 TORCH_FREE = ["harness.config", "harness.plan", "harness.run_folder", "harness.errors", "harness.charts"]
 TORCH_FREE += [*(f"study.{room}" for room in STUDY), "plan_runs", "compare_runs", "report"]
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "harness").glob("*.py"), *(ROOT / "study").glob("*.py")])
+PACKAGES = ("harness", "study", "exchange")
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))])
 LONGEST = {"main": 80, "train": 70}
 
 
@@ -58,7 +62,7 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module in ("harness", "study"):
+        elif isinstance(node, ast.ImportFrom) and node.module in PACKAGES:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
@@ -71,7 +75,8 @@ def test_every_file_has_a_room() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == COMMANDS | RESEARCHER | STAGE
     assert {path.stem for path in (ROOT / "harness").glob("*.py")} == TIERS.keys() | {"__init__"}
     assert {path.stem for path in (ROOT / "study").glob("*.py")} == {*STUDY, "__init__"}
-    assert (ROOT / "harness" / "__init__.py").read_text() == (ROOT / "study" / "__init__.py").read_text() == ""
+    assert {path.stem for path in (ROOT / "exchange").glob("*.py")} == EXCHANGE | {"__init__"}
+    assert all((ROOT / package / "__init__.py").read_text() == "" for package in PACKAGES)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -83,6 +88,7 @@ def test_arrows_point_down(path: Path) -> None:
         if path.stem in RESEARCHER:
             assert all(TIERS[room] <= 1 for room in rooms)
             assert not imported & (RESEARCHER | STAGE)
+            assert not any(name.startswith(("study", "exchange")) for name in imported)
         return
     assert not imported & (RESEARCHER | STAGE)
     studies = {name.removeprefix("study.") for name in imported if name.startswith("study.")}
@@ -91,6 +97,10 @@ def test_arrows_point_down(path: Path) -> None:
         assert all(STUDY.index(room) < STUDY.index(path.stem) for room in studies)
         return
     assert not studies
+    assert not any(name.startswith("exchange") for name in imported)
+    if path.parent.name == "exchange":
+        assert all(TIERS[room] <= 0 for room in rooms)
+        return
     for room in rooms:
         is_lower = TIERS[room] < TIERS.get(path.stem, 0) or room == "errors"
         assert is_lower or (path.stem, room) in SAME_TIER, f"{path.stem} imports {room}"

@@ -1,0 +1,214 @@
+"""The model card of an export: what the run's folder knows, and nothing that it does not."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from harness.plan import count_parameters
+from harness.run_folder import RunFolder, read_json
+
+CHART = "loss.png"
+LOADING = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({place})
+tokenizer = AutoTokenizer.from_pretrained({place})
+inputs = tokenizer("Every effort moves you", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20, do_sample=True, top_k=25)[0]))
+```
+"""
+LOADING_WITHOUT_TOKENIZER = """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({place})
+```
+
+There is no tokenizer in this folder: the model's ids are not those of the GPT-2 encoding.
+"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A test loss in nats per token, with the 95% interval that the choice of test text leaves (None: unknown)."""
+
+    dataset: str
+    split: str
+    start_token: int
+    tokens: int
+    loss: float
+    interval: tuple[float, float] | None
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a card says besides what the run knows."""
+
+    repository: str | None
+    licence: str | None
+    has_tokenizer: bool
+    has_chart: bool
+
+
+def model_card(folder: RunFolder, step: int, scores: Iterable[Score], publication: Publication) -> str:
+    """Write the README.md of a run's checkpoint: YAML front matter, then Markdown."""
+    name = (publication.repository or folder.path.name).rpartition("/")[2]
+    place = json.dumps(publication.repository or "path/to/this/folder")
+    loading = LOADING if publication.has_tokenizer else LOADING_WITHOUT_TOKENIZER
+    parts = [
+        _front_matter(folder, publication),
+        f"# {name}\n\n{_summary(folder)}",
+        f"## How to load\n\nA stock `GPT2LMHeadModel`; no remote code is needed.\n\n{loading.format(place=place)}",
+        _section("Training", _table(["", ""], _training(folder, step))),
+        "![Mean train loss of every global step](loss.png)\n" if publication.has_chart else "",
+        _section("Test loss", _test_losses(scores)),
+        _section("Configuration", _configuration(folder)),
+        f"## Licence\n\n{publication.licence}\n" if publication.licence else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(folder: RunFolder, publication: Publication) -> str:
+    """Give the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
+    dataset, source = _ran(folder).get("dataset"), _source(folder)
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
+    if publication.licence:
+        fields["license"] = publication.licence
+    if _was_trained(folder) and isinstance(dataset, str) and "/" in dataset:
+        fields["datasets"] = [dataset]
+    if source.startswith("hf:"):
+        fields["base_model"] = source.removeprefix("hf:")
+    lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _summary(folder: RunFolder) -> str:
+    model, _ = folder.read_configs()
+    head = "shared with" if model.tie_weights else "separate from"
+    start = f" It started from the weights of `{source}`." if (source := _source(folder)) else ""
+    return (
+        f"A GPT-2-style language model with {count_parameters(model).total:,} parameters: {model.n_layers} layers, "
+        f"{model.n_heads} heads, {model.emb_dim} channels, a context of {model.context_length:,} tokens, "
+        f"{model.vocab_size:,} token ids, and an output head {head} the token embedding.{start}\n"
+    )
+
+
+def _source(folder: RunFolder) -> str:
+    """Say which model on the Hub the run's weights began as; empty where there is none."""
+    origin = read_json(folder.imported / "source.json")
+    source = str(origin.get("source", ""))
+    return source if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?", source) else ""
+
+
+def _was_trained(folder: RunFolder) -> bool:
+    return folder.run_json.is_file()
+
+
+def _ran(folder: RunFolder) -> dict[str, Any]:
+    """Give the training configuration that ran, or that would run, without what is not set."""
+    written = read_json(folder.run_json).get("train") or asdict(folder.read_configs()[1])
+    return {key: value for key, value in written.items() if value is not None}
+
+
+def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
+    """Give what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
+    if not _was_trained(folder):
+        return []
+    run, ran = read_json(folder.run_json), _ran(folder)
+    state = read_json(folder.checkpoint(step) / "state.json").get("train_state", {})
+    plan = run.get("plan", {})
+    line = next((line for line in folder.read_metrics() if line.get("step") == step), {})
+    revision = f" at `{ran['dataset_revision']}`" if "dataset_revision" in ran else ""
+    rows = [("Data", f"`{ran['dataset']}`{revision}" if "dataset" in ran else "")]
+    rows += [
+        ("Training tokens", f"{check['count']:,} from token {check['start']:,}, SHA-256 `{check['sha256']}`")
+        for check in run.get("dataset", [])[:1]
+    ]
+    if state:
+        batch = f" of {plan['global_batch']:,} sequences" if "global_batch" in plan else ""
+        rows.append(("Tokens seen", f"{state['tokens']:,}, in {state['next_step']:,} global steps{batch}"))
+        rows.append(("Time", _duration(state["elapsed_seconds"])))
+    rows.append(("Hardware", _hardware(folder)))
+    if line.get("cost") is not None:
+        rows.append(("Cost", f"{line['cost']:,.2f} {ran.get('currency', '')}".rstrip()))
+    if (loss := line.get("train/loss")) is not None:
+        rows.append(("Train loss of the last global step", f"{loss:.4f} nats per token"))
+    rows.append(("Software", _software(folder)))
+    return [(label, _cell(value)) for label, value in rows if value]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.2f} hours" if seconds >= 3600 else f"{seconds:,.1f} seconds"
+
+
+def _hardware(folder: RunFolder) -> str:
+    """Name the devices of every start that had others than the one before."""
+    found: list[str] = []
+    for start in folder.read_starts():
+        devices = start.get("devices", []) if isinstance(start, dict) else []
+        named = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+        if named and named not in found:
+            found.append(named)
+    return "; then ".join(found)
+
+
+def _software(folder: RunFolder) -> str:
+    starts = folder.read_starts()
+    last = starts[-1] if starts and isinstance(starts[-1], dict) else {}
+    versions = last.get("versions") or {}
+    named = [f"{name} {versions[name]}" for name in ("python", "torch") if name in versions]
+    commit = (last.get("code") or {}).get("commit")
+    return ", ".join([*named, *([f"code at commit `{commit}`"] if commit else [])])
+
+
+def _test_losses(scores: Iterable[Score]) -> str:
+    rows = [
+        (
+            f"`{score.dataset}`, {score.split}, {score.tokens:,} tokens from token {score.start_token:,}",
+            f"{score.loss:.6f}",
+            "" if score.interval is None else f"{score.interval[0]:.4f} to {score.interval[1]:.4f}",
+            "" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}",
+        )
+        for score in scores
+    ]
+    if not rows:
+        return ""
+    table = _table(["test tokens", "loss (nats per token)", "95% interval", "bits per byte"], rows)
+    return (
+        f"{table}\nThe interval covers the choice of test text, clustered by document. It does not cover the choice "
+        "of training seeds.\n"
+    )
+
+
+def _configuration(folder: RunFolder) -> str:
+    model, _ = folder.read_configs()
+    ran = _ran(folder)
+    notes = str(ran.pop("notes", "")).strip()
+    blocks = [f"`model.json`:\n\n{_json_block(asdict(model))}"]
+    if _was_trained(folder):
+        blocks.append(f"`train.json`:\n\n{_json_block(ran)}")
+        blocks += [f"Notes: {' '.join(notes.split())}\n"] if notes else []
+    return "\n".join(blocks)
+
+
+def _json_block(value: object) -> str:
+    return f"```json\n{json.dumps(value, indent=2)}\n```\n"
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _table(headings: list[str], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    head = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*head, *lines]) + "\n" if lines else ""
+
+
+def _cell(text: str) -> str:
+    """Keep a value inside its table cell."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,261 @@
+"""Make a run folder from weights that were trained elsewhere.
+
+SOURCE is hf:OWNER/NAME (a GPT-2 on the Hugging Face Hub), a folder with config.json and model.safetensors, or another
+harness's model.safetensors. The run can be scored, sampled, exported, and trained on.
+
+  python import_weights.py hf:openai-community/gpt2 gpt2-small
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from torch import Tensor
+
+from exchange import parity, vocabulary
+from exchange.hugging_face import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    PICKLE_FILE,
+    TOKENIZER_FILES,
+    WEIGHTS_FILE,
+    files_of_index,
+    from_hugging_face,
+    read_config,
+    weight_files,
+)
+from exchange.published import config_of
+from harness.checkpoint import save_tensors
+from harness.config import ModelConfig
+from harness.errors import CheckpointError, ConfigError, DataError, as_harness_error, exit_status_of
+from harness.run_folder import (
+    RUN_NAME,
+    RunFolder,
+    file_sha256,
+    replace_link,
+    utc_now,
+    whole_folder,
+    write_json,
+)
+from harness.tokenizer import VOCAB_SIZE, printable_vocabulary
+from model import STORED_MASK, empty_model, load_weights, read_weights
+
+ROOT = Path(__file__).parent
+DATASET_TO_NAME = "name-your-dataset"
+# Gentle settings for training on: a tenth of a usual peak, because the weights are no longer anywhere.
+TRAIN: dict[str, Any] = {
+    "dataset": DATASET_TO_NAME,
+    "min_train_tokens": -1,
+    "start_train_token": 0,
+    "start_val_token": 0,
+    "microbatch_size": 1,
+    "global_batch_size": 32,
+    "checkpoint_interval": 100,
+    "checkpoints_to_keep": 2,
+    "learning_rate": 0.00004,
+    "schedule_learning_rate": True,
+    "warmup_period_percent": 5,
+    "clipping_max_norm": 1.0,
+    "shuffle": True,
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a source holds, under our names."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    origin: dict[str, Any]
+    """Where it came from, for imported/source.json."""
+    remarks: list[str] = field(default_factory=list)
+    """What a user should know, one line each."""
+    folder: Path | None = None
+    """The Hugging Face folder, where it is one."""
+
+
+def main() -> None:
+    """Read the source, check it against transformers, and write the run folder."""
+    arguments = parse_arguments()
+    target = new_run(arguments.runs_dir, arguments.run)
+    weights = read_source(arguments)
+    for remark in weights.remarks:
+        print(remark)
+    model = empty_model(weights.config)
+    load_weights(model, weights.tensors, arguments.source)
+    require_numbers(model.state_dict(), arguments.source)
+    origin = {**weights.origin, "time": utc_now(), "logit_parity": None}
+    if weights.folder is None:
+        print("Logits: not checked, because the source is no Hugging Face folder")
+    elif not parity.is_available():
+        print("Logits: not checked, because transformers is not installed (pip install 'transformers>=5')")
+    else:
+        found = parity.check_logits(
+            model.eval(), weights.folder, weights.config.vocab_size, weights.config.context_length
+        )
+        origin["logit_parity"] = asdict(found)
+        print(f"Logits equal those of transformers: {found}")
+    write_run(target, weights.config, model.state_dict(), origin)
+    print(f"{target}: imported {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f'To train on from here, name a dataset in {target / "train.json"} (now "{DATASET_TO_NAME}")')
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; bad usage exits with status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", help="hf:OWNER/NAME, a folder, or a .safetensors file")
+    parser.add_argument("run", metavar="RUN", help="name of the run folder to make")
+    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs", help="where runs live (default: runs)")
+    parser.add_argument("--revision", help="commit, branch or tag of an hf: source (default: the newest)")
+    parser.add_argument("--n-heads", type=_positive, metavar="N", help="of a .safetensors file (default: width / 64)")
+    parser.add_argument(
+        "--vocab-size", type=_positive, metavar="N", help="keep the first N ids, as the rest is padding"
+    )
+    arguments = parser.parse_args()
+    if arguments.revision and not arguments.source.startswith("hf:"):
+        parser.error("--revision goes with a source hf:OWNER/NAME")
+    if arguments.n_heads and not arguments.source.endswith(".safetensors"):
+        parser.error("--n-heads goes with a .safetensors file; a Hugging Face folder says it itself")
+    return arguments
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number above 0")
+    return int(text)
+
+
+def new_run(runs_dir: Path, name: str) -> Path:
+    """Give the folder of a run that does not exist yet; raises ConfigError."""
+    if not RUN_NAME.fullmatch(name):
+        raise ConfigError(f"RUN: found {name[:80]!r}, wanted a name of letters, digits, '.', '_' and '-'")
+    if (runs_dir / name).exists() or (runs_dir / name).is_symlink():
+        raise ConfigError(f"RUN: found {runs_dir / name}, wanted the name of a run that does not exist yet")
+    return runs_dir / name
+
+
+def read_source(arguments: argparse.Namespace) -> Weights:
+    """Read whatever SOURCE names; raises a documented error."""
+    source, asked = arguments.source, arguments.vocab_size
+    path = Path(source)
+    if source.startswith("hf:"):
+        folder, commit = download(source.removeprefix("hf:"), arguments.revision)
+        return read_folder(folder, {"source": source, "commit": commit}, asked)
+    if path.is_dir():
+        return read_folder(path, {"source": source}, asked)
+    if path.is_file() and path.suffix == ".safetensors":
+        return read_file(path, arguments.n_heads, asked)
+    raise ConfigError(f"SOURCE: found {source[:200]!r}, wanted hf:OWNER/NAME, a folder or a .safetensors file")
+
+
+def download(repository: str, revision: str | None) -> tuple[Path, str]:
+    """Fetch what is needed of a model on the Hub into its cache; gives the folder and the commit.
+
+    Raises DataError. Nothing but JSON and safetensors is asked for.
+    """
+    try:
+        info = HfApi().model_info(repository, revision=revision)
+        names = {item.rfilename for item in info.siblings or []}
+        wanted = {CONFIG_FILE, *TOKENIZER_FILES, WEIGHTS_FILE if WEIGHTS_FILE in names else INDEX_FILE} & names
+        if not {WEIGHTS_FILE, INDEX_FILE} & wanted:
+            found = f"{PICKLE_FILE} only, a pickle that can run any code" if PICKLE_FILE in names else "no weights"
+            raise CheckpointError(f"hf:{repository}: found {found}, wanted {WEIGHTS_FILE}")
+        commit = str(info.sha)
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=sorted(wanted)))
+        if INDEX_FILE in wanted:
+            snapshot_download(repository, revision=commit, allow_patterns=files_of_index(folder / INDEX_FILE))
+    except Exception as error:
+        if (known := as_harness_error(error)) is not None:
+            raise known from None
+        # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"hf:{repository}: could not be downloaded ({reason})") from None
+    return folder, commit
+
+
+def read_folder(folder: Path, origin: dict[str, Any], asked: int | None) -> Weights:
+    """Read a Hugging Face folder."""
+    config = read_config(folder / CONFIG_FILE)
+    files = weight_files(folder)
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        tensors |= read_weights(path)
+    kinds = sorted(
+        {str(value.dtype).removeprefix("torch.") for value in tensors.values() if value.is_floating_point()}
+    )
+    ours, config = from_hugging_face(tensors, config, folder)
+    remarks = [] if kinds == ["float32"] else [f"Weights: {' and '.join(kinds)} there, float32 here"]
+    if not config.qkv_bias:
+        remarks.append("Query, key and value biases are all zero: left out (qkv_bias false)")
+    known = vocabulary.read_vocabulary(folder)
+    is_gpt2 = None if known is None else known == printable_vocabulary()
+    if is_gpt2 is False:
+        remarks.append("Its tokenizer is not GPT-2's: prompts, texts and bits per byte here would mean nothing")
+    origin |= {"tokenizer_is_gpt2": is_gpt2, "files": {path.name: file_sha256(path) for path in files}}
+    kept = vocabulary.real_vocab_size(config.vocab_size, VOCAB_SIZE, known, asked)
+    return with_vocabulary(Weights(config, ours, origin, remarks, folder), kept)
+
+
+def read_file(path: Path, n_heads: int | None, asked: int | None) -> Weights:
+    """Read another harness's model.safetensors."""
+    tensors = {name: value for name, value in read_weights(path).items() if not STORED_MASK.fullmatch(name)}
+    config = config_of(tensors, n_heads, path)
+    origin = {"source": str(path), "tokenizer_is_gpt2": None, "files": {path.name: file_sha256(path)}}
+    remarks = [] if n_heads else [f"Heads: {config.n_heads}, at 64 channels each (--n-heads says otherwise)"]
+    kept = vocabulary.real_vocab_size(config.vocab_size, VOCAB_SIZE, None, asked)
+    return with_vocabulary(Weights(config, tensors, origin, remarks), kept)
+
+
+def with_vocabulary(weights: Weights, kept: int) -> Weights:
+    """Drop the ids from `kept` on, which are padding, and say so."""
+    stored = weights.config.vocab_size
+    if kept == stored:
+        return weights
+    config = ModelConfig(**{**asdict(weights.config), "vocab_size": kept})
+    tensors = vocabulary.with_vocab_size(weights.tensors, kept)
+    remark = (
+        f"Vocabulary: kept the first {kept:,} of {stored:,} ids; the others are padding, and without them in the "
+        "softmax losses come out a little lower"
+    )
+    origin = {**weights.origin, "stored_vocab_size": stored}
+    return Weights(config, tensors, origin, [*weights.remarks, remark], weights.folder)
+
+
+def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError where a tensor holds NaN or infinity."""
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{source}: {name}: found values that are not finite, wanted numbers")
+
+
+def write_run(target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], origin: dict[str, Any]) -> None:
+    """Write the run folder, which appears whole: both files, and the weights where training would begin."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(target) as path:
+        folder = RunFolder(path)
+        folder.imported.mkdir()
+        folder.checkpoints.mkdir()
+        save_tensors(tensors, folder.imported / WEIGHTS_FILE)
+        write_json(folder.imported / "source.json", origin)
+        replace_link(folder.checkpoints / "latest", f"../{folder.imported.name}")
+        at = f" at {origin['commit']}" if "commit" in origin else ""
+        notes = {
+            "initial_weights": file_sha256(folder.imported / WEIGHTS_FILE),
+            "notes": f"Starts from the weights of {origin['source']}{at}, imported {origin['time']}.",
+        }
+        schemas = {
+            name: {"$schema": f"../schema/{name}.schema.json"} if (target.parent / "schema").is_dir() else {}
+            for name in ("model", "train")
+        }
+        write_json(folder.model_json, {**schemas["model"], **asdict(config)})
+        write_json(folder.train_json, {**schemas["train"], **TRAIN, **notes})
+        folder.read_configs()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status_of(main))

@@ -54,28 +54,33 @@ def tokenizer_files(ids: Mapping[str, int], merges: str, end_of_text: str, conte
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Give every token of a Hugging Face folder's tokenizer with its id; None where it has no file that says.
+    """Give every token of a Hugging Face folder's tokenizer with its id; None where no file says.
 
     Raises ConfigError where a file cannot be read.
     """
     found: dict[str, Any] = {}
+    added: Any = []
     if (path := folder / "tokenizer.json").is_file():
         document = read_strict_json(path, MAX_JSON_BYTES)
-        model, added = document.get("model"), document.get("added_tokens")
+        model, added = document.get("model"), document.get("added_tokens") or []
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if not isinstance(vocab, dict):  # not byte-pair encoding, and none of GPT-2's
             return None
         found |= vocab
-        found |= {str(item.get("content")): item.get("id") for item in added or [] if isinstance(item, dict)}
     elif (path := folder / "vocab.json").is_file():
         found |= read_strict_json(path, MAX_JSON_BYTES)
-    else:
-        return None
     if (path := folder / "added_tokens.json").is_file():
         found |= read_strict_json(path, MAX_JSON_BYTES)
-    if not all(isinstance(number, int) for number in found.values()):
-        raise ConfigError(f"{folder}: found a tokenizer with ids that are no whole numbers, wanted whole numbers")
-    return found
+    try:
+        found |= {item["content"]: item["id"] for item in added}
+        is_whole = all(isinstance(number, int) for number in found.values())
+    except (TypeError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise ConfigError(
+            f"{folder}: found a tokenizer that does not give tokens whole numbers, wanted one that does"
+        )
+    return found or None
 
 
 def real_vocab_size(stored: int, gpt2_size: int, known: Mapping[str, int] | None, asked: int | None) -> int:

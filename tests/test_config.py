@@ -178,6 +178,7 @@ CHANGES: dict[str, Any] = {
     "init_seed": 1,
     "order_seed": 2,
     "dropout_seed": 3,
+    "initial_weights": "a" * 64,
     "shuffle": True,
     "compile": False,
     "activation_checkpointing": True,

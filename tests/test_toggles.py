@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save
 
 import data
 import ddp_train
 from harness.charts import ChartPainter
 from harness.config import ModelConfig, TrainConfig
-from model import Block
-from tests.helpers import metrics
+from model import Block, GPTModel, initialise
+from tests.helpers import TINY_MODEL, metrics
 
 STEPS = 6
 BASE = {
@@ -32,6 +33,16 @@ BASE = {
     "clipping_max_norm": 0.5,
     "price_per_hour": 3600.0,  # a second costs one
 }
+
+
+def imported_weights() -> bytes:
+    """Give other initial weights than the runs' seeds would draw, as a file."""
+    model = GPTModel(ModelConfig(**TINY_MODEL))
+    initialise(model, init_seed=1234)
+    return save(model.state_dict())
+
+
+IMPORTED = imported_weights()
 
 
 @dataclass
@@ -81,6 +92,7 @@ TRAIN_ROWS = {
     "init_seed": Row(1, {"initial", "losses"}),
     "order_seed": Row(1, {"order", "losses"}, {"shuffle": True}),
     "dropout_seed": Row(1, {"losses"}),
+    "initial_weights": Row(hashlib.sha256(IMPORTED).hexdigest(), {"initial", "losses"}),
     "shuffle": Row(True, {"order", "losses"}),
     "compile": Row(True, {"losses"}),
     "activation_checkpointing": Row(True, set()),
@@ -152,6 +164,9 @@ def observe(
             written = json.loads((folder / "train.json").read_text())
             del written[drop]
             (folder / "train.json").write_text(json.dumps(written))
+        if "initial_weights" in train:
+            (folder / "imported").mkdir()
+            (folder / "imported" / "model.safetensors").write_bytes(IMPORTED)
         main(folder, "--dump-initial-weights", capture)
         read.clear()
         main(folder)

@@ -46,6 +46,7 @@ def test_defaults(tmp_path: Path) -> None:
         "init_seed": None,
         "order_seed": None,
         "dropout_seed": None,
+        "initial_weights": None,
         "shuffle": False,
         "compile": "auto",
         "activation_checkpointing": False,

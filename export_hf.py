@@ -27,7 +27,6 @@ from harness.run_folder import (
     file_sha256,
     open_run,
     read_json,
-    run_of_model_file,
     whole_folder,
     write_json,
     write_text,
@@ -122,15 +121,20 @@ def find_checkpoint(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
     place, _, name = rest.partition("/")
     if rest and (place != "checkpoints" or not name or "/" in name):
         raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
-    path = folder.checkpoints / (name or "latest") / WEIGHTS_FILE
-    owner = run_of_model_file(path) if path.is_file() else None
-    if owner is None:
-        raise CheckpointError(f"{path.parent}: found no checkpoint, wanted a folder with {WEIGHTS_FILE}")
-    return folder, owner[1]
+    if not rest:  # the links are hints; the newest folder is the truth
+        steps = folder.model_steps()
+    else:
+        path = (folder.checkpoints / name).resolve()
+        steps = [step for step in folder.model_steps() if folder.checkpoint(step).resolve() == path]
+    if not steps or not (folder.checkpoint(steps[-1]) / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"{folder.checkpoints}: found no {name or 'checkpoint'}, wanted one with {WEIGHTS_FILE}"
+        )
+    return folder, steps[-1]
 
 
 def require_whole(folder: RunFolder, step: int) -> None:
-    """Check the weights against their manifest, or train.json for imported ones; raises CheckpointError."""
+    """Check the weights against the checkpoint's manifest, where it has one; raises CheckpointError."""
     path = folder.checkpoint(step) / WEIGHTS_FILE
     manifest = read_json(path.parent / MANIFEST_FILE).get("files", {})
     wanted = manifest.get(WEIGHTS_FILE, {}).get("sha256")

@@ -89,7 +89,8 @@ def _front_matter(folder: RunFolder, publication: Publication) -> str:
 def _summary(folder: RunFolder) -> str:
     model, _ = folder.read_configs()
     head = "shared with" if model.tie_weights else "separate from"
-    start = f" It started from the weights of `{source}`." if (source := _source(folder)) else ""
+    begun = "It started from the weights of" if _was_trained(folder) else "Its weights are those of"
+    start = f" {begun} `{source}`." if (source := _source(folder)) else ""
     return (
         f"A GPT-2-style language model with {count_parameters(model).total:,} parameters: {model.n_layers} layers, "
         f"{model.n_heads} heads, {model.emb_dim} channels, a context of {model.context_length:,} tokens, "
@@ -135,8 +136,8 @@ def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
     rows.append(("Hardware", _hardware(folder)))
     if line.get("cost") is not None:
         rows.append(("Cost", f"{line['cost']:,.2f} {ran.get('currency', '')}".rstrip()))
-    if (loss := line.get("train/loss")) is not None:
-        rows.append(("Train loss of the last global step", f"{loss:.4f} nats per token"))
+    if (loss := state.get("last_interval_loss")) is not None:
+        rows.append(("Train loss", f"{loss:.4f} nats per token, the mean over a checkpoint interval"))
     rows.append(("Software", _software(folder)))
     return [(label, _cell(value)) for label, value in rows if value]
 

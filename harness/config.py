@@ -161,19 +161,22 @@ def recipe(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
     """Give the recipe: every key of both files but seeds, notes, intervals and what only reports show."""
     excluded = SEED_KEYS | INTERVAL_KEYS | REPORT_KEYS
     written = {**asdict(model), **asdict(train)}
-    if train.initial_weights is None:
-        del written["initial_weights"]  # a key that came later: it leaves the hashes of runs without it as they were
     return {key: value for key, value in written.items() if key not in excluded}
 
 
 def recipe_hash(model: ModelConfig, train: TrainConfig) -> str:
     """Give the SHA-256 (hex) of the recipe: runs that share it are replicates of each other."""
-    return hash_of_json(recipe(model, train))
+    return hash_of_json(_hashed(recipe(model, train)))
 
 
 def run_hash(model: ModelConfig, train: TrainConfig) -> str:
     """Give the SHA-256 (hex) of the recipe and its seeds: runs that share it are the same run."""
-    return hash_of_json({**recipe(model, train), **train.seeds()})
+    return hash_of_json({**_hashed(recipe(model, train)), **train.seeds()})
+
+
+def _hashed(recipe: dict[str, object]) -> dict[str, object]:
+    """Leave out a key that came later where it is not used, so that the hashes of older runs stay as they were."""
+    return {key: value for key, value in recipe.items() if key != "initial_weights" or value is not None}
 
 
 def hash_of_json(value: object) -> str:

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 import compare_runs
 import ddp_train
 import import_weights
+import plan_runs
 import test_loss
 import test_smoke
 from exchange import parity
 from exchange.vocabulary import tokenizer_files
-from harness.config import load_run_configs, recipe_hash
+from harness.config import load_run_configs
 from harness.run_folder import file_sha256
 from harness.tokenizer import END_OF_TEXT, MERGES, printable_vocabulary
 from tests.conftest import Called
@@ -133,10 +134,45 @@ def test_training_starts_from_imported_weights(
         imported.unlink(missing_ok=True)
 
 
-def test_a_start_from_elsewhere_is_another_recipe(bring: Call, gpt2: Path, tmp_path: Path) -> None:
+def test_a_start_from_elsewhere_is_another_recipe(
+    bring: Call, call: Call, gpt2: Path, datasets_dir: Path, tmp_path: Path, without_charts: None
+) -> None:
+    """Trained alike and judged against each other, the two differ in their initial weights and in nothing else."""
     assert bring(gpt2).status == 0
-    model, train = load_run_configs(*(tmp_path / "runs" / "mine" / f"{name}.json" for name in ("model", "train")))
-    assert recipe_hash(model, train) != recipe_hash(model, replace(train, initial_weights=None))
+    runs = tmp_path / "runs"
+    train = {"dataset": "toy", "min_train_tokens": 2 * 32 * 16, "checkpoint_interval": 2, "use_amp": False}
+    written = json.loads((runs / "mine" / "train.json").read_text())
+    (runs / "mine" / "train.json").write_text(json.dumps({**written, **train}))
+    (runs / "drawn").mkdir()
+    shutil.copy(runs / "mine" / "model.json", runs / "drawn")
+    (runs / "drawn" / "train.json").write_text(json.dumps({**written, **train, "initial_weights": None}))
+    for name in ("mine", "drawn"):
+        place = ("--runs-dir", runs, "--device", "cpu")
+        assert call(ddp_train.main, name, datasets_dir, *place).status == 0
+        words = (runs / name / "model.json", runs / name / "checkpoints" / "latest" / "model.safetensors")
+        place = ("--dataset", "toy", "--start-token", 0, "--batches", 2)
+        assert call(test_loss.main, datasets_dir, *words, *place).status == 0
+    done = call(
+        compare_runs.main, "--baseline", "drawn", "mine", "--runs-dir", runs, "--noise-sd", 0.01, "--noise-df", 9
+    )
+    assert done.status == 0, done.stderr
+    assert f"initial_weights none→{written['initial_weights']}" in done.stdout
+
+
+def test_every_arm_of_a_plan_starts_from_the_base_s_weights(
+    bring: Call, call: Call, gpt2: Path, tmp_path: Path
+) -> None:
+    assert bring(gpt2).status == 0
+    runs = tmp_path / "runs"
+    written = json.loads((runs / "mine" / "train.json").read_text())
+    (runs / "mine" / "train.json").write_text(json.dumps({**written, "dataset": "toy", "min_train_tokens": 512}))
+    (tmp_path / "changes.json").write_text(json.dumps({"faster": {"train": {"learning_rate": 0.001}}}))
+    words = ("mine", tmp_path / "changes.json", "--seeds", "1,2", "--name", "tuned", "--runs-dir", runs)
+    done = call(plan_runs.main, *words, "--test-batches", 1)
+    assert done.status == 0, done.stderr
+    arms = sorted(path for path in runs.iterdir() if path.name.startswith("tuned-"))
+    assert len(arms) == 4
+    assert {file_sha256(arm / "imported" / "model.safetensors") for arm in arms} == {written["initial_weights"]}
 
 
 def test_comparing_with_an_imported_model_is_refused_in_one_line(
@@ -300,14 +336,17 @@ def hub(gpt2: Path) -> Iterator[ModelHub]:
 
 
 def test_from_the_hub(hub: ModelHub, tmp_path: Path) -> None:
-    """Only what is needed is fetched, never a pickle, and the commit is on record."""
-    hub.files |= {"pytorch_model.bin": b"\x80", "onnx/model.safetensors": b"no", "tf_model.h5": b"no"}
+    """Only what is needed is fetched, the shards but never a pickle, and the commit is on record."""
+    shards = write_gpt2(tmp_path / "shards", shard_size="3MB")
+    wanted = {path.name: path.read_bytes() for path in shards.iterdir() if path.name != "generation_config.json"}
+    assert len(wanted) > 3
+    hub.files = wanted | {"pytorch_model.bin": b"\x80", "onnx/model.safetensors": b"no", "tf_model.h5": b"no"}
     done = subprocess.run(
         command("import_weights.py", "hf:owner/gpt2", "mine", "--runs-dir", tmp_path / "runs"),
         cwd=ROOT, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=170,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert hub.fetched() == ["config.json", "model.safetensors"]
+    assert hub.fetched() == sorted(wanted)
     source = json.loads((tmp_path / "runs" / "mine" / "imported" / "source.json").read_text())
     assert (source["source"], source["commit"]) == ("hf:owner/gpt2", COMMIT)
 

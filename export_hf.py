@@ -73,8 +73,8 @@ def main() -> None:
     else:
         print("Logits: not checked (--no-check)")
     if not has_tokenizer:
-        why = f"the model has {vocab_size:,} ids" if is_gpt2 else "the imported model had a tokenizer of its own"
-        print(f"Tokenizer: none written, because {why} and GPT-2's has {VOCAB_SIZE:,}")
+        why = f"has {vocab_size:,} ids, not GPT-2's {VOCAB_SIZE:,}" if is_gpt2 else "came with a tokenizer of its own"
+        print(f"Tokenizer: none written, because the model {why}")
     print(f"{arguments.out_dir}: {folder.path.name} {folder.checkpoint(step).name}, ready for from_pretrained")
     if arguments.push:
         push(arguments.out_dir, arguments.push, arguments.public)

@@ -110,9 +110,10 @@ def _was_trained(folder: RunFolder) -> bool:
 
 
 def _ran(folder: RunFolder) -> dict[str, Any]:
-    """Give the training configuration that ran, or that would run, without what is not set."""
+    """Give the training configuration that ran, or that would run, without what is not set: a valid train.json."""
     written = read_json(folder.run_json).get("train") or asdict(folder.read_configs()[1])
-    return {key: value for key, value in written.items() if value is not None}
+    unused = {"gradient_accumulation_steps"} if written.get("global_batch_size") else set()
+    return {key: value for key, value in written.items() if value is not None and key not in unused}
 
 
 def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
@@ -126,12 +127,13 @@ def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
     revision = f" at `{ran['dataset_revision']}`" if "dataset_revision" in ran else ""
     rows = [("Data", f"`{ran['dataset']}`{revision}" if "dataset" in ran else "")]
     rows += [
-        ("Training tokens", f"{check['count']:,} from token {check['start']:,}, SHA-256 `{check['sha256']}`")
+        ("Train split", f"{check['count']:,} tokens from token {check['start']:,}, SHA-256 `{check['sha256']}`")
         for check in run.get("dataset", [])[:1]
     ]
     if state:
         batch = f" of {plan['global_batch']:,} sequences" if "global_batch" in plan else ""
-        rows.append(("Tokens seen", f"{state['tokens']:,}, in {state['next_step']:,} global steps{batch}"))
+        steps = f"{state['next_step']:,} global step{'s' if state['next_step'] > 1 else ''}"
+        rows.append(("Tokens seen", f"{state['tokens']:,}, in {steps}{batch}"))
         rows.append(("Time", _duration(state["elapsed_seconds"])))
     rows.append(("Hardware", _hardware(folder)))
     if line.get("cost") is not None:
@@ -187,12 +189,9 @@ def _test_losses(scores: Iterable[Score]) -> str:
 
 def _configuration(folder: RunFolder) -> str:
     model, _ = folder.read_configs()
-    ran = _ran(folder)
-    notes = str(ran.pop("notes", "")).strip()
     blocks = [f"`model.json`:\n\n{_json_block(asdict(model))}"]
     if _was_trained(folder):
-        blocks.append(f"`train.json`:\n\n{_json_block(ran)}")
-        blocks += [f"Notes: {' '.join(notes.split())}\n"] if notes else []
+        blocks.append(f"`train.json`:\n\n{_json_block(_ran(folder))}")
     return "\n".join(blocks)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, ConfigError
 
 SEED = 20260101
 TOLERANCE = 1e-4
@@ -62,11 +62,22 @@ def check_logits(model: nn.Module, folder: Path, vocab_size: int, context_length
     return parity
 
 
-def _load(folder: Path) -> Any:
-    """Load a folder as GPT2LMHeadModel; every tensor must find its place."""
-    transformers: Any = importlib.import_module("transformers")
+def _transformers() -> Any:
+    """Import transformers, without its remarks and progress bars; raises ConfigError."""
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ConfigError(
+            f"transformers is installed but cannot be imported ({str(error).splitlines()[0]})"
+        ) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _load(folder: Path) -> Any:
+    """Load a folder as GPT2LMHeadModel; every tensor must find its place."""
+    transformers = _transformers()
     try:
         model, report = transformers.GPT2LMHeadModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -82,8 +93,7 @@ def _load(folder: Path) -> Any:
 
 def check_encoding(folder: Path, samples: Sequence[tuple[str, Sequence[int]]]) -> None:
     """Check that a folder's tokenizer encodes each text as the given ids and back; raises CheckpointError."""
-    transformers: Any = importlib.import_module("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text, ids in samples:
         if tokenizer(text).input_ids != list(ids) or tokenizer.decode(ids) != text:
             raise CheckpointError(f"{folder}: its tokenizer in transformers encodes {text[:40]!r} otherwise")

@@ -24,7 +24,7 @@ import import_weights
 import test_loss
 from exchange import parity
 from harness.charts import ChartPainter
-from harness.config import load_model_config
+from harness.config import ModelConfig, TrainConfig, config_from, load_model_config, load_run_configs
 from harness.sampling import SampleSettings, continue_text
 from model import load_model
 from study.statistics import clustered_mean
@@ -66,10 +66,13 @@ def in_process(main: Callable[[], None], *words: object) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory, datasets_dir: Path) -> Path:
     """A run over the GPT-2 vocabulary, trained for a few steps and scored."""
     settings = {
-        "min_train_tokens": 6 * 128, "checkpoint_interval": 3, "price_per_hour": 3.5, "currency": "EUR",
-        "notes": "trying | a\nthing", "dataset_revision": "abc",
+        "min_train_tokens": 6 * 128, "checkpoint_interval": 3, "global_batch_size": 8, "price_per_hour": 3.5,
+        "currency": "EUR", "notes": "trying | a\nthing", "dataset_revision": "abc",
     }  # fmt: skip
     folder = write_run(tmp_path_factory.mktemp("export") / "runs" / "text", {"vocab_size": 50257}, settings)
+    written = json.loads((folder / "train.json").read_text())
+    del written["gradient_accumulation_steps"]
+    (folder / "train.json").write_text(json.dumps(written))
     in_process(ddp_train.main, "text", datasets_dir, "--runs-dir", folder.parent, "--device", "cpu")
     weights = folder / "checkpoints" / "latest" / "model.safetensors"
     place = ("--dataset", "toy", "--start-token", 0, "--batches", 3, "--device", "cpu")
@@ -177,8 +180,11 @@ def test_the_card_is_filled_from_the_run(trained: Path, exported: Path) -> None:
     if np.isfinite(estimate.se):
         low, high = estimate.interval()
         assert f"| {low:.4f} to {high:.4f} |" in body
-    assert "Notes: trying | a thing" in body
-    assert '"learning_rate": 0.01' in body
+    for kind, block in zip(
+        (ModelConfig, TrainConfig), re.findall(r"```json\n(.*?)```", body, re.DOTALL), strict=True
+    ):
+        wanted = load_run_configs(trained / "model.json", trained / "train.json")[kind is TrainConfig]
+        assert config_from(kind, json.loads(block), "card") == wanted
     assert "![" in body
     assert "TODO" not in card
     assert "None" not in re.sub(r"```.*?```", "", body, flags=re.DOTALL)

@@ -224,6 +224,20 @@ def test_padding_is_dropped_where_the_tokenizer_says_so(bring: Call, tmp_path: P
     assert weights["tok_emb.weight"].shape == (50257, 16)
 
 
+@pytest.mark.parametrize(("tokens", "is_gpt2"), [({"a": 0, "b": 1}, False), ({"<pad>": 50257}, True)])
+def test_whose_tokenizer_it_was_is_on_record(
+    bring: Call, tmp_path: Path, tokens: dict[str, int], is_gpt2: bool
+) -> None:
+    folder = write_gpt2(tmp_path / "other", vocab_size=50258)
+    found = {**printable_vocabulary(), **tokens} if is_gpt2 else tokens
+    (folder / "vocab.json").write_text(json.dumps(found))
+    done = bring(folder)
+    assert done.status == 0, done.stderr
+    assert ("not GPT-2's" in done.stdout) == (not is_gpt2)
+    source = json.loads((tmp_path / "runs" / "mine" / "imported" / "source.json").read_text())
+    assert source["tokenizer_is_gpt2"] == is_gpt2
+
+
 def test_another_harness_s_file(bring: Call, call: Call, tmp_path: Path) -> None:
     """With the causal masks that the published harness stores; the shape comes from the tensors."""
     model = random_model(replace(TINY, n_layers=2, qkv_bias=True))

@@ -285,6 +285,7 @@ CHANGES: dict[str, Any] = {
     "init_seed": 1,
     "order_seed": 1,
     "dropout_seed": 1,
+    "initial_weights": "a" * 64,
     "shuffle": True,
     "compile": False,
     "activation_checkpointing": True,

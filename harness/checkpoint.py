@@ -26,7 +26,15 @@ from harness import faults
 from harness.config import read_strict_json
 from harness.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
 from harness.plan import CHECKPOINT_BYTES_PER_PARAMETER
-from harness.run_folder import STEP_FOLDER, TEMPORARY_PREFIX, RunFolder, file_sha256, fsync_folder, replace_link, write_json
+from harness.run_folder import (
+    STEP_FOLDER,
+    TEMPORARY_PREFIX,
+    RunFolder,
+    file_sha256,
+    fsync_folder,
+    replace_link,
+    write_json,
+)
 from harness.train_state import TrainState
 
 MODEL_FILE = "model.safetensors"

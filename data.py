@@ -1,8 +1,8 @@
-"""Token files as memory maps, and which micro-batch goes where.
+"""Getting a dataset, checking it, and which micro-batch goes where.
 
-A split is one safetensors file with one 1-D tensor `tokens`. It is mapped anew for every read, so no process holds
-more of it than the micro-batch at hand, however long the file. Which tokens a rank sees at a step is a pure
-function of the plan and the seeds: there is no iterator to save and none to restore.
+A split is read anew for every micro-batch, so no process holds more of it than that, however long the file. Which
+tokens a rank sees at a step is a pure function of the plan and the seeds: there is no iterator to save and none to
+restore.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ import torch
 from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from harness import faults
@@ -25,28 +24,10 @@ from harness.config import ModelConfig, TrainConfig
 from harness.errors import DataError, as_harness_error
 from harness.plan import Plan, make_plan, validation_sequences
 from harness.randomness import Permutation, order_permutation
+from harness.token_files import SPLITS, TokenFile, open_split, split_files
 
-SPLITS = ("train", "validation")
-TENSOR = "tokens"
-DTYPES = ("U16", "I32", "U32")
 CHECK_CHUNK_TOKENS = 2**24
 FINGERPRINT_TOKENS = 2**20
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """One split on disk; `length` in tokens."""
-
-    path: Path
-    length: int
-    dtype: str
-    metadata: dict[str, str]
-
-    def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Read tokens [start, start + count) as int64; the map is closed again, so memory stays flat."""
-        with safe_open(self.path, framework="numpy") as file:
-            tokens: NDArray[np.generic] = file.get_slice(TENSOR)[start : start + count]
-        return tokens.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -59,37 +40,15 @@ class TokenCheck:
     sha256: str
 
 
-def open_split(datasets_dir: Path, dataset: str, split: str) -> TokenFile:
-    """Open a split and check its form; raises DataError naming the file and what is wrong."""
-    path = datasets_dir / dataset / f"{split}.safetensors"
-    if not path.is_file():
-        raise DataError(f"{path}: found no such file, wanted the {split} split of dataset {dataset}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            if TENSOR not in names:
-                raise DataError(f"{path}: found tensors {names}, wanted one named {TENSOR!r}")
-            tensor = file.get_slice(TENSOR)
-            dtype, shape = tensor.get_dtype(), tensor.get_shape()
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
-    if dtype not in DTYPES:
-        raise DataError(f"{path}: found tokens of type {dtype}, wanted U16, I32 or U32")
-    if len(shape) != 1 or shape[0] == 0:
-        raise DataError(f"{path}: found tokens of shape {shape}, wanted one dimension and at least one token")
-    return TokenFile(path, shape[0], dtype, metadata)
-
-
 def check_tokens(file: TokenFile, start: int, count: int, vocab_size: int) -> TokenCheck:
     """Check that every id in [start, start + count) is below vocab_size, and fingerprint those tokens.
 
     One pass in chunks. The result is kept beside the file until its size or time changes, so that resuming does
     not read gigabytes again. Raises DataError with the place of the first id that does not fit.
     """
-    stat = file.path.stat()
+    size, mtime_ns = file.size_and_time()
     kept = file.path.with_name(f".{file.path.stem}-{start}-{count}.check.json")
-    key = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    key = {"size": size, "mtime_ns": mtime_ns}
     result = _kept_check(kept, key)
     if result is None or result.highest_id >= vocab_size:
         result = _read_and_check(file, start, count, vocab_size)
@@ -134,7 +93,7 @@ def ensure_dataset(datasets_dir: Path, config: TrainConfig) -> None:
     Must be called before the process group exists: a collective that waited for a download would time out.
     """
     # A folder of one's own needs no validation split unless the run validates.
-    is_own = (datasets_dir / config.dataset / "train.safetensors").is_file() and config.validation_interval is None
+    is_own = bool(split_files(datasets_dir / config.dataset, "train")) and config.validation_interval is None
     download_missing(datasets_dir, config.dataset, config.dataset_revision, SPLITS[:1] if is_own else SPLITS)
 
 
@@ -144,19 +103,21 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
     Every process may call it: a lock lets one download while the others wait for its files.
     """
     folder = datasets_dir / dataset
-    files = [folder / f"{split}.safetensors" for split in splits]
-    if all(path.is_file() for path in files):
+
+    def missing() -> list[str]:
+        return [f"{split}.safetensors" for split in splits if not split_files(folder, split)]
+
+    if not missing():
         return
     try:
         faults.reach("download")
         datasets_dir.mkdir(parents=True, exist_ok=True)
         # Beside the folder, because the Hub client takes a folder that is there for a finished download.
         with FileLock(datasets_dir / f".{dataset.replace('/', '--')}.lock"):
-            missing = [path.name for path in files if not path.is_file()]
-            if missing:
+            if names := missing():
                 commit = HfApi().dataset_info(dataset, revision=revision).sha
                 snapshot_download(
-                    dataset, repo_type="dataset", revision=commit, allow_patterns=missing, local_dir=folder
+                    dataset, repo_type="dataset", revision=commit, allow_patterns=names, local_dir=folder
                 )
     except Exception as error:
         if (known := as_harness_error(error)) is not None:
@@ -166,7 +127,7 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
         raise DataError(
             f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded ({reason})"
         ) from None
-    if absent := [path.name for path in files if not path.is_file()]:
+    if absent := missing():
         raise DataError(f"dataset {dataset}: the Hub has no {' and no '.join(absent)} in it")
 
 

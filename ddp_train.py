@@ -52,6 +52,7 @@ from harness.metrics import StepLog, StepReport
 from harness.optim import guarded_step, learning_rate_at
 from harness.randomness import seed_dropout, stream_seed
 from harness.sampling import SampleSettings, continue_text
+from harness.token_files import open_split
 from harness.tokenizer import VOCAB_SIZE
 from harness.watch import StopRequest, Watch
 from model import fingerprint
@@ -355,7 +356,7 @@ def dry_run(request: Request, world_size: int) -> None:
     """Print what a run would do; the dataset is needed only where min_train_tokens is -1."""
     model_config, config, available = request.model, request.config, None
     if config.min_train_tokens == -1:
-        file = data.open_split(request.arguments.datasets_dir, config.dataset, "train")
+        file = open_split(request.arguments.datasets_dir, config.dataset, "train")
         available = file.length - config.start_train_token
     plan = make_plan(model_config, config, world_size, available)
     rows = describe(model_config, config, plan)

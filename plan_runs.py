@@ -14,11 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from harness.config import ModelConfig, TrainConfig, config_from, recipe_hash
 from harness.errors import DataError, HarnessError, NonFiniteError, RunLockedError, exit_status_of
 from harness.run_folder import RunFolder, open_run
+from harness.token_files import open_split, split_files
 from study.designs import (
     DESIGNS,
     LETTERS,
@@ -255,20 +254,16 @@ def check_test_set(experiment: Experiment, folder: RunFolder, datasets_dir: Path
     A dataset that is still to be downloaded cannot be checked yet.
     """
     model, train = folder.read_configs()
-    path = datasets_dir / train.dataset / "validation.safetensors"
-    if not path.is_file():
+    if not split_files(datasets_dir / train.dataset, "validation"):
         return
-    try:
-        with safe_open(path, framework="numpy") as file:
-            found = file.get_slice("tokens").get_shape()[0]
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as a token file ({error})") from None
+    file = open_split(datasets_dir, train.dataset, "validation")
     test_set = experiment.test_set
     wanted = test_set.start_token + test_set.sequences * model.context_length + 1
-    if found < wanted:
+    if file.length < wanted:
         raise DataError(
-            f"{path}: found {found:,} tokens, wanted {wanted:,} (--test-start-token {test_set.start_token:,} + "
-            f"--test-batches {test_set.batches} x 6 sequences x {model.context_length} tokens + 1); "
+            f"{file.path}: found {file.length:,} tokens, wanted {wanted:,} "
+            f"(--test-start-token {test_set.start_token:,} + --test-batches {test_set.batches} x 6 sequences "
+            f"x {model.context_length} tokens + 1); "
             "plan anew with fewer, under another --name"
         )
 

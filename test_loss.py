@@ -26,6 +26,7 @@ from harness.distributed import Launch, choose_device, set_up_kernels
 from harness.errors import ConfigError, DataError, StorageError, exit_status_of
 from harness.evaluate import Bucket, LossTally, token_loss_batches
 from harness.run_folder import file_sha256, json_number, run_of_model_file, utc_now, write_json
+from harness.token_files import SPLITS, TokenFile, open_split, split_files
 from harness.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
 from model import load_model
 
@@ -84,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model_json", metavar="MODEL_JSON", type=Path)
     parser.add_argument("model_safetensors", metavar="MODEL_SAFETENSORS", type=Path)
     parser.add_argument("--dataset", default="gpjt/fineweb-gpt2-tokens", help="folder in DATASETS_DIR, or Hub id")
-    parser.add_argument("--split", choices=data.SPLITS, default="validation")
+    parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--start-token", type=_at_least(0), default=50_000_000, help="default 50,000,000")
     parser.add_argument(
         "--batches", type=_at_least(1), default=3200, help=f"of {SEQUENCES_PER_BATCH} sequences (default 3200)"
@@ -107,10 +108,10 @@ def _at_least(lowest: int):  # type: ignore[no-untyped-def]
     return number
 
 
-def open_test_tokens(arguments: argparse.Namespace, model: ModelConfig) -> tuple[data.TokenFile, data.TokenCheck]:
+def open_test_tokens(arguments: argparse.Namespace, model: ModelConfig) -> tuple[TokenFile, data.TokenCheck]:
     """Find the test tokens, downloading them if need be, and check all of them; raises DataError."""
     data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
-    file = data.open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
+    file = open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
     needed = arguments.batches * SEQUENCES_PER_BATCH * model.context_length + 1
     found = max(0, file.length - arguments.start_token)
     if found < needed:
@@ -148,7 +149,7 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < 700 else None
 
 
-def target_bytes(file: data.TokenFile, start: int, count: int) -> int | None:
+def target_bytes(file: TokenFile, start: int, count: int) -> int | None:
     """Give the UTF-8 bytes that tokens [start, start + count) stand for; None where they are not GPT-2's."""
     if file.metadata.get("tokenizer", "gpt2") != "gpt2":
         return None
@@ -162,7 +163,7 @@ def target_bytes(file: data.TokenFile, start: int, count: int) -> int | None:
     return total
 
 
-def first_documents(file: data.TokenFile, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
+def first_documents(file: TokenFile, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
     """Give for each sequence the number of the document that its first token belongs to, counted from the first.
 
     Sequences that begin in one document are not independent of each other, so they form a cluster. None where
@@ -179,9 +180,9 @@ def first_documents(file: data.TokenFile, start: int, sequences: int, length: in
 
 def by_frequency(arguments: argparse.Namespace, tally: LossTally, vocab_size: int) -> list[dict[str, object]] | None:
     """Give losses by how often the target occurs in the dataset's train split; None where that is not on disk."""
-    if not (arguments.datasets_dir / arguments.dataset / "train.safetensors").is_file():
+    if not split_files(arguments.datasets_dir / arguments.dataset, "train"):
         return None
-    file = data.open_split(arguments.datasets_dir, arguments.dataset, "train")
+    file = open_split(arguments.datasets_dir, arguments.dataset, "train")
     count = np.zeros(vocab_size, dtype=np.int64)
     for first in range(0, min(file.length, FREQUENCY_TOKENS), data.CHECK_CHUNK_TOKENS):
         tokens = file.read(first, min(data.CHECK_CHUNK_TOKENS, file.length - first))

@@ -26,6 +26,7 @@ TIERS = {
     "watch": 0,
     "randomness": 1,
     "tokenizer": 1,
+    "token_files": 1,
     "loss": 1,
     "sampling": 1,
     "distributed": 1,

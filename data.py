@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness import faults
 from harness.config import ModelConfig, TrainConfig
-from harness.errors import DataError, as_harness_error
+from harness.errors import DataError, as_harness_error, first_line
 from harness.plan import Plan, make_plan, validation_sequences
 from harness.randomness import Permutation, order_permutation
 from harness.token_files import SPLITS, TokenFile, open_split, split_files
@@ -123,9 +123,8 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
         if (known := as_harness_error(error)) is not None:
             raise known from None
         # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded ({reason})"
+            f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded ({first_line(error)})"
         ) from None
     if absent := missing():
         raise DataError(f"dataset {dataset}: the Hub has no {' and no '.join(absent)} in it")

@@ -107,6 +107,11 @@ def fit_to_print(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), masked)
 
 
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_status_of(command: Callable[[], object], speaks: bool = True) -> int:
     """Run `command`; print a documented error to stderr and give its exit status, or 0.
 

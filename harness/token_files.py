@@ -52,10 +52,11 @@ class TokenFile:
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Read tokens [start, start + count) as int64, fewer where the split ends."""
+        end = min(start + count, self.length)
         if self.shards:
-            return self._read_shards(start, start + count)
+            return self._read_shards(start, end)
         with safe_open(self.path, framework="numpy") as file:
-            tokens: NDArray[np.generic] = file.get_slice(TENSOR)[start : start + count]
+            tokens: NDArray[np.generic] = file.get_slice(TENSOR)[start:end]
         return tokens.astype(np.int64)
 
     def _read_shards(self, start: int, end: int) -> NDArray[np.int64]:

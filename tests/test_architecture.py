@@ -43,16 +43,24 @@ SAME_TIER = {
     ("plan", "config"), ("run_folder", "config"), ("command_line", "config"), ("command_line", "run_folder"),
     ("sampling", "tokenizer"),
 }  # fmt: skip
-# The rooms in study/, each of which may import those before it.
-STUDY = [
-    "statistics", "designs", "ledger", "experiment", "results", "noise", "verdicts", "effects", "assemble", "tables",
-    "drawing", "page",
-]  # fmt: skip
-# The rooms in exchange/, other people's formats; none imports another.
-EXCHANGE = {"hugging_face", "published", "vocabulary", "parity", "model_card"}
+# The rooms of every other package, and the highest tier of harness/ that they may import. A room imports those before
+# it in its own package, and none of another's.
+ROOMS = {
+    "study": [
+        "statistics", "designs", "ledger", "experiment", "results", "noise", "verdicts", "effects", "assemble",
+        "tables", "drawing", "page",
+    ],
+    "exchange": ["hugging_face", "published", "vocabulary", "parity", "model_card"],
+    "preparation": [
+        "settings", "sources", "hub", "python_docs", "readers", "encoding", "duplicates", "token_writer", "work",
+        "prepare",
+    ],
+}  # fmt: skip
+HIGHEST_TIER = {"study": 0, "exchange": 0, "preparation": 1}
+PACKAGES = ["harness", *ROOMS]
 TORCH_FREE = ["harness.config", "harness.plan", "harness.run_folder", "harness.errors", "harness.charts"]
-TORCH_FREE += [*(f"study.{room}" for room in STUDY), "plan_runs", "compare_runs", "report"]
-PACKAGES = ("harness", "study", "exchange")
+TORCH_FREE += [f"{package}.{room}" for package in ("study", "preparation") for room in ROOMS[package]]
+TORCH_FREE += ["harness.token_files", "plan_runs", "compare_runs", "report", "prepare_dataset"]
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))])
 LONGEST = {"main": 80, "train": 70}
 
@@ -67,17 +75,16 @@ def imports_of(path: Path) -> set[str]:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-    return {
-        name for name in found if name.split(".")[0] in COMMANDS | RESEARCHER | STAGE | {"harness", "study", "tests"}
-    }
+    ours = COMMANDS | RESEARCHER | STAGE | {*PACKAGES, "tests"}
+    return {name for name in found if name.split(".")[0] in ours}
 
 
 def test_every_file_has_a_room() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} == COMMANDS | RESEARCHER | STAGE
     assert {path.stem for path in (ROOT / "harness").glob("*.py")} == TIERS.keys() | {"__init__"}
-    assert {path.stem for path in (ROOT / "study").glob("*.py")} == {*STUDY, "__init__"}
-    assert {path.stem for path in (ROOT / "exchange").glob("*.py")} == EXCHANGE | {"__init__"}
-    assert all((ROOT / package / "__init__.py").read_text() == "" for package in PACKAGES)
+    for package, rooms in ROOMS.items():
+        assert {path.stem for path in (ROOT / package).glob("*.py")} == {*rooms, "__init__"}
+    assert not any((ROOT / package / "__init__.py").read_text() for package in PACKAGES)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -85,23 +92,22 @@ def test_arrows_point_down(path: Path) -> None:
     imported = imports_of(path)
     assert not imported & (COMMANDS | {"tests"})
     rooms = {name.removeprefix("harness.") for name in imported if name.startswith("harness.")}
+    packages = {name.split(".")[0] for name in imported} & {*ROOMS}
     if path.parent == ROOT:
         if path.stem in RESEARCHER:
             assert all(TIERS[room] <= 1 for room in rooms)
             assert not imported & (RESEARCHER | STAGE)
-            assert not any(name.startswith(("study", "exchange")) for name in imported)
+            assert not packages
         return
     assert not imported & (RESEARCHER | STAGE)
-    studies = {name.removeprefix("study.") for name in imported if name.startswith("study.")}
-    if path.parent.name == "study":
-        assert all(TIERS[room] <= 0 for room in rooms)
-        assert all(STUDY.index(room) < STUDY.index(path.stem) for room in studies)
+    package = path.parent.name
+    if package in ROOMS:
+        assert packages <= {package}
+        assert all(TIERS[room] <= HIGHEST_TIER[package] for room in rooms)
+        own = [name.split(".")[1] for name in imported if name.startswith(f"{package}.")]
+        assert all(ROOMS[package].index(room) < ROOMS[package].index(path.stem) for room in own)
         return
-    assert not studies
-    assert not any(name.startswith("exchange") for name in imported)
-    if path.parent.name == "exchange":
-        assert all(TIERS[room] <= 0 for room in rooms)
-        return
+    assert not packages
     for room in rooms:
         is_lower = TIERS[room] < TIERS.get(path.stem, 0) or room == "errors"
         assert is_lower or (path.stem, room) in SAME_TIER, f"{path.stem} imports {room}"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -62,10 +62,10 @@ class Hub:
                 self.answer()
 
             def answer(self) -> None:
-                path = urlsplit(self.path).path
+                path = unquote(urlsplit(self.path).path)
                 hub.requests.append((self.command, path))
                 status, headers, body = hub.answer_to(path)
-                if self.command == "GET" and path.endswith(".safetensors"):
+                if self.command == "GET" and "/resolve/" in path:
                     time.sleep(hub.delay_seconds)
                 self.send_response(status)
                 for name, value in headers.items():
@@ -93,7 +93,10 @@ class Hub:
                 return self.json({"id": DATASET, "sha": commit, "siblings": siblings, "private": False, "tags": []})
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         if path.startswith(f"{api}/tree/"):
-            files = self.files[path.removeprefix(f"{api}/tree/")]
+            commit, _, folder = path.removeprefix(f"{api}/tree/").partition("/")
+            files = {name: raw for name, raw in self.files[commit].items() if name.startswith(folder)}
+            if not files:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b""
             return self.json(
                 [{"type": "file", "path": name, "size": len(raw), "oid": git_id(raw)} for name, raw in files.items()]
             )
@@ -139,16 +142,21 @@ sys.exit(exit_status_of(lambda: ensure_dataset(Path(sys.argv[1]), config)))
 """
 
 
-def start(folder: Path, endpoint: str, offline: bool = False, **config: Any) -> subprocess.Popen[str]:
-    """Start a process that wants the dataset in `folder`/datasets."""
+def hub_environment(folder: Path, endpoint: str, offline: bool = False) -> dict[str, str]:
+    """Give an environment in which the Hub is at `endpoint`, and its cache in `folder`."""
     clean = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
-    env = {name: value for name, value in clean.items() if not name.startswith(("HF_", "TRANSFORMERS_"))} | {
+    return {name: value for name, value in clean.items() if not name.startswith(("HF_", "TRANSFORMERS_"))} | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(folder / "hub"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1" if offline else "0",
         "NO_PROXY": "*",
     }
+
+
+def start(folder: Path, endpoint: str, offline: bool = False, **config: Any) -> subprocess.Popen[str]:
+    """Start a process that wants the dataset in `folder`/datasets."""
+    env = hub_environment(folder, endpoint, offline)
     arguments = [sys.executable, "-c", SCRIPT, str(folder / "datasets"), json.dumps({**TRAIN, **config})]
     return subprocess.Popen(
         arguments, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,0 +1,83 @@
+"""The English documentation inside this Python installation, as a corpus that needs no network."""
+
+import ast
+import importlib.metadata
+import itertools
+import multiprocessing
+import os
+import sysconfig
+import threading
+import tomllib
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Folders whose docstrings are written for test runners, not readers.
+TEST_FOLDERS = {"test", "tests", "testing", "_tests", "idle_test", "site-packages", "__pycache__"}
+
+
+def python_docs() -> Iterator[str]:
+    """Give the `pydoc` topics, and one document for each module with docstrings.
+
+    The modules are those of the standard library and of the packages that this project depends on. They are parsed,
+    never imported.
+    """
+    from pydoc_data import topics  # a large table, wanted here only
+
+    paths = [path for _, path in documented_modules()]
+    with ProcessPoolExecutor(os.cpu_count(), initializer=_end_with_parent) as pool:
+        texts = pool.map(docstrings, paths, chunksize=16)  # before the caller has threads, which forking forbids
+        for _, topic in sorted(topics.topics.items()):
+            yield topic.strip()
+        yield from filter(None, texts)
+
+
+def _end_with_parent() -> None:
+    """Let this process end when its parent does, however that ends; it would wait for work for ever."""
+
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def documented_modules() -> list[tuple[str, Path]]:
+    """Give names and paths of the modules whose docstrings `python-docs` holds, in the order of their names."""
+    standard_library = Path(sysconfig.get_path("stdlib"))
+    modules = [(f"python/{path.relative_to(standard_library)}", path) for path in standard_library.rglob("*.py")]
+    for package in _dependencies():
+        files = importlib.metadata.files(package) or []
+        modules += [(str(file), Path(str(file.locate()))) for file in files if file.suffix == ".py"]
+    return sorted((name, path) for name, path in modules if not TEST_FOLDERS & set(Path(name).parts))
+
+
+def _dependencies() -> list[str]:
+    """Give the names of the project's own dependencies, without versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return sorted(
+        "".join(itertools.takewhile(lambda c: c.isalnum() or c in "-_", entry)) for entry in project["dependencies"]
+    )
+
+
+def docstrings(path: Path) -> str:
+    """Give a module's docstrings in source order, each but the first under its qualified name; "" if none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in other people's strings
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return ""
+    parts = [ast.get_docstring(tree) or ""]
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                if text := ast.get_docstring(child):
+                    parts.append(f"{prefix}{child.name}\n{text}")
+                visit(child, f"{prefix}{child.name}.")
+
+    visit(tree, "")
+    return "\n\n".join(part for part in parts if part)

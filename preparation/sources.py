@@ -1,0 +1,106 @@
+"""Which files a source is made of, in which order, and how much disk their tokens will take."""
+
+import glob
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from harness.errors import ConfigError, DataError, StorageError
+
+Kind = Literal["text", "jsonl", "parquet", "python-docs"]
+KINDS: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".xz", ".zst")
+WORK_FOLDER = ".partial"
+WANTED = f"{', '.join(KINDS)} (each also {', '.join(COMPRESSIONS)})"
+
+# Bytes of text in a byte on disk, as English web text compresses; Parquet's own compression is about that of .gz, but
+# a file holds other columns too.
+TEXT_IN_A_BYTE = {".gz": 2.7, ".xz": 3.6, ".zst": 3.0, ".parquet": 1.7}
+# Two bytes a token, and about four bytes of English text in a GPT-2 token.
+TOKEN_BYTES_OF_TEXT = 2 / 4
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the source; `name` is its place in the source, `path` where it lies, None while it is remote."""
+
+    name: str
+    kind: Kind
+    size: int
+    path: Path | None = None
+    mtime_ns: int = 0
+
+    @property
+    def shown(self) -> str:
+        """The name as errors give it."""
+        return str(self.path or self.name)
+
+
+def kind_of(name: str) -> tuple[Kind | None, str]:
+    """Give what a file holds, None where it is nothing that can be read, and its compression's suffix or ""."""
+    path = Path(name)
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    return KINDS.get(path.with_suffix("").suffix if compression else path.suffix), compression
+
+
+def local_files(source: str, out_dir: Path) -> list[SourceFile]:
+    """Find the files of a folder (at any depth), a glob or a path, in the order of names; raises HarnessError.
+
+    A download that lies in `out_dir` is left out, so that OUT_DIR may be inside the source or the source itself.
+    """
+    root = Path(source)
+    if root.is_dir():
+        found = [path for path in root.rglob("*") if kind_of(path.name)[0] and path.is_file()]
+    elif root.is_file():
+        root, found = root.parent, [root]
+    else:
+        root = Path(source[: match.start()]).parent if (match := re.search(r"[*?\[]", source)) else root.parent
+        found = [path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file()]
+    inside = (out_dir / WORK_FOLDER).resolve()
+    paths = sorted(path for path in found if not path.resolve().is_relative_to(inside))
+    if not paths:
+        raise DataError(f"SOURCE: found no file in {source}, wanted {WANTED}")
+    return [_local_file(path, root) for path in paths]
+
+
+def _local_file(path: Path, root: Path) -> SourceFile:
+    kind, _ = kind_of(path.name)
+    if kind is None:
+        raise ConfigError(f"SOURCE: found {path}, wanted {WANTED}")
+    stat = path.stat()
+    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    return SourceFile(name, kind, stat.st_size, path, stat.st_mtime_ns)
+
+
+def token_bytes(files: Sequence[SourceFile]) -> int:
+    """Estimate the bytes of token files: text by its size on disk and the usual ratio of its format."""
+    total = 0.0
+    for file in files:
+        _, compression = kind_of(file.name)
+        ratio = TEXT_IN_A_BYTE.get(compression, 1.0) * (TEXT_IN_A_BYTE[".parquet"] if file.kind == "parquet" else 1.0)
+        total += file.size * ratio * TOKEN_BYTES_OF_TEXT
+    return round(total)
+
+
+def scratch_bytes(files: Sequence[SourceFile]) -> int:
+    """Estimate the most that one file at a time takes beside them: a download, or a Parquet file unpacked."""
+    return max(
+        (file.size if file.path is None else 0)
+        + (round(file.size * TEXT_IN_A_BYTE[suffix]) if file.kind == "parquet" and suffix else 0)
+        for file in files
+        for suffix in [kind_of(file.name)[1]]
+    )
+
+
+def check_space(folder: Path, files: Sequence[SourceFile], written_bytes: int) -> None:
+    """Raise StorageError where the tokens of `files` will not fit beside what is already written."""
+    wanted = max(0, token_bytes(files) - written_bytes) + scratch_bytes(files)
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise StorageError(
+            f"{folder}: found {free / 2**30:,.1f} GiB free, wanted about {wanted / 2**30:,.1f} GiB "
+            "(estimated; --ignore-free-space tries nevertheless)"
+        )

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from harness.errors import ConfigError, DataError
 from harness.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.tokenizer import gpt2_encoding
 from preparation.encoding import EncodedBatch, encode_batch
 from preparation.hub import PREFIX, commit_of, fetched, hub_files
 from preparation.readers import Batch, read_batches
@@ -123,6 +124,7 @@ def metadata_of(settings: Settings, commit: str | None, sources: Sequence[Source
 def read_and_divide(work: Work, sources: Sequence[SourceFile], workers: int) -> None:
     """Write the tokens of all sources, from where `work` stopped, and divide them into splits."""
     work.sources = sources
+    gpt2_encoding()  # made once here, or every worker would make its own at the same time
     with closing(work):
         done = sum(source.size for source in sources[: work.progress.files])
         seconds = 1 if sys.stderr.isatty() else 30

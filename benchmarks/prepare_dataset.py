@@ -5,7 +5,8 @@
 The corpus is Python's own `pydoc` topics, English prose, so many times over as a .jsonl file. Three ways take turns
 on it, round after round, so that what else the machine does hits all alike: a plain tiktoken loop in one process, and
 prepare_dataset.py with one worker and with all. Time is from start to end of each process, imports included. The
-median of the rounds and their ratio go to benchmarks/results/prepare_dataset.json.
+median of the rounds and their ratio go to benchmarks/results/prepare_dataset.json. Seconds of CPU go there too: they
+tell what the work costs where the machine is busy with other things.
 """
 
 import argparse
@@ -71,20 +72,23 @@ def measure(folder: Path, copies: int, rounds: int) -> dict[str, object]:
         f"{cores} workers": [*command, str(cores)],
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
     load = os.getloadavg()[0]
     for _ in range(rounds):
         for name, words in ways.items():
             shutil.rmtree(folder / "out", ignore_errors=True)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), cpu_of_children()
             subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(round(time.perf_counter() - start, 2))
+            cpu_seconds[name].append(round(cpu_of_children() - cpu_start, 2))
     tokens = sum(open_split(folder, "out", split).length for split in SPLITS)
     speeds = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     return {
         "time": utc_now(),
         "corpus_bytes": corpus.stat().st_size,
         "tokens": tokens,
-        "seconds": {name: [round(value, 2) for value in times] for name, times in seconds.items()},
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "tokens_per_second": {name: round(speed) for name, speed in speeds.items()},
         "ratio_to_plain_loop": {name: round(speed / speeds["plain loop"], 2) for name, speed in speeds.items()},
         "load_before": load,
@@ -92,6 +96,12 @@ def measure(folder: Path, copies: int, rounds: int) -> dict[str, object]:
         "platform": platform.platform(),
         "versions": {name: version(name) for name in ("tiktoken", "numpy")} | {"python": platform.python_version()},
     }
+
+
+def cpu_of_children() -> float:
+    """Give the seconds of CPU that all finished child processes took."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 if __name__ == "__main__":

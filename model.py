@@ -57,10 +57,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Let every position of x (B, T, C) attend to itself and those before it; gives (B, T, C)."""
-        query, key, value = (
-            projection(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, D)
-            for projection in (self.W_query, self.W_key, self.W_value)
-        )
+        # One product for the three: x is read, and under autocast copied to half precision, once.
+        projections = (self.W_query, self.W_key, self.W_value)
+        weight = torch.cat([projection.weight for projection in projections])
+        bias = None if self.W_query.bias is None else torch.cat([projection.bias for projection in projections])
+        projected = F.linear(x, weight, bias).view(*x.shape[:-1], 3, self.n_heads, -1)  # (B, T, 3, H, D)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         attended = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.drop_rate if self.training else 0.0, is_causal=True
         )

@@ -170,7 +170,7 @@ def peak_bytes(config: ModelConfig, techniques: Techniques, size: int, is_lean: 
     before = [*model.parameters(), *(parameter.grad for parameter in model.parameters()), tokens]  # type: ignore[misc]
     loss_of = _lean_loss if is_lean else _plain_loss
     with PeakTracker(before) as tracker, CudaAutocast():
-        loss_of(model, tokens).backward()
+        torch.autograd.backward(loss_of(model, tokens))  # not loss.backward(), in which no mode is active
     return tracker.peak
 
 

@@ -13,6 +13,7 @@ sequences fit is what is left, divided. Written to benchmarks/results/memory.md 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,15 @@ class CudaAutocast(TorchFunctionMode):
         elif function in IN_FLOAT32:
             args, kwargs = tree_map(lambda value: value.float() if _is_half(value) else value, (args, kwargs))
         return function(*args, **kwargs)
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Give a function that does the same under this mode."""
+
+        def inside(*args: Any) -> Any:
+            with self:
+                return function(*args)
+
+        return inside
 
     def _cast(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
@@ -169,8 +179,13 @@ def peak_bytes(config: ModelConfig, techniques: Techniques, size: int, is_lean: 
         parameter.grad = torch.zeros_like(parameter)
     before = [*model.parameters(), *(parameter.grad for parameter in model.parameters()), tokens]  # type: ignore[misc]
     loss_of = _lean_loss if is_lean else _plain_loss
-    with PeakTracker(before) as tracker, CudaAutocast():
-        torch.autograd.backward(loss_of(model, tokens))  # not loss.backward(), in which no mode is active
+    autocast = CudaAutocast()
+    for block in model.trf_blocks:  # a block that is computed again does so outside of every mode but its own
+        block.forward = autocast.around(block.forward)
+    with PeakTracker(before) as tracker:
+        with autocast:
+            loss = loss_of(model, tokens)
+        loss.backward()
     return tracker.peak
 
 

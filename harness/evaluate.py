@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from harness.loss import LanguageModel, sequences_with_plain_loss, token_losses
+from harness.loss import LanguageModel, token_losses
+from harness.plan import sequences_with_plain_loss
 
 Floats = NDArray[np.float64]
 PER_MILLION_BOUNDS = (0.0, 1.0, 10.0, 100.0, 1000.0, 10_000.0)

@@ -7,15 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Logits above this size in float32 are not all held at once.
-PLAIN_LOGITS_BYTES = 2**31
-# Rows of logits at a time: enough to keep a GPU busy, 0.4 GB of float32 at GPT-2's vocabulary.
-LEAN_ROWS = 2048
-
-
-def sequences_with_plain_loss(context_length: int, vocab_size: int) -> int:
-    """Give the most sequences whose logits are held at once; a larger micro-batch takes the memory-lean loss."""
-    return PLAIN_LOGITS_BYTES // (context_length * vocab_size * 4)
+from harness.plan import LEAN_ROWS, sequences_with_plain_loss
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

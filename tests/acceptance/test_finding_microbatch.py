@@ -1,0 +1,121 @@
+"""-f finds the largest micro-batch in fresh processes, alike on all ranks, and leaves the run's folder alone."""
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ddp_train
+from harness import distributed, microbatch
+from harness.errors import ConfigError
+from harness.plan import Plan
+from tests.conftest import Called
+from tests.helpers import run
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 9, 64, 100, 1000])
+@pytest.mark.parametrize("start", [1, 6, 64])
+def test_search_finds_any_limit_in_few_trials(limit: int, start: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    assert microbatch.largest_that_fits(fits, start) == limit
+    assert len(tried) == len(set(tried)) <= 2 * (max(limit, start)).bit_length() + 2
+
+
+def test_nothing_fits_is_an_error() -> None:
+    assert microbatch.largest_that_fits(lambda _: False, 6) == 0
+    with pytest.raises(ConfigError, match="not even one sequence"):
+        microbatch.describe(0, Plan(1, 6, 16, 1024, 10))
+
+
+@pytest.mark.parametrize(
+    ("largest", "world_size", "advice"),
+    [
+        (70, 1, '"microbatch_size": 48, "gradient_accumulation_steps": 2'),
+        (96, 1, '"microbatch_size": 96, "gradient_accumulation_steps": 1'),
+        (500, 8, '"microbatch_size": 12, "gradient_accumulation_steps": 1'),
+        (7, 8, '"microbatch_size": 6, "gradient_accumulation_steps": 2'),
+    ],
+)
+def test_advice_keeps_the_global_batch(largest: int, world_size: int, advice: str) -> None:
+    text = microbatch.describe(largest, Plan(world_size, 1, 96 // world_size, 1024, 10))
+    assert advice in text
+    assert f"Largest micro-batch that trains: {largest}" in text
+
+
+def test_a_trial_tells_too_large_from_fitting(make_run: Callable[..., Path], datasets_dir: Path) -> None:
+    """Real trials in fresh processes, under a limit that they inherit."""
+    folder = make_run(model={"vocab_size": 5000, "context_length": 256, "emb_dim": 64})
+    before = sorted(folder.iterdir())
+    words = ["ddp_train.py", folder.name, str(datasets_dir), "--runs-dir", str(folder.parent), "--device", "cpu"]
+    environment = distributed.environment_of_one(distributed.Launch())
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (1500 * 2**20,) * 2); "
+        "import ddp_train; sys.exit(ddp_train.exit_status_of(ddp_train.main))"
+    )
+    trial = [sys.executable, "-c", script, *words[1:], "--try-microbatch-size"]
+    assert microbatch.succeeds([*trial, "1"], environment)
+    assert not microbatch.succeeds([*trial, "2000"], environment)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_trial_that_fails_for_another_reason_is_no_answer(
+    make_run: Callable[..., Path], datasets_dir: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="no folder"):
+        microbatch.succeeds([sys.executable, "ddp_train.py", "absent", str(datasets_dir)], {})
+
+
+@pytest.mark.parametrize("unfit_rank", [0, 1])
+def test_two_ranks_agree_on_the_smaller(
+    make_run: Callable[..., Path], datasets_dir: Path, tmp_path: Path, unfit_rank: int
+) -> None:
+    """Memory runs out on one rank above 5 sequences, on the other above 11: both must answer 5, and neither hang."""
+    folder = make_run(train={"microbatch_size": 4, "gradient_accumulation_steps": 6})
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import os, sys\n"
+        "import ddp_train\n"
+        "from harness import microbatch\n"
+        f"limit = 5 if os.environ['RANK'] == '{unfit_rank}' else 11\n"
+        "microbatch.succeeds = lambda command, environment: int(command[-1]) <= limit\n"
+        "sys.exit(ddp_train.exit_status_of(ddp_train.main))\n"
+    )
+    place = ("--runs-dir", folder.parent, "--device", "cpu")
+    root = str(Path(ddp_train.__file__).parent)
+    done = run(str(script), folder.name, datasets_dir, *place, "-f", processes=2, PYTHONPATH=root)
+    assert "Largest micro-batch that trains: 5" in done.stdout
+    # 48 sequences a global step on 2 processes: 24 each, of which 4 is the largest divisor up to 5.
+    assert '"microbatch_size": 4, "gradient_accumulation_steps": 6' in done.stdout
+
+
+def test_flag_prints_sizes_and_advice(
+    make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run()
+    monkeypatch.setattr(microbatch, "succeeds", lambda command, _: int(command[-1]) <= 3)
+    done = call(ddp_train.main, folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu", "-f")
+    assert done.status == 0
+    assert done.stdout.splitlines()[:3] == [
+        "micro-batch 2: trains",
+        "micro-batch 4: does not fit",
+        "micro-batch 3: trains",
+    ]
+    assert '"microbatch_size": 2, "gradient_accumulation_steps": 4' in done.stdout
+
+
+def test_limit_that_is_set_counts() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    code = (
+        "import resource; from harness import microbatch; resource.setrlimit(resource.RLIMIT_DATA, (10**9, 10**9)); "
+        "microbatch.limit_memory(1); print(resource.getrlimit(resource.RLIMIT_DATA)[0])"
+    )
+    done = run("-c", code)
+    assert int(done.stdout) <= 10**9
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before

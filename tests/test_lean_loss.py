@@ -1,4 +1,4 @@
-"""The memory-lean loss is the plain one, and so are its gradients, whatever the precision; it is taken when it pays."""
+"""The memory-lean loss is the plain one, and so are its gradients, in every precision; it is taken when it pays."""
 
 from collections.abc import Callable
 from pathlib import Path

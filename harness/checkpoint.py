@@ -32,6 +32,7 @@ from harness.run_folder import (
     RunFolder,
     file_sha256,
     fsync_folder,
+    json_text,
     replace_link,
     write_json,
 )
@@ -203,6 +204,9 @@ def verify(path: Path) -> None:
         raise CheckpointError(
             f"{path / MANIFEST_FILE}: found step {manifest.get('step')!r}, wanted that of the folder"
         )
+    if (path / MANIFEST_FILE).read_text(encoding="utf-8") != json_text(manifest):
+        # No hash vouches for the manifest, so it must be as `save` writes it, to the last byte.
+        raise CheckpointError(f"{path / MANIFEST_FILE}: found other bytes than were written for what it says")
     for name, (size, sha256) in files.items():
         file = path / name
         found_size, found = file.stat().st_size, file_sha256(file)

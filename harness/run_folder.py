@@ -331,9 +331,14 @@ def json_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def json_text(value: object) -> str:
+    """Give a value as `write_json` writes it; NaN and Infinity are refused."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file atomically; NaN and Infinity are refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def replace_link(link: Path, target: str) -> None:

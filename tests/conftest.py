@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, and tiny models gain nothing
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from harness.charts import ChartPainter
 from harness.errors import exit_status_of
-from tests.helpers import write_run, write_toy_dataset
+from tests.helpers import train_in_fork, write_demanding, write_run, write_toy_dataset
 
 
 class Called(NamedTuple):
@@ -62,3 +63,33 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep training from drawing, which takes longer than a tiny run."""
     monkeypatch.setattr(ChartPainter, "_start", lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, datasets_dir: Path) -> Path:
+    """A run with checkpoints after steps 0, 5, 10, 15 and 19, for reading only."""
+    folder = write_run(tmp_path_factory.mktemp("trained") / "runs" / "tiny", {}, {})
+    train_in_fork(folder, datasets_dir)
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be changed."""
+    return shutil.copytree(trained_once, tmp_path / "runs" / "tiny", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, datasets_dir: Path) -> Path:
+    """The demanding run of one process that nothing befell, for reading only."""
+    folder = write_demanding(tmp_path_factory.mktemp("whole") / "runs" / "whole")
+    train_in_fork(folder, datasets_dir)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_by_two(tmp_path_factory: pytest.TempPathFactory, datasets_dir: Path) -> Path:
+    """The demanding run of two ranks that nothing befell, for reading only."""
+    folder = write_demanding(tmp_path_factory.mktemp("whole") / "runs" / "whole-by-two")
+    train_in_fork(folder, datasets_dir, count=2)
+    return folder

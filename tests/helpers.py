@@ -2,19 +2,28 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from harness import checkpoint
+
 ROOT = Path(__file__).parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+# One process imports torch, once, and every worker is a fork of it: a start takes a tenth of a second, not seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ddp_train", "torch._dynamo"])  # the optimizer would import the second each time
 
 TINY_MODEL: dict[str, Any] = {
     "vocab_size": 97,
@@ -36,7 +45,22 @@ TINY_TRAIN: dict[str, Any] = {
     "learning_rate": 0.01,
     "use_amp": False,
 }
-
+# What could make a resumed run differ: dropout, accumulation, float16 with its scaler, a schedule, shuffling, validation.
+DEMANDING: dict[str, Any] = {
+    "min_train_tokens": 30 * 4 * 16,  # 30 global steps of 4 sequences, saved after 0, 3, 6, ... 27 and 29
+    "microbatch_size": 1,
+    "gradient_accumulation_steps": None,
+    "global_batch_size": 4,
+    "checkpoint_interval": 3,
+    "use_amp": True,
+    "schedule_learning_rate": True,
+    "warmup_period_percent": 10,
+    "clipping_max_norm": 0.5,
+    "shuffle": True,
+    "validation_interval": 7,
+    "validation_batches": 1,
+}
+LAST_STEP = 29
 
 # The keys that have no default, and no other.
 REQUIRED_TRAIN: dict[str, Any] = {
@@ -65,18 +89,24 @@ def write_toy_dataset(datasets_dir: Path) -> None:
 
 
 def write_run(folder: Path, model: dict[str, Any], train: dict[str, Any]) -> Path:
-    """Write a run folder with the tiny configuration, changed as asked, and give it."""
+    """Write a run folder with the tiny configuration, changed as asked, and give it; a key that is None is left out."""
     folder.mkdir(parents=True)
-    (folder / "model.json").write_text(json.dumps({**TINY_MODEL, **model}))
-    (folder / "train.json").write_text(json.dumps({**TINY_TRAIN, **train}))
+    for name, values in (("model.json", {**TINY_MODEL, **model}), ("train.json", {**TINY_TRAIN, **train})):
+        write(folder / name, {key: value for key, value in values.items() if value is not None})
     return folder
 
 
-def command(script: str, *words: object, processes: int | None = None) -> list[str]:
+def write_demanding(folder: Path, **train: Any) -> Path:
+    """Write a run folder with the tiny model and everything that could make a resumed run differ, and give it."""
+    return write_run(folder, {"n_layers": 1}, {**DEMANDING, **train})
+
+
+def command(script: str, *words: object, processes: int | None = None, restarts: int = 0) -> list[str]:
     """Give the command line of a script, under torchrun where `processes` is given."""
     launcher = [sys.executable]
     if processes is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += [f"--max-restarts={restarts}"]
     return [*launcher, script, *map(str, words)]
 
 
@@ -102,18 +132,137 @@ def train(folder: Path, datasets_dir: Path, *words: object, **options: Any) -> s
     return run("ddp_train.py", folder.name, datasets_dir, *words, *place, **options)
 
 
-def start_training(folder: Path, datasets_dir: Path, processes: int | None = None) -> subprocess.Popen[str]:
+def start_training(
+    folder: Path, datasets_dir: Path, processes: int | None = None, restarts: int = 0, **environment: str
+) -> subprocess.Popen[str]:
     """Start training a run on the CPU in a process group of its own, and do not wait."""
     place = ("--runs-dir", folder.parent, "--device", "cpu")
     return subprocess.Popen(
-        command("ddp_train.py", folder.name, datasets_dir, *place, processes=processes),
+        command("ddp_train.py", folder.name, datasets_dir, *place, processes=processes, restarts=restarts),
         cwd=ROOT,
-        env={**os.environ, **OFFLINE},
+        env={**os.environ, **OFFLINE, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+class Worker:
+    """A process that trains as `python ddp_train.py` does, and may be killed as that may; a fork, to start at once.
+
+    What it prints goes to a file. `before`, a function at the top of a module, is called in it first and given
+    `arguments`. Charts are not drawn. With `launched`, the process believes that torchrun started it.
+    """
+
+    def __init__(
+        self,
+        words: list[str],
+        log: Path,
+        environment: dict[str, str],
+        launched: bool = False,
+        before: Callable[..., None] | None = None,
+        arguments: tuple[Any, ...] = (),
+    ) -> None:
+        self.log = log
+        job = (words, log, environment, launched, before, arguments)
+        self.process = FORKS.Process(target=_train_in_fork, args=job, daemon=True)
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float = 90) -> int:
+        """Wait for its end, at most so long, and give its exit status; minus the signal's number if one killed it."""
+        self.process.join(seconds)
+        status = self.process.exitcode
+        assert status is not None, f"still runs after {seconds} seconds: {self.stderr}"
+        return status
+
+    def end(self) -> None:
+        """Kill it if it still runs, even if it was stopped."""
+        self.process.kill()
+        self.process.join()
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed."""
+        return self.log.with_suffix(".out").read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has complained about."""
+        return self.log.with_suffix(".err").read_text()
+
+
+def _train_in_fork(
+    words: list[str],
+    log: Path,
+    environment: dict[str, str],
+    launched: bool,
+    before: Callable[..., None] | None,
+    arguments: tuple[Any, ...],
+) -> None:
+    for descriptor, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ.update({**OFFLINE, **environment})
+    import ddp_train
+    from harness.charts import ChartPainter
+
+    ddp_train.parent = os.getppid()  # the fork's, not that of the process that imported it
+    if launched:
+        os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    ChartPainter._start = lambda _: None  # type: ignore[method-assign]
+    sys.argv = ["ddp_train.py", *words]
+    if before is not None:
+        before(*arguments)
+    sys.exit(ddp_train.exit_status_of(ddp_train.main, speaks=environment.get("RANK", "0") == "0"))
+
+
+@contextmanager
+def workers(
+    folder: Path, datasets_dir: Path, *more: object, count: int = 1, restart: int = 0, **options: Any
+) -> Iterator[list[Worker]]:
+    """Start `count` ranks that train a run together, as torchrun would; whatever still runs at the end is killed.
+
+    `fault` is the TRAIN_FAULT of all of them; other options are those of Worker.
+    """
+    words = [folder.name, str(datasets_dir), *map(str, more), "--runs-dir", str(folder.parent), "--device", "cpu"]
+    environment = {"TRAIN_FAULT": options.pop("fault")} if "fault" in options else {}
+    if count > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {name: str(value) for name, value in shared.items()}
+        options.setdefault("launched", True)
+    environment["TORCHELASTIC_RESTART_COUNT"] = str(restart)
+    started: list[Worker] = []
+    earlier = len(list(folder.parent.glob(f"{folder.name}-start-*-rank-0.out")))
+    try:
+        for rank in range(count):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            log = folder.parent / f"{folder.name}-start-{earlier}-rank-{rank}"
+            started.append(Worker(words, log, {**environment, **place}, **options))
+        yield started
+    finally:
+        for worker in started:
+            worker.end()
+
+
+def train_in_fork(folder: Path, datasets_dir: Path, *more: object, check: int = 0, **options: Any) -> list[Worker]:
+    """Train as `workers` does, to the end; assert every rank's exit status."""
+    with workers(folder, datasets_dir, *more, **options) as started:
+        statuses = [worker.wait() for worker in started]
+    assert statuses == [check] * len(started), [worker.stderr for worker in started]
+    return started
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -146,3 +295,30 @@ def final_bits(folder: Path) -> dict[str, Any]:
     }
     losses = [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in metrics(folder)]
     return {**hashes, "state": state, "losses": losses}
+
+
+def strict_json(text: str) -> Any:
+    """Read JSON as its standard has it, without NaN and Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def assert_tidy(folder: Path) -> None:
+    """Assert that nothing unfinished lies about, that links lead somewhere, and that every JSON file is strict."""
+    assert not list(folder.rglob(".tmp-*"))
+    assert not list(folder.rglob(".*.tmp"))
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.jsonl")]:
+        for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+            strict_json(text)
+    for link in ("latest", "best"):
+        checkpoint.verify((folder / "checkpoints" / link).resolve())
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Assert that a run is complete, tidy, and to the bit what a run is that nothing befell."""
+    assert status(folder)["state"] == "complete", status(folder)
+    assert_tidy(folder)
+    assert final_bits(folder) == final_bits(reference)

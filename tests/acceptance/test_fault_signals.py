@@ -1,0 +1,145 @@
+"""Asked to stop, a run stops: saved, on all ranks, and once."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import checkpoint
+from harness.run_folder import RunFolder
+from tests.helpers import (
+    assert_same_run,
+    assert_tidy,
+    metrics,
+    start_training,
+    status,
+    train_in_fork,
+    wait_for,
+    workers,
+    write_demanding,
+)
+
+
+def assert_stopped_after(folder: Path, step: int) -> None:
+    """Assert that a run stopped on request after global step `step` or the one after it, with its state saved.
+
+    A step's numbers, and with them the request, are read when the next one has begun, or at once for a scheduled save.
+    """
+    found = status(folder)
+    assert (found["state"], found["exit_code"]) == ("stopped", 75)
+    assert found["step"] in (step, step + 1)
+    step = found["step"]
+    assert len(metrics(folder)) == step + 1
+    assert RunFolder(folder).checkpoint_steps()[-1] == step
+    assert_tidy(folder)
+
+
+@pytest.mark.fault("F24")
+def test_sigterm_to_the_launcher_saves_on_all_ranks(whole_by_two: Path, tmp_path: Path, datasets_dir: Path) -> None:
+    folder = write_demanding(tmp_path / "runs" / "stopped")
+    launcher = start_training(folder, datasets_dir, 2, TRAIN_FAULT="step.start:sleep:0.2")
+    wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 5)
+    launcher.send_signal(signal.SIGTERM)
+    at = len(metrics(folder))
+    try:
+        launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 1  # whatever the ranks say
+    assert_stopped_after(folder, at + (status(folder)["step"] > at + 1))  # torchrun takes a moment to hand it on
+    train_in_fork(folder, datasets_dir, count=2)
+    assert_same_run(folder, whole_by_two)
+
+
+@pytest.mark.fault("F25")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_stops_all_at_one_step(
+    whole_by_two: Path, tmp_path: Path, datasets_dir: Path, rank: int
+) -> None:
+    folder = write_demanding(tmp_path / "runs" / "stopped")
+    ranks = train_in_fork(folder, datasets_dir, count=2, check=75, fault=f"step.start@10#{rank}:term")
+    assert_stopped_after(folder, 10)
+    assert "asked to stop: saved after global step 11; run the same command to go on" in ranks[0].stderr
+    assert "asked to stop" not in ranks[1].stderr
+    train_in_fork(folder, datasets_dir, count=2)
+    assert_same_run(folder, whole_by_two)
+
+
+@pytest.mark.fault("F26")
+def test_one_sigint_saves_and_a_second_ends_at_once(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
+    folder = write_demanding(tmp_path / "runs" / "interrupted")
+    with workers(folder, datasets_dir, fault="step.backward@7:sleep:0.7") as (worker,):
+        wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 6)
+        time.sleep(0.7)
+        worker.send(signal.SIGINT)
+        assert worker.wait() == 75
+    assert_stopped_after(folder, 7)
+    with workers(folder, datasets_dir, fault="step.backward@12:sleep:60") as (worker,):
+        wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 11)
+        time.sleep(0.7)
+        worker.send(signal.SIGINT)
+        time.sleep(0.3)
+        assert worker.process.is_alive()
+        worker.send(signal.SIGINT)
+        again = time.monotonic()
+        assert worker.wait() == -signal.SIGINT
+        assert time.monotonic() - again < 1
+    for step in RunFolder(folder).checkpoint_steps():
+        checkpoint.verify(RunFolder(folder).checkpoint(step))
+    train_in_fork(folder, datasets_dir)
+    assert_same_run(folder, whole)
+
+
+SAVE = ("begin", "file:model.safetensors", "manifest", "rename", "latest", "prune", "end")
+
+
+@pytest.mark.fault("F27")
+def test_sigterm_inside_a_save_lets_it_finish(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
+    """One start for every point of a save; each goes on from where the last was stopped."""
+    folder = write_demanding(tmp_path / "runs" / "stopped", checkpoints_to_keep=2)
+    for number, point in enumerate(SAVE):
+        step = 6 + 3 * number
+        train_in_fork(folder, datasets_dir, check=75, fault=f"ckpt.{point}@{step}:term")
+        assert_stopped_after(folder, step + 1)
+        checkpoint.verify(RunFolder(folder).checkpoint(step))
+    train_in_fork(folder, datasets_dir)
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.fault("F28")
+def test_sigterm_before_training_leaves_the_run_as_it_was(trained: Path, datasets_dir: Path) -> None:
+    """While torch is imported nothing has been written, so there is nothing to save."""
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    process = start_training(trained, datasets_dir)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == -signal.SIGTERM
+    process.communicate()
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.fault("F28")
+def test_sigterm_during_an_evaluation_is_heeded_after_it(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
+    folder = write_demanding(tmp_path / "runs" / "stopped")
+    train_in_fork(folder, datasets_dir, check=75, fault="eval@6:term")
+    assert_stopped_after(folder, 7)
+    assert all("val/loss" in line for line in metrics(folder) if line["step"] in (0, 3, 6))
+    train_in_fork(folder, datasets_dir)
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.fault("F29")
+def test_a_survivor_that_is_told_to_stop_does_not_wait_for_the_dead(
+    whole_by_two: Path, tmp_path: Path, datasets_dir: Path
+) -> None:
+    """When a rank dies the launcher sends SIGTERM to the others: their handlers must not enter a collective."""
+    folder = write_demanding(tmp_path / "runs" / "survivor")
+    with workers(folder, datasets_dir, count=2, fault="step.start@7#1:kill9") as (survivor, dead):
+        assert dead.wait() == -signal.SIGKILL
+        survivor.send(signal.SIGTERM)
+        told = time.monotonic()
+        assert survivor.wait() in (8, -signal.SIGTERM)
+        assert time.monotonic() - told < 5
+    train_in_fork(folder, datasets_dir, count=2)
+    assert_same_run(folder, whole_by_two)

@@ -4,6 +4,7 @@ The environment variables of torchrun are read here and nowhere else. A single p
 every function below works without one.
 """
 
+import atexit
 import ctypes
 import json
 import os
@@ -156,6 +157,9 @@ def process_group(launch: Launch, device: torch.device, watch: Watch) -> Iterato
         with suppress(RuntimeError):  # nobody may be left to tell
             watch.report(error, traceback.format_exc())
         raise
+    # Who lets go of the group last ends it, and waits for its threads. DDP would do that with Python's lock in hand,
+    # which those threads may be waiting for; Python gives the lock away first, so it must be the last.
+    atexit.register(lambda _: None, dist.group.WORLD)
     dist.destroy_process_group()
 
 

@@ -83,6 +83,7 @@ def main() -> None:
     with ExitStack() as stack:
         stack.enter_context(stop)
         if launch.is_main:
+            faults.announce()
             stack.enter_context(folder.locked())
             stack.enter_context(painter)
             stack.enter_context(folder.reporting_failure())

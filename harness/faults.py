@@ -17,6 +17,7 @@ import errno
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,6 +73,12 @@ def configured() -> Fault | None:
         action=match["action"],
         seconds=float(match["seconds"] or 0),
     )
+
+
+def announce() -> None:
+    """Say so, in one line on stderr, where a fault is set."""
+    if configured() is not None:
+        print(f"warning: {VARIABLE} is set: this run breaks on purpose ({os.environ[VARIABLE]})", file=sys.stderr)
 
 
 def reach(point: str, step: int | None = None, model: "nn.Module | None" = None) -> None:

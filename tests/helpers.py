@@ -1,6 +1,7 @@
 """Running the commands as a user does, and reading what they leave."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from harness import checkpoint
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+STARTS = itertools.count()
 # One process imports torch, once, and every worker is a fork of it: a start takes a tenth of a second, not seconds.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["ddp_train", "torch._dynamo"])  # the optimizer would import the second each time
@@ -245,11 +247,11 @@ def workers(
         options.setdefault("launched", True)
     environment["TORCHELASTIC_RESTART_COUNT"] = str(restart)
     started: list[Worker] = []
-    earlier = len(list(folder.parent.glob(f"{folder.name}-start-*-rank-0.out")))
+    number = next(STARTS)
     try:
         for rank in range(count):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-            log = folder.parent / f"{folder.name}-start-{earlier}-rank-{rank}"
+            log = folder.parent / f"{folder.name}-start-{number}-rank-{rank}"
             started.append(Worker(words, log, {**environment, **place}, **options))
         yield started
     finally:
@@ -260,7 +262,10 @@ def workers(
 def train_in_fork(folder: Path, datasets_dir: Path, *more: object, check: int = 0, **options: Any) -> list[Worker]:
     """Train as `workers` does, to the end; assert every rank's exit status."""
     with workers(folder, datasets_dir, *more, **options) as started:
-        statuses = [worker.wait() for worker in started]
+        deadline = time.monotonic() + 90
+        for worker in started:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+        statuses = [worker.process.exitcode for worker in started]
     assert statuses == [check] * len(started), [worker.stderr for worker in started]
     return started
 

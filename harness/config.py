@@ -22,6 +22,7 @@ from harness.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 MAX_FILE_BYTES = 64 * 1024
+MAX_PARAMETERS = 10**10
 DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -61,7 +62,7 @@ class ModelConfig:
     n_heads: int = Field(gt=0, le=2**12)
     """Attention heads per block."""
     n_layers: int = Field(gt=0, le=2**10)
-    """Transformer blocks."""
+    """Transformer blocks; the whole model may have 10^10 parameters."""
     drop_rate: float = Field(ge=0, lt=1)
     """Dropout on embeddings, attention weights and residual branches; 0 turns it off."""
     qkv_bias: bool
@@ -290,7 +291,20 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
     for missing, given in (pair, pair[::-1]):
         if data.get(missing) is None and data.get(given) is not None:
             lines.append(f"{missing}: missing, wanted a number because {given} is given")
-    return lines
+    return lines + _too_large(data)
+
+
+def _too_large(data: dict[str, Any]) -> list[str]:
+    """Refuse a model that no machine could hold before anything is allocated for it; counts its matrices alone."""
+    if not {"vocab_size", "emb_dim", "n_layers"} <= data.keys():
+        return []
+    parameters = data["emb_dim"] * (data["vocab_size"] + 12 * data["n_layers"] * data["emb_dim"])
+    if parameters <= MAX_PARAMETERS:
+        return []
+    return [
+        f"emb_dim: found a model of over {parameters:,} parameters with these vocab_size and n_layers, "
+        f"wanted at most {MAX_PARAMETERS:,}"
+    ]
 
 
 def _line_for(key: str, item: dict[str, Any], config_class: type) -> str:

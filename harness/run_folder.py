@@ -13,7 +13,9 @@ import platform
 import re
 import shutil
 import socket
+import stat
 import subprocess
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -187,6 +189,8 @@ class RunFolder:
 
         Raises RunLockedError, naming the holder, if another process holds it.
         """
+        if self.path.stat().st_mode & stat.S_IWOTH:
+            print(f"warning: {self.path}: every user of this machine may write here (chmod o-w)", file=sys.stderr)
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

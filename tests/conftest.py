@@ -25,6 +25,20 @@ class Called(NamedTuple):
     stderr: str
 
 
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """Show, for `pytest -m fault --collect-only -q`, which test is behind which row of docs/reliability.md."""
+    if not config.option.collectonly or config.option.markexpr != "fault":
+        return []
+    shown: dict[str, set[str]] = {}
+    for item in items:
+        tiers = [name for name in ("slow", "gpu") if item.get_closest_marker(name)]
+        test = f"{item.nodeid.partition('[')[0]}  {', '.join(tiers) or 'default'}"
+        for marker in item.iter_markers("fault"):
+            for row in marker.args:
+                shown.setdefault(row, set()).add(test)
+    return [f"{row}  {test}" for row in sorted(shown) for test in sorted(shown[row])]
+
+
 @pytest.fixture(scope="session")
 def datasets_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with dataset `toy`."""

@@ -47,7 +47,7 @@ TINY_TRAIN: dict[str, Any] = {
     "learning_rate": 0.01,
     "use_amp": False,
 }
-# What could make a resumed run differ: dropout, accumulation, float16 with its scaler, a schedule, shuffling, validation.
+# What could make a resumed run differ: dropout, accumulation, float16 and its scaler, a schedule, shuffling.
 DEMANDING: dict[str, Any] = {
     "min_train_tokens": 30 * 4 * 16,  # 30 global steps of 4 sequences, saved after 0, 3, 6, ... 27 and 29
     "microbatch_size": 1,
@@ -91,7 +91,7 @@ def write_toy_dataset(datasets_dir: Path) -> None:
 
 
 def write_run(folder: Path, model: dict[str, Any], train: dict[str, Any]) -> Path:
-    """Write a run folder with the tiny configuration, changed as asked, and give it; a key that is None is left out."""
+    """Write a run folder with the tiny configuration, changed as asked, and give it; None leaves a key out."""
     folder.mkdir(parents=True)
     for name, values in (("model.json", {**TINY_MODEL, **model}), ("train.json", {**TINY_TRAIN, **train})):
         write(folder / name, {key: value for key, value in values.items() if value is not None})
@@ -134,13 +134,12 @@ def train(folder: Path, datasets_dir: Path, *words: object, **options: Any) -> s
     return run("ddp_train.py", folder.name, datasets_dir, *words, *place, **options)
 
 
-def start_training(
-    folder: Path, datasets_dir: Path, processes: int | None = None, restarts: int = 0, **environment: str
+def start_process(
+    script: str, *words: object, processes: int | None = None, restarts: int = 0, **environment: str
 ) -> subprocess.Popen[str]:
-    """Start training a run on the CPU in a process group of its own, and do not wait."""
-    place = ("--runs-dir", folder.parent, "--device", "cpu")
+    """Start a script in a process group of its own, and do not wait."""
     return subprocess.Popen(
-        command("ddp_train.py", folder.name, datasets_dir, *place, processes=processes, restarts=restarts),
+        command(script, *words, processes=processes, restarts=restarts),
         cwd=ROOT,
         env={**os.environ, **OFFLINE, **environment},
         stdout=subprocess.PIPE,
@@ -148,6 +147,14 @@ def start_training(
         text=True,
         start_new_session=True,
     )
+
+
+def start_training(
+    folder: Path, datasets_dir: Path, processes: int | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """Start training a run on the CPU, as `start_process` does."""
+    place = ("--runs-dir", folder.parent, "--device", "cpu")
+    return start_process("ddp_train.py", folder.name, datasets_dir, *place, processes=processes, **options)
 
 
 class Worker:

@@ -3,18 +3,20 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import ddp_train
 from harness import checkpoint
 from harness.checkpoint import TrainState
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, StorageError
+from harness.optim import make_optimizer
 from harness.run_folder import RunFolder
+from model import GPTModel
 from tests.conftest import Called
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -34,6 +36,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.fault("F11")
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink], ids=["bit", "truncated", "missing"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_passed_over_and_never_loaded(
@@ -48,6 +51,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_loaded(
     checkpoint.verify(trained / "checkpoints" / "step-00000019")
 
 
+@pytest.mark.fault("F12")
 def test_a_damaged_checkpoint_that_was_named_is_an_error(
     trained: Path, datasets_dir: Path, call: Callable[..., Called]
 ) -> None:
@@ -58,6 +62,7 @@ def test_a_damaged_checkpoint_that_was_named_is_an_error(
     assert json.loads((trained / "status.json").read_text())["exit_code"] == 4
 
 
+@pytest.mark.fault("F13")
 def test_no_valid_checkpoint_is_an_error_and_fresh_is_the_way_out(
     trained: Path, datasets_dir: Path, call: Callable[..., Called]
 ) -> None:
@@ -85,6 +90,7 @@ def test_an_unknown_or_hostile_checkpoint_name_is_refused(
     assert call(ddp_train.main, *words(trained, datasets_dir, name)).status == 4
 
 
+@pytest.mark.fault("F35")
 @pytest.mark.parametrize(
     ("key", "value"), [("learning_rate", 0.02), ("random_seed", 1), ("microbatch_size", 4), ("start_train_token", 1)]
 )
@@ -108,6 +114,7 @@ def test_links_follow_when_an_older_checkpoint_is_resumed(
         assert (trained / "checkpoints" / link).resolve().name == "step-00000005"
 
 
+@pytest.mark.fault("F35", "F48")
 def test_other_data_under_the_same_name_are_refused(
     trained: Path, datasets_dir: Path, call: Callable[..., Called], tmp_path: Path
 ) -> None:
@@ -138,58 +145,36 @@ def test_a_constant_rate_run_can_be_made_longer(
     assert "Tokens seen: 3,072" in done.stdout
 
 
-def test_an_interrupted_save_leaves_the_older_checkpoint_and_no_litter(
-    trained: Path, datasets_dir: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.fault("F18")
+@pytest.mark.parametrize("point", [*(f"ckpt.file:{name}" for name in FILES[:3]), "ckpt.manifest"])
+def test_an_interrupted_save_leaves_the_older_checkpoints_and_no_litter(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    """Every file operation of a save fails in turn."""
     folder = RunFolder(trained)
-    state, _, _ = checkpoint.read_state(folder.checkpoint(19))
-    trainee = _some_trainee(trained)
-    for failing in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
-        with failing_file(monkeypatch, failing), pytest.raises(OSError, match="injected"):
-            checkpoint.save(folder, trainee, TrainState(**{**vars(state), "next_step": 26}), {})
-        assert folder.checkpoint_steps() == [0, 5, 10, 15, 19]
-        assert not list(folder.checkpoints.glob(".*"))
-        assert (folder.checkpoints / "latest").readlink() == Path("step-00000019")
-        checkpoint.verify(folder.checkpoint(19))
-
-
-def _some_trainee(trained: Path) -> checkpoint.Trainee:
-    import torch
-
-    from harness.optim import make_optimizer
-    from model import GPTModel
-
-    model_config, config = RunFolder(trained).read_configs()
+    model_config, config = folder.read_configs()
     model = GPTModel(model_config)
-    optimizer = make_optimizer(model, config, torch.device("cpu"))
-    return checkpoint.Trainee(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trainee = checkpoint.Trainee(model, make_optimizer(model, config, torch.device("cpu")), scaler)
+    contents = checkpoint.read_contents(folder.checkpoint(19))
+    monkeypatch.setenv("TRAIN_FAULT", f"{point}:enospc")
+    with pytest.raises(StorageError, match="No space left on device"):
+        checkpoint.save(folder, trainee, TrainState(**{**vars(contents.state), "next_step": 26}), contents.basis)
+    assert folder.checkpoint_steps() == [0, 5, 10, 15, 19]
+    assert not list(folder.checkpoints.glob(".*"))
+    assert (folder.checkpoints / "latest").readlink() == Path("step-00000019")
+    checkpoint.verify(folder.checkpoint(19))
 
 
-@contextmanager
-def failing_file(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
-    """Make writing a file of this name fail, as a full disk would."""
-    with monkeypatch.context() as patch:
-        for function in ("save_file", "write_json"):
-            original = getattr(checkpoint, function)
-
-            def fails(*arguments: object, original: Callable[..., None] = original) -> None:
-                if any(isinstance(value, Path) and value.name == name for value in arguments):
-                    raise OSError("injected")
-                original(*arguments)
-
-            patch.setattr(checkpoint, function, fails)
-        yield
-
-
+@pytest.mark.fault("F23")
 def test_pruning_keeps_the_newest_and_the_best(trained: Path) -> None:
-    folder = RunFolder(trained)
-    checkpoint.prune(folder, 2, best_step=5)
+    folder, state = RunFolder(trained), TrainState(next_step=20, best_step=5)
+    checkpoint.prune(folder, 2, state)
     assert folder.checkpoint_steps() == [5, 15, 19]
-    checkpoint.prune(folder, None, best_step=5)
+    checkpoint.prune(folder, None, state)
     assert folder.checkpoint_steps() == [5, 15, 19]
 
 
+@pytest.mark.fault("F16")
 def test_a_stranger_s_manifest_cannot_reach_outside(trained: Path, tmp_path: Path) -> None:
     target = trained / "checkpoints" / "step-00000019"
     outside = tmp_path / "secret"
@@ -207,6 +192,7 @@ def test_a_stranger_s_manifest_cannot_reach_outside(trained: Path, tmp_path: Pat
         checkpoint.verify(target)
 
 
+@pytest.mark.fault("F43")
 def test_best_is_the_interval_with_the_lowest_finite_mean() -> None:
     state = TrainState()
     verdicts = []
@@ -235,6 +221,7 @@ def test_a_run_that_begins_to_validate_compares_anew() -> None:
         assert state.close_interval(validation) == (validation != 2.5)
 
 
+@pytest.mark.fault("F05")
 def test_links_are_never_missing_while_they_are_replaced(tmp_path: Path) -> None:
     """Read in one process what another replaces as fast as it can."""
     import subprocess

@@ -72,6 +72,7 @@ def test_token_types(tmp_path: Path, save: Callable[..., Path], dtype: type) -> 
     assert found.tolist() == [1, 50256, 65535]
 
 
+@pytest.mark.fault("F45")
 @pytest.mark.parametrize(
     "dtype", [np.float32, np.float16, np.float64, np.int64, np.uint64, np.int16, np.int8, np.uint8, np.bool_]
 )
@@ -80,12 +81,14 @@ def test_other_types_are_refused(tmp_path: Path, save: Callable[..., Path], dtyp
     assert "wanted U16, I32 or U32" in refused(tmp_path)
 
 
+@pytest.mark.fault("F45")
 @pytest.mark.parametrize("shape", [(4, 25), (1, 100), (100, 1), (), (0,), (0, 4)])
 def test_other_shapes_are_refused(tmp_path: Path, save: Callable[..., Path], shape: tuple[int, ...]) -> None:
     save(tokens=np.ones(shape, np.uint16))
     assert "wanted one dimension and at least one token" in refused(tmp_path)
 
 
+@pytest.mark.fault("F45")
 @pytest.mark.parametrize("name", ["token", "input_ids", "Tokens"])
 def test_missing_tensor_is_refused_with_the_names_that_were_found(
     tmp_path: Path, save: Callable[..., Path], name: str
@@ -101,6 +104,7 @@ def test_other_tensors_beside_the_tokens_do_no_harm(tmp_path: Path, save: Callab
     assert open_split(tmp_path, "mine", "train").read(0, 5).tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.fault("F45")
 @pytest.mark.parametrize(
     "damage",
     [
@@ -141,6 +145,7 @@ def test_missing_file_and_a_folder_in_its_place_are_refused(tmp_path: Path) -> N
 # --- ids -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F46")
 @pytest.mark.parametrize(
     ("dtype", "place", "value", "vocab_size"),
     [
@@ -374,6 +379,7 @@ def test_evaluation_reads_every_sequence_once(tmp_path: Path, save: Callable[...
 # --- opening the data of a run -------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F47")
 @pytest.mark.parametrize("start", [800, 801, 10**12])
 def test_start_beyond_the_end_is_refused(tmp_path: Path, save: Callable[..., Path], start: int) -> None:
     save(tokens=np.zeros(800, np.uint16))

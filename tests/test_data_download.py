@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -189,6 +190,7 @@ def test_pinned_revision_is_the_one_downloaded(tmp_path: Path, hub: Hub) -> None
             assert (folder / "datasets" / DATASET / name).read_bytes() == hub.files[COMMITS["v2"]][name]
 
 
+@pytest.mark.fault("F49")
 @pytest.mark.parametrize(
     ("names", "config"),
     [
@@ -222,6 +224,34 @@ def test_two_processes_download_once(tmp_path: Path, hub: Hub) -> None:
     assert hub.fetched() == ["train.safetensors", "validation.safetensors"]
 
 
+@pytest.mark.fault("F07", "F28")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_download_that_was_cut_off_is_made_again(tmp_path: Path, hub: Hub, number: signal.Signals) -> None:
+    hub.delay_seconds = 1.0
+    process = start(tmp_path, hub.url)
+    while "train.safetensors" not in hub.fetched():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=5) == -number
+    process.communicate()
+    assert not list((tmp_path / "datasets" / DATASET).glob("*.safetensors"))
+    hub.delay_seconds = 0.0
+    status, lines = finish(start(tmp_path, hub.url))
+    assert status == 0, lines
+    for name in ("train.safetensors", "validation.safetensors"):
+        assert (tmp_path / "datasets" / DATASET / name).read_bytes() == hub.files[COMMITS["main"]][name]
+
+
+@pytest.mark.fault("F49")
+def test_a_refused_token_is_not_printed(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_" + "s3cret" * 6
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "token").write_text(token)
+    monkeypatch.setattr(hub, "answer_to", lambda _: (401, {}, f"invalid token {token}".encode()))
+    assert token not in data_error(start(tmp_path, hub.url))
+
+
 def data_error(process: subprocess.Popen[str]) -> str:
     """Wait for a process that must end with a documented data error of one line; give the line."""
     status, lines = finish(process)
@@ -231,6 +261,7 @@ def data_error(process: subprocess.Popen[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.fault("F49")
 @pytest.mark.parametrize("offline", [False, True], ids=["nobody answers", "offline mode"])
 def test_unreachable_hub_is_one_line_that_says_so(tmp_path: Path, offline: bool) -> None:
     line = data_error(start(tmp_path, "http://127.0.0.1:9", offline))

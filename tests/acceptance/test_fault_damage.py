@@ -1,4 +1,4 @@
-"""A damaged checkpoint is detected and never loaded; links are hints, and no stranger's checkpoint reaches outside."""
+"""A damaged checkpoint is detected and never loaded; no stranger's checkpoint reaches outside."""
 
 import json
 import os
@@ -77,9 +77,7 @@ def tree(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.fault("F13")
-def test_without_a_valid_checkpoint_nothing_is_trained_or_deleted(
-    trained: Path, datasets_dir: Path
-) -> None:
+def test_without_a_valid_checkpoint_nothing_is_trained_or_deleted(trained: Path, datasets_dir: Path) -> None:
     reasons = []
     for number, path in enumerate(sorted((trained / "checkpoints").glob("step-*"), reverse=True)):
         file = path / FILES[number % len(FILES)]
@@ -198,9 +196,7 @@ class Bomb:
 
 @pytest.mark.fault("F17")
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_pickle_is_never_opened(
-    trained: Path, tmp_path: Path, datasets_dir: Path, name: str
-) -> None:
+def test_a_pickle_is_never_opened(trained: Path, tmp_path: Path, datasets_dir: Path, name: str) -> None:
     """The manifest vouches for the bomb, as it would in a checkpoint that a stranger has made."""
     target, canary = trained / "checkpoints" / NEWEST, tmp_path / "canary"
     (target / name).write_bytes(pickle.dumps({"exp_avg": Bomb(canary)}))

@@ -68,7 +68,9 @@ def before_save(step: int, function: Callable[[], object]) -> None:
     """Have something happen just before the save of a global step."""
     save = checkpoint.save
 
-    def save_after(folder: RunFolder, trainee: checkpoint.Trainee, state: checkpoint.TrainState, *more: object) -> Path:
+    def save_after(
+        folder: RunFolder, trainee: checkpoint.Trainee, state: checkpoint.TrainState, *more: object
+    ) -> Path:
         if state.next_step - 1 == step:
             function()
         return save(folder, trainee, state, *more)  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -125,7 +124,7 @@ def is_running(pid: int) -> bool:
 
 
 def die(folder: Path, datasets_dir: Path, fault: str) -> Worker:
-    """Train until the fault kills the process, and check that `latest` and `best` lead to whole checkpoints or nowhere."""
+    """Train until the fault kills the process; check that both links lead to whole checkpoints or nowhere."""
     (worker,) = train_in_fork(folder, datasets_dir, check=-9, fault=f"{fault}:kill9")
     for name in ("latest", "best"):
         link = folder / "checkpoints" / name
@@ -134,7 +133,7 @@ def die(folder: Path, datasets_dir: Path, fault: str) -> Worker:
     return worker
 
 
-LEAVES_A_PART = ("ckpt.file:model.safetensors", "ckpt.file:optimizer.safetensors", "ckpt.file:state.json", "ckpt.manifest")
+LEAVES_A_PART = (*(f"ckpt.file:{name}" for name in checkpoint.FILES), "ckpt.manifest")
 POINTS = ("ckpt.begin", *LEAVES_A_PART, "ckpt.rename", "ckpt.latest", "ckpt.best", "ckpt.prune", "ckpt.end")
 
 

@@ -110,5 +110,6 @@ def test_a_first_window_that_is_not_finite_is_never_the_best(
     folder = make_run(train={"validation_interval": 5, "validation_batches": 1})
     train_in_fork(folder, datasets_dir, fault="step.backward@0:nan")
     assert metrics(folder)[0]["train/grad_norm"] is None
-    assert math.isfinite(json.loads((folder / "checkpoints/latest/state.json").read_text())["train_state"]["best_loss"])
+    state = json.loads((folder / "checkpoints" / "latest" / "state.json").read_text())["train_state"]
+    assert math.isfinite(state["best_loss"])
     assert_finite(folder)

@@ -24,7 +24,7 @@ from tests.helpers import (
 def assert_stopped_after(folder: Path, step: int) -> None:
     """Assert that a run stopped on request after global step `step` or the one after it, with its state saved.
 
-    A step's numbers, and with them the request, are read when the next one has begun, or at once for a scheduled save.
+    A step's numbers, and the request with them, are read when the next one has begun, or at once before a save.
     """
     found = status(folder)
     assert (found["state"], found["exit_code"]) == ("stopped", 75)

@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import LAST_STEP, assert_same_run, metrics, start_training, status, train, wait_for, write_demanding
-
+from tests.helpers import (
+    LAST_STEP,
+    assert_same_run,
+    metrics,
+    start_training,
+    status,
+    train,
+    wait_for,
+    write_demanding,
+)
 
 # So that a signal sent after a save arrives before the end.
 SLOWLY = "step.start:sleep:0.05"
@@ -28,6 +36,7 @@ def kill_after_a_save(folder: Path, datasets_dir: Path, processes: int | None) -
     assert not (folder / "checkpoints" / "step-00000029").exists()
 
 
+@pytest.mark.fault("F01")
 def test_killed_after_a_save_and_run_again_is_the_same_to_the_bit(
     whole: Path, tmp_path: Path, datasets_dir: Path
 ) -> None:
@@ -39,6 +48,7 @@ def test_killed_after_a_save_and_run_again_is_the_same_to_the_bit(
     assert [line["step"] for line in metrics(killed)] == list(range(LAST_STEP + 1))
 
 
+@pytest.mark.fault("F01")
 def test_two_processes_killed_and_run_again_are_the_same_to_the_bit(
     whole_by_two: Path, tmp_path: Path, datasets_dir: Path
 ) -> None:

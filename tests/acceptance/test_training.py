@@ -58,6 +58,7 @@ def test_a_run_prints_and_writes_what_it_promises(make_run: Callable[..., Path],
     assert record["dataset"][0]["count"] == 2561
 
 
+@pytest.mark.fault("F09")
 def test_running_a_finished_run_again_changes_nothing(
     make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], without_charts: None
 ) -> None:
@@ -73,6 +74,7 @@ def test_running_a_finished_run_again_changes_nothing(
     assert tree() == before
 
 
+@pytest.mark.fault("F44")
 def test_splitting_the_global_batch_changes_only_rounding(make_run: Callable[..., Path], datasets_dir: Path) -> None:
     """1 process x micro-batch 2 x accumulation 4, 2 x 2 x 2 and 4 x 2 x 1."""
     folders = []
@@ -91,6 +93,7 @@ def test_splitting_the_global_batch_changes_only_rounding(make_run: Callable[...
             np.testing.assert_allclose(tensor, weights[0][name], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.fault("F44")
 def test_gradients_are_reduced_once_a_global_step(make_run: Callable[..., Path], datasets_dir: Path) -> None:
     folder = make_run(train=SAME_DATA)  # 4 accumulation steps
     script = str(Path(__file__).parent / "count_all_reduces.py")
@@ -125,6 +128,7 @@ def test_max_steps_stops_saved_on_the_same_schedule(
     ]
 
 
+@pytest.mark.fault("F36")
 def test_two_trainers_cannot_share_a_run(make_run: Callable[..., Path], datasets_dir: Path) -> None:
     folder = make_run(train={"min_train_tokens": 150 * 8 * 16})
     process = start_training(folder, datasets_dir)

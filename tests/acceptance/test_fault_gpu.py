@@ -1,0 +1,90 @@
+"""What of the fault matrix only a GPU can show."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import checkpoint
+from harness.config import ModelConfig, TrainConfig
+from harness.optim import make_optimizer
+from harness.run_folder import RunFolder
+from harness.train_state import TrainState
+from model import empty_model, initialise
+from tests.acceptance.test_fault_kill import lines_in, needs_proc, rank_processes
+from tests.helpers import (
+    REQUIRED_TRAIN,
+    assert_same_run,
+    run,
+    start_process,
+    wait_for,
+    write_demanding,
+)
+
+pytestmark = pytest.mark.gpu
+EXACT = {"deterministic": True, "compile": False}
+
+
+def place(folder: Path, datasets_dir: Path) -> tuple[object, ...]:
+    return ("ddp_train.py", folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cuda")
+
+
+@pytest.mark.fault("F01", "F40")
+@pytest.mark.parametrize("amp_dtype", ["float16", "bfloat16"])
+def test_a_killed_run_is_the_same_to_the_bit_on_cuda(tmp_path: Path, datasets_dir: Path, amp_dtype: str) -> None:
+    """With deterministic kernels; a step is skipped on the way, so that the scaler's state matters."""
+    whole, killed = (
+        write_demanding(tmp_path / "runs" / name, amp_dtype=amp_dtype, **EXACT) for name in ("whole", "killed")
+    )
+    run(*place(whole, datasets_dir), TRAIN_FAULT="step.backward@5:nan")
+    run(*place(killed, datasets_dir), "--max-steps", 6, TRAIN_FAULT="step.backward@5:nan")
+    run(*place(killed, datasets_dir), check=-9, TRAIN_FAULT="ckpt.manifest@12:kill9")
+    run(*place(killed, datasets_dir))
+    assert_same_run(killed, whole)
+
+
+@needs_proc
+@pytest.mark.fault("F02", "F03")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_restarted_with_nccl(tmp_path: Path, datasets_dir: Path, rank: int) -> None:
+    whole, restarted = (write_demanding(tmp_path / "runs" / name, **EXACT) for name in ("whole", "restarted"))
+    run(*place(whole, datasets_dir), processes=2)
+    slowly = {"TRAIN_FAULT": "step.start:sleep:0.2"}
+    launcher = start_process(*place(restarted, datasets_dir), processes=2, restarts=3, **slowly)
+    try:
+        wait_for(lambda: lines_in(restarted / "metrics.jsonl") >= 8)
+        os.kill(rank_processes(launcher.pid)[rank], 9)
+        _, errors = launcher.communicate(timeout=150)
+    finally:
+        launcher.kill()
+        launcher.communicate()
+    assert launcher.returncode == 0, errors
+    assert_same_run(restarted, whole)
+
+
+def test_a_checkpoint_of_gpt2_small_is_saved_and_verified_in_seconds(tmp_path: Path) -> None:
+    """Two gigabytes; the times are printed, and bounded so loosely that only a mistake exceeds them."""
+    config = ModelConfig(
+        vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1, qkv_bias=False
+    )
+    model = empty_model(config)
+    initialise(model, 1)
+    device = torch.device("cuda")
+    model.to(device)
+    optimizer = make_optimizer(model, TrainConfig(**REQUIRED_TRAIN), device)
+    trainee = checkpoint.Trainee(model, optimizer, torch.amp.GradScaler("cuda"))
+    began = time.monotonic()
+    saved = checkpoint.save(RunFolder(tmp_path), trainee, TrainState(next_step=1), checkpoint.Basis({}))
+    written = time.monotonic()
+    checkpoint.verify(saved)
+    verified = time.monotonic()
+    held = torch.cuda.memory_allocated()
+    checkpoint.load(saved, trainee)
+    assert torch.cuda.memory_allocated() < held + 2**28  # what is loaded passes through main memory
+    print(f"saved in {written - began:.1f} s, verified in {verified - written:.1f} s", file=sys.stderr)
+    assert written - began < 60
+    assert verified - written < 30

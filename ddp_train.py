@@ -83,8 +83,8 @@ def main() -> None:
     with ExitStack() as stack:
         stack.enter_context(stop)
         if launch.is_main:
-            faults.announce()
             stack.enter_context(folder.locked())
+            faults.announce()
             stack.enter_context(painter)
             stack.enter_context(folder.reporting_failure())
         stack.enter_context(watch)

@@ -174,6 +174,8 @@ class Worker:
         arguments: tuple[Any, ...] = (),
     ) -> None:
         self.log = log
+        for suffix in (".out", ".err"):
+            log.with_suffix(suffix).touch()  # it may be killed before it gets that far
         job = (words, log, environment, launched, before, arguments)
         self.process = FORKS.Process(target=_train_in_fork, args=job, daemon=True)
         self.process.start()
@@ -220,7 +222,8 @@ def _train_in_fork(
     arguments: tuple[Any, ...],
 ) -> None:
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.dup2(os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_APPEND), descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what was printed outlives a kill
     os.environ.update({**OFFLINE, **environment})
     import ddp_train
     from harness.charts import ChartPainter

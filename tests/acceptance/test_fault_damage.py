@@ -11,7 +11,7 @@ import pytest
 
 from harness import checkpoint, resume
 from harness.errors import CheckpointError
-from harness.run_folder import RunFolder, write_json
+from harness.run_folder import RunFolder, file_sha256, write_json
 from tests.helpers import train_in_fork, write
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -203,7 +203,7 @@ def test_a_pickle_is_never_opened(trained: Path, tmp_path: Path, datasets_dir: P
     manifest = json.loads((target / "manifest.json").read_text())
     manifest["files"][name] = {
         "bytes": (target / name).stat().st_size,
-        "sha256": checkpoint._sha256(target / name),
+        "sha256": file_sha256(target / name),
     }
     write_json(target / "manifest.json", manifest)
     checkpoint.verify(target)
@@ -229,7 +229,7 @@ def test_a_hostile_header_is_one_line(trained: Path, datasets_dir: Path, raw: by
     manifest = json.loads((target / "manifest.json").read_text())
     manifest["files"]["model.safetensors"] = {
         "bytes": len(raw),
-        "sha256": checkpoint._sha256(target / "model.safetensors"),
+        "sha256": file_sha256(target / "model.safetensors"),
     }
     write_json(target / "manifest.json", manifest)
     write(trained / "train.json", {**json.loads((trained / "train.json").read_text()), "min_train_tokens": 24 * 128})

@@ -296,13 +296,14 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
 
 def _too_large(data: dict[str, Any]) -> list[str]:
     """Refuse a model that no machine could hold before anything is allocated for it; counts its matrices alone."""
-    if not {"vocab_size", "emb_dim", "n_layers"} <= data.keys():
+    if not {"vocab_size", "context_length", "emb_dim", "n_layers"} <= data.keys():
         return []
-    parameters = data["emb_dim"] * (data["vocab_size"] + 12 * data["n_layers"] * data["emb_dim"])
+    rows = data["vocab_size"] + data["context_length"] + 12 * data["n_layers"] * data["emb_dim"]
+    parameters = data["emb_dim"] * rows
     if parameters <= MAX_PARAMETERS:
         return []
     return [
-        f"emb_dim: found a model of over {parameters:,} parameters with these vocab_size and n_layers, "
+        f"emb_dim: found a model of over {parameters:,} parameters with the other sizes as they are, "
         f"wanted at most {MAX_PARAMETERS:,}"
     ]
 

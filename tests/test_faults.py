@@ -104,6 +104,13 @@ def test_every_point_is_come_by_and_none_is_unknown() -> None:
     assert reached == {point.partition(":")[0] + (":" if ":" in point else "") for point in faults.POINTS}
 
 
+def test_every_documented_row_has_a_test_and_every_test_a_row() -> None:
+    documented = re.findall(r"^\| (F\d\d) \|", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE)
+    files = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    marked = {row for text in files for row in re.findall(r'"(F\d\d)"', text)}
+    assert documented == sorted(marked)
+
+
 def let_the_clock_jump() -> None:
     """Set the wall clock back by a day, forward by two, and into another time zone, at every look."""
     real, offsets = time.time, itertools.cycle((0, -86_400, 86_400))

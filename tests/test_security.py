@@ -97,6 +97,7 @@ def test_secrets_reach_no_output(tmp_path: Path, datasets_dir: Path) -> None:
         {"n_layers": 1024, "emb_dim": 2**16, "n_heads": 1},
         {"vocab_size": 2**24, "emb_dim": 2**16},
         {"n_layers": 140, "emb_dim": 2**13},
+        {"context_length": 2**20, "emb_dim": 2**14},
     ],
 )
 def test_a_model_that_no_machine_holds_is_refused_before_it_is_made(

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.config import ModelConfig, load_model_config
 from harness.errors import CheckpointError
+from harness.key_value_cache import KeyValueCache
 from harness.randomness import initial_normal
 
 INITIAL_STD = 0.02  # GPT-2's; small enough that a tied head starts at a loss near ln(V)
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         self.W_value = nn.Linear(width, width, bias=config.qkv_bias)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Let every position of x (B, T, C) attend to itself and those before it; gives (B, T, C)."""
         # One product for the three: x is read, and under autocast copied to half precision, once.
         projections = (self.W_query, self.W_key, self.W_value)
@@ -63,8 +64,16 @@ class Attention(nn.Module):
         bias = None if self.W_query.bias is None else torch.cat([projection.bias for projection in projections])
         projected = F.linear(x, weight, bias).view(*x.shape[:-1], 3, self.n_heads, -1)  # (B, T, 3, H, D)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        visible = None
+        if cache is not None:
+            key, value, visible = cache.extend(self, key, value)
         attended = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.drop_rate if self.training else 0.0, is_causal=True
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            dropout_p=self.drop_rate if self.training else 0.0,
+            is_causal=visible is None,
         )
         joined: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, T, C)
         return joined
@@ -97,9 +106,9 @@ class Block(nn.Module):
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Add both branches to x (B, T, C)."""
-        attended: Tensor = x + self.dropout(self.att(self.norm1(x)))
+        attended: Tensor = x + self.dropout(self.att(self.norm1(x), cache))
         transformed: Tensor = attended + self.dropout(self.ff(self.norm2(attended)))
         return transformed
 
@@ -122,23 +131,26 @@ class GPTModel(nn.Module):
         # A tied model has no head of its own, so that the shared matrix exists, and is stored, once.
         self.out_head = None if config.tie_weights else nn.Linear(config.emb_dim, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Give logits (B, T, V) for token ids (B, T), where T is at most the context length."""
-        return F.linear(self.hidden_states(tokens), self.head_weight())
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Give logits (B, T, V) for token ids (B, T), where T is at most the context length.
+
+        With a cache, the tokens stand at its positions and also see what it holds of earlier calls; for evaluation.
+        """
+        return F.linear(self.hidden_states(tokens, cache), self.head_weight())
 
     def head_weight(self) -> Tensor:
         """Give the output head's matrix (V, C), which a tied model shares with the token embedding."""
         return self.tok_emb.weight if self.out_head is None else self.out_head.weight
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Give the states (B, T, C) that the output head turns into logits, for token ids (B, T)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions
         x = self.dropout(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, C)
         for block in self.trf_blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, cache)
         normalised: Tensor = self.final_norm(x)
         return normalised
 

@@ -28,6 +28,7 @@ TIERS = {
     "tokenizer": 1,
     "token_files": 1,
     "loss": 1,
+    "key_value_cache": 1,
     "sampling": 1,
     "distributed": 1,
     "optim": 2,

@@ -228,7 +228,7 @@ def test_every_key_has_a_row() -> None:
 def test_activation_checkpointing_runs_every_block_twice(observe: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     forward = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda self, x: passes.append(self.training) or forward(self, x))
+    monkeypatch.setattr(Block, "forward", lambda self, *x: passes.append(self.training) or forward(self, *x))
     counts = []
     for name, value in (("plain", False), ("checkpointed", True)):
         passes.clear()

@@ -41,9 +41,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# JSON Schemas for editors, and the reference of all keys.
+# JSON Schemas for editors, the reference of all keys, and the instruction set.
 generated: $(VENV)/.installed
 	$(BIN)/python -m harness.config
+	$(BIN)/python -m instruction.own_set
 
 # Kills a run at random 200 times and races 50 pairs of trainers for one: about an hour on two cores.
 soak: $(VENV)/.installed-dev

@@ -22,13 +22,18 @@ class SampleSettings:
 
 def encode_prompt(prompt: str, vocab_size: int) -> list[int]:
     """Encode a prompt with the GPT-2 encoding; raises ConfigError where the model cannot know its ids."""
+    require_gpt2_ids(vocab_size)
+    tokens = gpt2_encoding().encode_ordinary(prompt)
+    return tokens or [END_OF_TEXT_ID]
+
+
+def require_gpt2_ids(vocab_size: int) -> None:
+    """Raise ConfigError where a model knows fewer ids than the GPT-2 encoding has."""
     if vocab_size < VOCAB_SIZE:
         raise ConfigError(
             f"model.json: vocab_size: found {vocab_size}, wanted at least {VOCAB_SIZE} to read and write text "
             "with the GPT-2 encoding"
         )
-    tokens = gpt2_encoding().encode_ordinary(prompt)
-    return tokens or [END_OF_TEXT_ID]
 
 
 @torch.no_grad()

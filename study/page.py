@@ -31,6 +31,7 @@ def page(study: Study, title: str) -> str:
     drawn = [curve for group in groups if (curve := _curve(group)) is not None]
     template = string.Template((ASSETS / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
+        style=style(),
         script_hash=f"sha256-{digest}",
         script=script,
         title=escape(title),
@@ -44,6 +45,11 @@ def page(study: Study, title: str) -> str:
         samples=_samples(groups),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes_of(study)),
     )
+
+
+def style() -> str:
+    """Give the style sheet of all pages."""
+    return (ASSETS / "report.css").read_text(encoding="utf-8")
 
 
 def _subtitle(study: Study) -> str:
@@ -61,7 +67,7 @@ def _subtitle(study: Study) -> str:
     return " · ".join([*parts, f"written {utc_now()}"])
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
     """Write a table of HTML cells that are escaped already."""
     kinds = classes or ["number" if name in NUMBER_HEADINGS else "" for name in headings]
     head = "".join(f'<th class="{kind}">{name}</th>' for name, kind in zip(headings, kinds, strict=True))
@@ -81,13 +87,14 @@ def _leaderboard(study: Study) -> str:
     ordered = sorted(rows, key=lambda row: float(row[place]) if row[place] else math.inf)
     verdict = headings.index("verdict") if "verdict" in headings else None
     cells = [
-        [_verdict(cell) if column == verdict and cell else escape(cell) for column, cell in enumerate(row)]
+        [verdict_mark(cell) if column == verdict and cell else escape(cell) for column, cell in enumerate(row)]
         for row in ordered
     ]
-    return _table([escape(name) for name in headings], cells)
+    return table([escape(name) for name in headings], cells)
 
 
-def _verdict(word: str) -> str:
+def verdict_mark(word: str) -> str:
+    """Write a verdict in its colour."""
     return f'<span class="verdict {tone_of(word)}">{escape(word)}</span>'
 
 
@@ -138,7 +145,7 @@ def _differences(groups: Sequence[Group]) -> str:
         [escape(name), *(_setting(recipe.get(key), recipe.get(key) == first[key]) for key in keys)]
         for name, recipe in recipes.items()
     ]
-    return _table(["recipe", *map(escape, keys)], rows, [""] * (len(keys) + 1))
+    return table(["recipe", *map(escape, keys)], rows, [""] * (len(keys) + 1))
 
 
 def _setting(value: object, is_same: bool) -> str:

@@ -209,6 +209,13 @@ def render(study: Study, format_name: Format) -> str:
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [headings, *rows]]
         lines.insert(1, "|" + "---|" * len(headings))
         return "\n".join([*lines, "", *(f"- {note}" for note in notes_of(study))])
-    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
-    aligned = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [headings, *rows]]
-    return "\n".join([*("  ".join(row).rstrip() for row in aligned), "", *notes_of(study)])
+    return "\n".join([*aligned(headings, rows), "", *notes_of(study)])
+
+
+def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Give headings and rows as lines with columns one under another."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [headings, *rows]
+    ]

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import ROOT
 
 COMMANDS = {"ddp_train", "test_loss", "test_smoke", "prepare_dataset", "plan_runs", "compare_runs", "report"}
-COMMANDS |= {"import_weights", "export_hf"}
+COMMANDS |= {"import_weights", "export_hf", "ift_respond", "ift_judge"}
 RESEARCHER = {"model", "data"}
 STAGE = {"stage"}
 # Tier of each room in harness/. A room imports `errors` and lower tiers; plan and run_folder also import config.
@@ -45,7 +45,7 @@ SAME_TIER = {
     ("sampling", "tokenizer"),
 }  # fmt: skip
 # The rooms of every other package, and the highest tier of harness/ that they may import. A room imports those before
-# it in its own package, and none of another's.
+# it in its own package, and none of another's but for `BELOW`.
 ROOMS = {
     "study": [
         "statistics", "designs", "ledger", "experiment", "results", "noise", "verdicts", "effects", "assemble",
@@ -56,12 +56,22 @@ ROOMS = {
         "settings", "sources", "hub", "python_docs", "readers", "encoding", "duplicates", "token_writer", "work",
         "prepare",
     ],
+    "instruction": [
+        "recipe", "items", "examples", "scores", "journal", "answers", "compare", "measures", "prompt", "client",
+        "judging", "strength", "ranking", "page", "finetune", "respond", "respondent", "own_words", "own_set",
+    ],
 }  # fmt: skip
-HIGHEST_TIER = {"study": 0, "exchange": 0, "preparation": 1}
+HIGHEST_TIER = {"study": 0, "exchange": 0, "preparation": 1, "instruction": 0}
+# Fine-tuning is training, so it takes the optimizer's side and the writing of tensors from tier 2.
+HIGHEST_TIER_OF_ROOM = {"examples": 1, "finetune": 2, "respond": 1, "respondent": 2, "own_set": 1}
+# Models are compared by the estimators, words and drawings of studies.
+BELOW = {"instruction": {"study"}}
+JUDGING = ["journal", "answers", "compare", "prompt", "client", "judging", "strength", "ranking", "page"]
 PACKAGES = ["harness", *ROOMS]
 TORCH_FREE = ["harness.config", "harness.plan", "harness.run_folder", "harness.errors", "harness.charts"]
 TORCH_FREE += [f"{package}.{room}" for package in ("study", "preparation") for room in ROOMS[package]]
 TORCH_FREE += ["harness.token_files", "plan_runs", "compare_runs", "report", "prepare_dataset"]
+TORCH_FREE += [f"instruction.{room}" for room in JUDGING] + ["ift_judge"]
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))])
 LONGEST = {"main": 80, "train": 70}
 
@@ -103,8 +113,11 @@ def test_arrows_point_down(path: Path) -> None:
     assert not imported & (RESEARCHER | STAGE)
     package = path.parent.name
     if package in ROOMS:
-        assert packages <= {package}
-        assert all(TIERS[room] <= HIGHEST_TIER[package] for room in rooms)
+        assert packages <= {package} | BELOW.get(package, set())
+        highest = HIGHEST_TIER[package]
+        if package == "instruction":
+            highest = HIGHEST_TIER_OF_ROOM.get(path.stem, highest)
+        assert all(TIERS[room] <= highest for room in rooms)
         own = [name.split(".")[1] for name in imported if name.startswith(f"{package}.")]
         assert all(ROOMS[package].index(room) < ROOMS[package].index(path.stem) for room in own)
         return

@@ -1,0 +1,45 @@
+"""Items as tokens: the prompt that a model sees, and the response that it should give."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from harness.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from instruction.items import Item, prompt_of
+from instruction.recipe import Recipe
+
+ANSWERED_TOKENS = 2048  # read and written at a time, which bounds memory
+
+
+@dataclass(frozen=True)
+class Example:
+    """An item in GPT-2's encoding; the response ends with a document end, which a model has to learn to write."""
+
+    item: Item
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and response."""
+        return self.prompt + self.response
+
+
+def encode_items(items: Sequence[Item], recipe: Recipe) -> list[Example]:
+    """Encode the items whose prompt and response fit `max_tokens`; the others are left out, for every model alike.
+
+    Prompt and response are encoded apart, so that a prompt's tokens do not depend on what follows.
+    """
+    encode = gpt2_encoding().encode_ordinary
+    examples = [
+        Example(item, tuple(encode(prompt_of(item, recipe))), (*encode(item.output), END_OF_TEXT_ID))
+        for item in items
+    ]
+    return [example for example in examples if len(example.tokens) <= recipe.max_tokens]
+
+
+def in_batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[Example]]:
+    """Give examples in batches of similar length, the same ones on every call."""
+    rows = max(1, ANSWERED_TOKENS // recipe.max_tokens)
+    ordered = sorted(examples, key=lambda example: (len(example.prompt), example.item.key))
+    for first in range(0, len(ordered), rows):
+        yield ordered[first : first + rows]

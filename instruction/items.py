@@ -1,0 +1,205 @@
+"""Instructions with their references, in the Alpaca format, from a file or the Hub; and which of them are held out.
+
+A file holds objects with the keys `instruction`, `input` (may be empty or left out) and `output`: a JSON list, one
+object a line (.jsonl), or a Parquet table. Other keys are passed over.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config import DATASET_NAME, hash_of_json
+from harness.errors import DataError, as_harness_error
+from instruction.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+OWN_SET = "assets/instructions/instructions.json"  # from the project's root, wherever a command is run
+SUFFIXES = (".json", ".jsonl", ".parquet")
+KEYS = ("instruction", "input", "output")
+HUB_NAME = re.compile(rf"({DATASET_NAME.strip('^$')})" r"((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
+HUB_PREFIX = "hf:"
+HUB_CARD = "dataset_infos.json"  # describes a dataset and holds no items
+PLACES = re.compile(r"\{(instruction|input)\}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One instruction; `output` is the reference answer."""
+
+    instruction: str
+    input: str
+    output: str
+
+    @property
+    def key(self) -> str:
+        """Name the item by what is asked: 16 hex digits, the same in every file."""
+        return hash_of_json([self.instruction, self.input])[:16]
+
+
+@dataclass(frozen=True)
+class ItemSet:
+    """All items of a source, each question once, with a SHA-256 (hex) over them in order."""
+
+    source: str
+    items: tuple[Item, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Items to fine-tune on and items to ask; no question is in both."""
+
+    train: tuple[Item, ...]
+    test: tuple[Item, ...]
+
+
+def load_items(source: str) -> ItemSet:
+    """Read a file, or `hf:OWNER/NAME[/PATH][@REVISION]` from the Hub; raises DataError naming the place of an error.
+
+    Where a question comes twice, the first answer counts.
+    """
+    first: dict[str, Item] = {}
+    for path in _files(source):
+        for place, value in _objects(path):
+            item = _item(place, value)
+            first.setdefault(item.key, item)
+    if not first:
+        raise DataError(f"{source}: found no item, wanted objects with {', '.join(KEYS)}")
+    items = tuple(first.values())
+    return ItemSet(source, items, hash_of_json([[item.instruction, item.input, item.output] for item in items]))
+
+
+def _files(source: str) -> list[Path]:
+    if source.startswith(HUB_PREFIX):
+        return _download(source.removeprefix(HUB_PREFIX))
+    path = ROOT / OWN_SET if source == OWN_SET else Path(source)
+    if not path.is_file():
+        raise DataError(f"{source}: found no such file, wanted a {_listed()} file, or hf:OWNER/NAME")
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{source}: found a name without a known ending, wanted {_listed()}")
+    return [path]
+
+
+def _listed() -> str:
+    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+
+def _download(name: str) -> list[Path]:
+    """Fetch the item files of a Hub dataset into the Hub client's own cache; raises DataError."""
+    from huggingface_hub import snapshot_download  # takes a while to import, wanted here only
+
+    found = HUB_NAME.fullmatch(name)
+    if found is None:
+        raise DataError(f"--data: found {name[:80]!r}, wanted hf:OWNER/NAME, hf:OWNER/NAME/PATH or ...@REVISION")
+    dataset, inside, revision = found[1], found[3].strip("/"), found[4]
+    patterns = [f"{inside}*{suffix}" for suffix in SUFFIXES] + [inside] * bool(inside)
+    try:
+        folder = snapshot_download(dataset, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    except Exception as error:
+        if (known := as_harness_error(error)) is not None:
+            raise known from None
+        # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"dataset {dataset}: could not be downloaded ({reason})") from None
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix in SUFFIXES and path.name != HUB_CARD]
+    # The cache may hold files that an earlier call asked for.
+    wanted = [path for path in paths if path.relative_to(folder).as_posix().startswith(inside)]
+    if not wanted:
+        raise DataError(f"dataset {dataset}: the Hub has no {_listed()} file in it")
+    return wanted
+
+
+def _objects(path: Path) -> Iterator[tuple[str, object]]:
+    """Give the raw objects of a file, each with its place in words."""
+    if path.suffix == ".parquet":
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(_rows(path), start=1))
+        return
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: found a byte that is not UTF-8 at {error.start}, wanted UTF-8 text") from None
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{path}: line {number}", _parsed(line, f"{path}: line {number}")
+        return
+    values = _parsed(text, str(path))
+    if not isinstance(values, list):
+        raise DataError(f"{path}: found {type(values).__name__}, wanted a list of objects")
+    yield from ((f"{path}: item {number}", value) for number, value in enumerate(values, start=1))
+
+
+def _rows(path: Path) -> list[dict[str, object]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"{path}: Parquet needs a package that is not installed (pip install pyarrow)") from None
+    try:
+        table = parquet.read_table(path)
+        rows: list[dict[str, object]] = table.select([key for key in KEYS if key in table.column_names]).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    return rows
+
+
+def _parsed(text: str, place: str) -> Any:
+    def refuse(name: str) -> object:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise DataError(f"{place}: found JSON nested too deeply, wanted flat objects") from None
+    except ValueError as error:
+        raise DataError(f"{place}: found invalid JSON ({error})") from None
+
+
+def _item(place: str, value: object) -> Item:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: found {type(value).__name__}, wanted an object")
+    texts = {}
+    for key in KEYS:
+        text = value.get(key, "" if key == "input" else None)
+        if not isinstance(text, str):
+            raise DataError(f"{place}: {key}: found {type(text).__name__}, wanted text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+            raise DataError(f"{place}: {key}: found text that is not valid Unicode") from None
+        texts[key] = text.strip()
+    for key in ("instruction", "output"):
+        if not texts[key]:
+            raise DataError(f"{place}: {key}: found nothing, wanted text")
+    return Item(**texts)
+
+
+def split_items(items: Sequence[Item], recipe: Recipe) -> Split:
+    """Hold out `test_fraction` of the items, at most `max_test_items`, by a keyed hash of what is asked.
+
+    Where an item goes depends on its question and the split seed alone, so that a longer file moves no item to the
+    other side; what `max_test_items` turns away is not trained on either. Both sides come in the order of the hash.
+    """
+
+    def place(item: Item) -> int:
+        digest = hashlib.blake2b(item.key.encode(), digest_size=8, key=str(recipe.split_seed).encode()).digest()
+        return int.from_bytes(digest, "little")
+
+    ordered = sorted(items, key=place)
+    bound = recipe.test_fraction * 2**64
+    test = [item for item in ordered if place(item) < bound]
+    train = [item for item in ordered if place(item) >= bound]
+    if len(test) < 2 or (recipe.epochs and not train):
+        raise DataError(
+            f"found {len(train)} items to train on and {len(test)} to ask, wanted at least 1 and 2 (test_fraction)"
+        )
+    return Split(tuple(train), tuple(test[: recipe.max_test_items]))
+
+
+def prompt_of(item: Item, recipe: Recipe) -> str:
+    """Put an item into the recipe's prompt; what stands in braces inside the item stays as it is."""
+    template = recipe.prompt if item.input else recipe.prompt_without_input
+    return PLACES.sub(lambda found: item.instruction if found[1] == "instruction" else item.input, template)

@@ -1,0 +1,280 @@
+"""Collect judges' replies: which showings there are, what was answered before, and when to stop asking.
+
+Every reply is on disk before it counts, under the SHA-256 of its whole request. So a judging goes on where it was
+interrupted, and is scored again without a network.
+"""
+
+import itertools
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from harness.config import hash_of_json
+from harness.errors import ConfigError, DataError
+from harness.run_folder import utc_now
+from instruction.answers import Answer, ModelAnswers
+from instruction.client import Endpoint, RefusedError, Reply, UnavailableError
+from instruction.journal import Journal
+from instruction.prompt import labels_of, messages_for, read_reply
+
+LONGEST_WAIT_SECONDS = 60.0
+FAILURES_IN_A_ROW = 3  # showings without any reply, after which the endpoint is taken to be down
+BYTES_PER_TOKEN = 2  # fewer than any tokenizer in use needs on average, so that a reservation is enough
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the replies depend on; a folder of replies is made with one of these."""
+
+    judges: tuple[str, ...]
+    seed: int
+    repeats: int
+    pairs: bool
+    max_items: int | None
+    max_reply_tokens: int
+    temperature: float | None
+
+
+@dataclass(frozen=True)
+class Caps:
+    """When to stop asking; None never."""
+
+    tries: int
+    parallel: int
+    max_seconds: float | None
+    max_spend: float | None
+    price_per_million_tokens: float | None
+
+    def price(self, tokens: int) -> float | None:
+        """Give what tokens cost; None where the price is not known."""
+        return None if self.price_per_million_tokens is None else tokens * self.price_per_million_tokens / 1e6
+
+
+@dataclass(frozen=True)
+class Showing:
+    """Some models' answers to one item after one fine-tuning, shown to one judge in one order."""
+
+    judge: str
+    item: str
+    seed: int
+    repeat: int
+    is_reversed: bool
+    shown: tuple[str, ...]
+    """Models in the order shown."""
+    request: Mapping[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the whole request."""
+        return hash_of_json(self.request)
+
+    @property
+    def largest_cost_tokens(self) -> int:
+        """What the request may use at most, about."""
+        size = sum(len(message["content"].encode()) for message in self.request["messages"])
+        return size // BYTES_PER_TOKEN + int(self.request["max_completion_tokens"])
+
+
+State = Literal["read", "unreadable", "refused", "open"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a showing; scores by model where the reply could be read."""
+
+    showing: Showing
+    state: State
+    scores: Mapping[str, float]
+
+
+def plan_showings(models: Sequence[ModelAnswers], settings: Settings) -> list[Showing]:
+    """List all showings, each followed by the same in reverse; items come in an order keyed by the seed.
+
+    So a judging that is stopped has judged a random part of the items, whole.
+    """
+    answers = {model.model: {answer.cell: answer for answer in model.answers} for model in models}
+    cells = sorted(next(iter(answers.values())))
+    items = sorted({item for item, _ in cells}, key=lambda item: hash_of_json([settings.seed, item]))
+    wanted = {item: place for place, item in enumerate(items[: settings.max_items])}
+    names = sorted(answers)
+    groups = list(itertools.combinations(names, 2)) if settings.pairs else [tuple(names)]
+    showings = []
+    chosen = sorted((cell for cell in cells if cell[0] in wanted), key=lambda cell: (wanted[cell[0]], cell[1]))
+    for item, seed in chosen:
+        for group, judge, repeat in itertools.product(groups, settings.judges, range(settings.repeats)):
+            place = [settings.seed, item, seed, judge, repeat]
+            mixed = tuple(sorted(group, key=lambda name: hash_of_json([*place, group, name])))
+            for is_reversed in (False, True):
+                shown = mixed[::-1] if is_reversed else mixed
+                request = _request(settings, judge, [answers[name][item, seed] for name in shown], [*place, shown])
+                showings.append(Showing(judge, item, seed, repeat, is_reversed, shown, request))
+    return showings
+
+
+def _request(settings: Settings, judge: str, answers: Sequence[Answer], salt: object) -> dict[str, Any]:
+    request: dict[str, Any] = {
+        "model": judge,
+        "messages": messages_for(answers, salt),
+        "max_completion_tokens": settings.max_reply_tokens,
+    }
+    if settings.temperature is not None:
+        request["temperature"] = settings.temperature
+    return request
+
+
+class Replies:
+    """All replies of a folder, by request; what was spent on them."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._lock = threading.Lock()
+        self._by_key: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.tokens = 0
+        self._reserved = 0
+        self._endpoints: set[tuple[str, str]] = set()
+        for line in journal.lines:
+            try:
+                self._count(line)
+            except (KeyError, TypeError, ValueError):
+                raise DataError(f"{journal.path}: found a line that is not a judge's reply") from None
+
+    def _count(self, line: dict[str, Any]) -> None:
+        self._by_key[line["key"]].append(line)
+        self._endpoints.add((line["judge"], line["endpoint"]))
+        self.tokens += int(line["tokens"])
+
+    def require_endpoint(self, name: str, judges: Sequence[str]) -> None:
+        """Raise ConfigError where another endpoint answered for one of the judges: it may be another model."""
+        other = sorted((judge, place) for judge, place in self._endpoints if judge in judges and place != name)
+        if other:
+            judge, place = other[0]
+            raise ConfigError(
+                f"{self.journal.path}: {judge} has replies of {place}, wanted those of {name} (or another --out)"
+            )
+
+    def reserve(self, tokens: int, caps: Caps) -> bool:
+        """Set tokens aside for a request under way, if the spend allows."""
+        with self._lock:
+            cost = caps.price(self.tokens + self._reserved + tokens)
+            if caps.max_spend is not None and (cost is None or cost > caps.max_spend):
+                return False
+            self._reserved += tokens
+            return True
+
+    def add(self, showing: Showing, reserved: int, line: Mapping[str, object]) -> None:
+        """Put what came of a request on disk, and give back what was set aside for it."""
+        whole = {"key": showing.key, "judge": showing.judge, "time": utc_now(), "request": showing.request, **line}
+        try:
+            self.journal.append(whole)
+        finally:
+            with self._lock:
+                self._reserved -= reserved
+                self._count(whole)
+
+    def outcome(self, showing: Showing, tries: int) -> Outcome:
+        """Say what came of a showing: the first reply that can be read counts, and `tries` that cannot end it."""
+        labels, unreadable = labels_of(len(showing.shown)), 0
+        for line in self._by_key.get(showing.key, []):
+            if line.get("refused"):
+                return Outcome(showing, "refused", {})
+            if not isinstance(line.get("text"), str):
+                continue  # the endpoint did not answer
+            if (scores := read_reply(line["text"], labels)) is not None:
+                by_model = {model: scores[label] for label, model in zip(labels, showing.shown, strict=True)}
+                return Outcome(showing, "read", by_model)
+            unreadable += 1
+        return Outcome(showing, "unreadable" if unreadable >= tries else "open", {})
+
+
+class Collector:
+    """Asks for what is missing, on several threads, within the caps."""
+
+    def __init__(self, endpoint: Endpoint, replies: Replies, caps: Caps) -> None:
+        self._endpoint, self._replies, self._caps = endpoint, replies, caps
+        self._deadline = None if caps.max_seconds is None else time.monotonic() + caps.max_seconds
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._failures_in_a_row = 0
+        self.reason = ""
+        """Why it stopped early; empty where it did not."""
+
+    def collect(self, showings: Sequence[Showing], progress: Callable[[], object]) -> None:
+        """Ask until every showing has an outcome or a cap is reached; `progress` is called after each showing.
+
+        Raises what no further request could mend (ConfigError, an error of the disk). An interrupt waits for the
+        replies under way, which are paid for.
+        """
+        with ThreadPoolExecutor(self._caps.parallel) as pool:
+            under_way = [pool.submit(self._settle, showing, progress) for showing in showings]
+            try:
+                for future in under_way:
+                    future.result()
+            finally:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+
+    def _halt(self, reason: str) -> None:
+        with self._lock:
+            self.reason = self.reason or reason
+        self._stop.set()
+
+    def _settle(self, showing: Showing, progress: Callable[[], object]) -> None:
+        """Ask for one showing until its outcome is known, the endpoint fails too often, or asking stops."""
+        failures = 0
+        while not self._stop.is_set() and self._replies.outcome(showing, self._caps.tries).state == "open":
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self._halt("--max-minutes is reached")
+                return
+            reserved = showing.largest_cost_tokens
+            if not self._replies.reserve(reserved, self._caps):
+                self._halt("--max-spend is reached")
+                return
+            failure = self._ask(showing, reserved)
+            if failure is None:
+                self._failures_in_a_row = 0
+                continue
+            failures += 1
+            if failures >= self._caps.tries:
+                self._failed(failure)
+                return
+            self._wait(failure, failures)
+        progress()
+
+    def _failed(self, failure: UnavailableError) -> None:
+        with self._lock:
+            self._failures_in_a_row += 1
+            is_down = self._failures_in_a_row >= FAILURES_IN_A_ROW
+        if is_down:
+            self._halt(f"the endpoint does not answer ({failure})")
+
+    def _ask(self, showing: Showing, reserved: int) -> UnavailableError | None:
+        """Send one request and keep what came of it; gives the failure where there was no reply."""
+        line: dict[str, object] = {"endpoint": self._endpoint.name, "text": None, "tokens": 0}
+        failure = None
+        try:
+            reply: Reply = self._endpoint.ask(showing.request)
+            counted = reserved if reply.tokens is None else reply.tokens
+            line |= {"text": reply.text, "tokens": counted, "is_estimate": reply.tokens is None}
+        except RefusedError as error:
+            line |= {"refused": True, "reason": str(error)}
+        except UnavailableError as error:
+            failure = error
+            line |= {"reason": str(error), "tokens": reserved if error.may_cost else 0, "is_estimate": True}
+        except BaseException:
+            self._stop.set()
+            raise
+        self._replies.add(showing, reserved, line)
+        return failure
+
+    def _wait(self, failure: UnavailableError, failures: int) -> None:
+        """Wait as long as the endpoint asks, or 1, 2, 4, ... seconds, and no longer than the time that is left."""
+        seconds = float(2 ** (failures - 1)) if failure.wait_seconds is None else failure.wait_seconds
+        seconds = min(seconds, LONGEST_WAIT_SECONDS)
+        if self._deadline is not None:
+            seconds = min(seconds, max(0.0, self._deadline - time.monotonic()))
+        self._stop.wait(seconds)

@@ -1,0 +1,73 @@
+"""Greedy answers with a key/value cache, in batches; a batch's composition changes no answer but by rounding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harness.errors import CheckpointError
+from harness.key_value_cache import KeyValueCache
+from harness.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt, without the document end; whether it ended by itself."""
+
+    tokens: tuple[int, ...]
+    ended: bool
+
+    @property
+    def text(self) -> str:
+        """The tokens as text."""
+        return gpt2_encoding().decode(list(self.tokens))
+
+
+@torch.no_grad()
+def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Written]:
+    """Continue every prompt with the likeliest tokens, up to a document end or `max_tokens` with the prompt.
+
+    `model` takes ids (B, T) and a KeyValueCache. Every token waits for the device once. Raises CheckpointError
+    where logits are not numbers.
+    """
+    if max(map(len, prompts)) >= max_tokens:
+        raise ValueError(f"a prompt of {max(map(len, prompts))} tokens leaves no room below max_tokens {max_tokens}")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = torch.full((len(prompts), int(lengths.max())), END_OF_TEXT_ID)
+    for row, prompt in enumerate(prompts):
+        rows[row, : len(prompt)] = torch.tensor(prompt)
+    rows, places = rows.to(device), lengths.to(device)  # places: the position that comes next, (B,)
+    cache = KeyValueCache(max_tokens)
+    logits = model(rows, cache.at(torch.arange(rows.shape[1], device=device).expand_as(rows)))
+    logits = logits[torch.arange(len(prompts), device=device), places - 1]  # (B, V)
+    is_done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    is_broken = torch.zeros((), dtype=torch.bool, device=device)
+    columns = []
+    for _ in range(max_tokens - int(lengths.min())):
+        # Ids beyond the encoding (a padded vocabulary) cannot be written as text.
+        highest, column = logits[:, :VOCAB_SIZE].max(dim=-1)
+        columns.append(column)
+        is_broken |= highest.isnan().any()
+        is_done |= (column == END_OF_TEXT_ID) | (places >= max_tokens - 1)
+        if bool(is_done.all() | is_broken):  # waits for the device
+            break
+        # A row that is done goes on in its last place, unseen by the others.
+        logits = model(column.unsqueeze(1), cache.at(places.clamp(max=max_tokens - 1).unsqueeze(1)))[:, -1]
+        places = places + 1
+    model.train(was_training)
+    if is_broken:
+        raise CheckpointError("the model's logits are not numbers: its weights or its precision are broken")
+    written = torch.stack(columns, dim=1).tolist()
+    return [_cut(row, max_tokens - len(prompt)) for row, prompt in zip(written, prompts, strict=True)]
+
+
+def _cut(tokens: list[int], room: int) -> Written:
+    """End a row's tokens at its first document end, or where its room ends."""
+    tokens = tokens[:room]
+    if END_OF_TEXT_ID in tokens:
+        return Written(tuple(tokens[: tokens.index(END_OF_TEXT_ID)]), True)
+    return Written(tuple(tokens), False)

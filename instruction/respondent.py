@@ -1,0 +1,168 @@
+"""One model through the recipe: fine-tuned once for each seed, asked, and picked up where a kill left it.
+
+What is under way lies in OUT/partial: the fine-tuned weights of the seed at hand, and the answers so far. It goes
+when the model's file of answers is written.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.checkpoint import save_tensors
+from harness.errors import ConfigError
+from harness.run_folder import write_json
+from instruction.answers import Answer, ModelAnswers, load_answers
+from instruction.examples import Example, in_batches
+from instruction.finetune import fine_tune, response_losses
+from instruction.journal import Journal
+from instruction.recipe import Recipe
+from instruction.respond import write_answers
+from instruction.scores import exact_match, token_f1
+
+Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Respondent:
+    """A model to fine-tune and ask; `open` gives it fresh, on its device, with the recipe's dropout.
+
+    `open` takes the file to read the weights from, or None for those of the checkpoint.
+    """
+
+    label: str
+    checkpoint: dict[str, Any]
+    open: Callable[[Path | None], nn.Module]
+
+    @property
+    def file_stem(self) -> str:
+        """The label as a file's name."""
+        return self.label.replace("/checkpoints/", "@").replace("/", "@")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every model of an evaluation gets: the recipe, and examples to train on and to ask."""
+
+    recipe: Recipe
+    data_sha256: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+
+
+def respond(respondent: Respondent, questions: Questions, out: Path, progress: Progress) -> ModelAnswers:
+    """Fine-tune and ask one model on every seed, and write OUT/answers/LABEL.json; what is there is not done again.
+
+    `progress(words, things)` goes through things while showing how far it is. Raises ConfigError where the folder
+    holds answers of other weights, and what fine-tuning raises.
+    """
+    path = out / "answers" / f"{respondent.file_stem}.json"
+    identity: dict[str, Any] = {
+        "model": respondent.label,
+        "checkpoint": respondent.checkpoint,
+        "recipe_hash": questions.recipe.hash(),
+        "data_sha256": questions.data_sha256,
+    }
+    if path.is_file():
+        found = load_answers(path)
+        _require_same({key: getattr(found, key) for key in identity}, identity, path)
+        return found
+    partial = out / "partial"
+    partial.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    answers = []
+    for seed in questions.recipe.seeds:
+        answers += _respond_once(respondent, questions, seed, identity, partial, progress)
+    whole = ModelAnswers(**identity, answers=answers)
+    write_json(path, asdict(whole))
+    for seed in questions.recipe.seeds:
+        for left in _files(respondent, seed, partial):
+            left.unlink(missing_ok=True)
+    return whole
+
+
+def _files(respondent: Respondent, seed: int, partial: Path) -> tuple[Path, Path]:
+    """Name the answers so far and the fine-tuned weights of one seed."""
+    stem = partial / f"{respondent.file_stem}-seed-{seed}"
+    return stem.with_name(f"{stem.name}.jsonl"), stem.with_name(f"{stem.name}.safetensors")
+
+
+def _require_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    if other := [key for key, value in wanted.items() if found.get(key) != value]:
+        raise ConfigError(
+            f"{path}: found answers with another {' and '.join(other)} than those of this command, "
+            "wanted the same (or another --out)"
+        )
+
+
+def _respond_once(
+    respondent: Respondent, questions: Questions, seed: int, identity: dict[str, Any], partial: Path,
+    progress: Progress,
+) -> list[Answer]:  # fmt: skip
+    """Fine-tune with one seed and ask everything that was not answered before."""
+    journal_file, weights = _files(respondent, seed, partial)
+    with closing(Journal(journal_file)) as journal:
+        if journal.lines:
+            _require_same(journal.lines[0], identity, journal_file)
+        else:
+            journal.append(identity)
+        done = {line["item"]: line for line in journal.lines[1:]}
+        # Whole batches are asked again, so that an answer's batch is always the same.
+        batches = list(in_batches(questions.test, questions.recipe))
+        missing = [batch for batch in batches if any(example.item.key not in done for example in batch)]
+        if missing:
+            model = _fine_tuned(respondent, questions, seed, weights, progress)
+            for batch in progress(f"{respondent.label} seed {seed}: answering", missing):
+                for answer in ask(model, batch, questions.recipe, seed):
+                    if answer.item not in done:
+                        journal.append(asdict(answer))
+                        done[answer.item] = asdict(answer)
+            weights.unlink(missing_ok=True)
+    return [Answer(**done[example.item.key]) for example in questions.test]
+
+
+def _fine_tuned(
+    respondent: Respondent, questions: Questions, seed: int, weights: Path, progress: Progress
+) -> nn.Module:
+    """Give the model fine-tuned with one seed, from disk where an earlier start got as far as that."""
+    if weights.is_file():
+        return respondent.open(weights)
+    model = respondent.open(None)
+    words = f"{respondent.label} seed {seed}: fine-tuning"
+    fine_tune(model, questions.train, questions.recipe, seed, lambda steps: progress(words, steps))
+    temporary = weights.with_name(f".{weights.name}.{os.getpid()}.tmp")
+    try:
+        save_tensors(model.state_dict(), temporary)
+        temporary.replace(weights)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return model
+
+
+@torch.no_grad()
+def ask(model: nn.Module, batch: Sequence[Example], recipe: Recipe, seed: int) -> list[Answer]:
+    """Give a fine-tuned model's answers to one batch, with the loss of the references and the scores."""
+    losses = response_losses(model, batch).tolist()  # waits for the device
+    written = write_answers(model, [example.prompt for example in batch], recipe.max_tokens)
+    return [
+        Answer(
+            item=example.item.key,
+            seed=seed,
+            instruction=example.item.instruction,
+            input=example.item.input,
+            reference=example.item.output,
+            answer=answer.text,
+            answer_tokens=len(answer.tokens),
+            ended=answer.ended,
+            reference_nats=loss,
+            reference_tokens=len(example.response),
+            token_f1=token_f1(answer.text, example.item.output),
+            exact_match=exact_match(answer.text, example.item.output),
+        )
+        for example, loss, answer in zip(batch, losses, written, strict=True)
+    ]

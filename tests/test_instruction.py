@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import ift_respond
 from harness.config import load_model_config
 from harness.errors import ConfigError, DataError, NonFiniteError
+from harness.run_folder import write_json
 from harness.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from instruction import own_set
 from instruction.answers import load_answers
@@ -434,7 +435,7 @@ def save_checkpoint(folder: Path, seed: int) -> None:
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in place.iterdir()
     }
-    write(place / "manifest.json", {"step": 7, "files": files})
+    write_json(place / "manifest.json", {"step": 7, "files": files})
 
 
 Ready = tuple[Path, tuple[object, ...]]

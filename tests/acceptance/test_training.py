@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import ddp_train
+from harness.config import load_model_config
+from harness.plan import count_parameters
 from tests.conftest import Called
 from tests.helpers import ROOT, metrics, run, start_training, status, train, wait_for
 
@@ -94,15 +96,21 @@ def test_splitting_the_global_batch_changes_only_rounding(make_run: Callable[...
 
 
 @pytest.mark.fault("F44")
-def test_gradients_are_reduced_once_a_global_step(make_run: Callable[..., Path], datasets_dir: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_gradients_are_reduced_once_a_global_step(
+    make_run: Callable[..., Path], datasets_dir: Path, processes: int
+) -> None:
+    """Whatever the accumulation, a global step moves every gradient once: 4 bytes a parameter; alone, none."""
     folder = make_run(train=SAME_DATA)  # 4 accumulation steps
     script = str(Path(__file__).parent / "count_all_reduces.py")
     done = run(
         script, folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu",
-        processes=2, PYTHONPATH=str(ROOT),
+        processes=processes, PYTHONPATH=str(ROOT),
     )  # fmt: skip
-    counts = [int(count) for count in re.findall(r"all-reduces: (\d+)", done.stdout)]
-    assert counts == [len(metrics(folder)) + 1] * 2  # one a step, and one of the warm-up pass
+    counts = [(int(calls), int(size)) for calls, size in re.findall(r"all-reduces: (\d+), bytes: (\d+)", done.stdout)]
+    passes = len(metrics(folder)) + 1 if processes > 1 else 0  # one a step, and one of the warm-up pass
+    parameters = count_parameters(load_model_config(folder / "model.json")).total
+    assert counts == [(passes, passes * 4 * parameters)] * processes
 
 
 def test_max_steps_stops_saved_on_the_same_schedule(

@@ -1,4 +1,4 @@
-"""Trains like ddp_train.py, and counts the gradient all-reduces that DDP starts, and their bytes."""
+"""Counts the gradient all-reduces that DDP starts, and their bytes, in a process that is about to train."""
 
 import torch
 import torch.distributed as dist
@@ -6,27 +6,23 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-import ddp_train
 from harness import distributed
 
-calls, size = 0, 0
-distribute = distributed.distribute
 
+def count_all_reduces() -> None:
+    """Have DDP print a line for every all-reduce."""
+    distribute = distributed.distribute
+    sizes: list[int] = []
 
-def counting(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    global calls, size
-    calls += 1
-    size += bucket.buffer().nbytes
-    return allreduce_hook(dist.group.WORLD, bucket)
+    def counting(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sizes.append(bucket.buffer().nbytes)
+        print(f"all-reduce {len(sizes)}: {sizes[-1]} bytes")
+        return allreduce_hook(dist.group.WORLD, bucket)
 
+    def distribute_and_count(*arguments: object) -> nn.Module:
+        wrapped = distribute(*arguments)  # type: ignore[arg-type]
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.register_comm_hook(None, counting)
+        return wrapped
 
-def distribute_and_count(*arguments: object) -> nn.Module:
-    wrapped = distribute(*arguments)  # type: ignore[arg-type]
-    if isinstance(wrapped, DistributedDataParallel):
-        wrapped.register_comm_hook(None, counting)
-    return wrapped
-
-
-distributed.distribute = distribute_and_count
-ddp_train.main()
-print(f"all-reduces: {calls}, bytes: {size}")
+    distributed.distribute = distribute_and_count

@@ -1,6 +1,7 @@
 """From text files to a score and a sample, with the real tokenizer."""
 
 import hashlib
+import importlib
 import json
 import math
 import subprocess
@@ -312,11 +313,14 @@ def test_training_samples_its_prompt_at_every_checkpoint(scored_run: Path) -> No
     assert "This License" in (scored_run / "training-run-chart.html").read_text()
 
 
-def test_help_fits_a_screen_and_shows_an_example() -> None:
-    for script in sorted(path.name for path in ROOT.glob("*.py") if path.stem in COMMANDS):
-        text = run(script, "--help", COLUMNS="118").stdout
+def test_help_fits_a_screen_and_shows_an_example(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "118")
+    for name in sorted(COMMANDS):
+        text = call(importlib.import_module(name).main, "--help").stdout
         assert len(text.splitlines()) <= 40
-        assert f"{script} " in text.split("positional arguments")[0]
+        assert f"{name}.py " in text.split("positional arguments")[0]
 
 
 def test_nothing_ships_but_configuration() -> None:

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 import ddp_train
 from harness.config import load_model_config
 from harness.plan import count_parameters
+from tests.acceptance.count_all_reduces import count_all_reduces
 from tests.conftest import Called
-from tests.helpers import ROOT, metrics, run, start_training, status, train, wait_for
+from tests.helpers import metrics, start_training, status, train, train_in_fork, wait_for
 
 SAME_DATA = {"min_train_tokens": 12 * 8 * 16, "checkpoint_interval": 100}
 
@@ -50,8 +51,8 @@ def test_a_run_prints_and_writes_what_it_promises(make_run: Callable[..., Path],
         "grad-norm.png",
         "throughput.png",
     }
-    assert status(folder) | {"time": ""} == {
-        "state": "complete", "step": 19, "exit_code": 0, "reason": "", "time": "",
+    assert {key: status(folder)[key] for key in ("state", "step", "exit_code", "reason")} == {
+        "state": "complete", "step": 19, "exit_code": 0, "reason": "",
     }  # fmt: skip
     record = json.loads((folder / "run.json").read_text())
     assert record["train"]["price_per_hour"] == 3600.0
@@ -83,7 +84,7 @@ def test_splitting_the_global_batch_changes_only_rounding(make_run: Callable[...
     for processes, accumulation in ((1, 4), (2, 2), (4, 1)):
         split = {**SAME_DATA, "gradient_accumulation_steps": accumulation, "validation_batches": 1}
         folder = make_run(f"x{processes}", model={"drop_rate": 0.0}, train={**split, "validation_interval": 4})
-        train(folder, datasets_dir, processes=processes)
+        train_in_fork(folder, datasets_dir, count=processes)
         folders.append(folder)
     curves = [[(line["train/loss"], line["train/grad_norm"]) for line in metrics(folder)] for folder in folders]
     validations = [[line.get("val/loss", 0.0) for line in metrics(folder)] for folder in folders]
@@ -102,15 +103,13 @@ def test_gradients_are_reduced_once_a_global_step(
 ) -> None:
     """Whatever the accumulation, a global step moves every gradient once: 4 bytes a parameter; alone, none."""
     folder = make_run(train=SAME_DATA)  # 4 accumulation steps
-    script = str(Path(__file__).parent / "count_all_reduces.py")
-    done = run(
-        script, folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu",
-        processes=processes, PYTHONPATH=str(ROOT),
-    )  # fmt: skip
-    counts = [(int(calls), int(size)) for calls, size in re.findall(r"all-reduces: (\d+), bytes: (\d+)", done.stdout)]
+    ranks = train_in_fork(folder, datasets_dir, count=processes, before=count_all_reduces)
     passes = len(metrics(folder)) + 1 if processes > 1 else 0  # one a step, and one of the warm-up pass
     parameters = count_parameters(load_model_config(folder / "model.json")).total
-    assert counts == [(passes, passes * 4 * parameters)] * processes
+    for rank in ranks:
+        counts = re.findall(r"all-reduce (\d+): (\d+) bytes", rank.stdout)
+        assert [int(number) for number, _ in counts] == list(range(1, passes + 1))
+        assert sum(int(size) for _, size in counts) == passes * 4 * parameters
 
 
 def test_max_steps_stops_saved_on_the_same_schedule(

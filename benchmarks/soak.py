@@ -1,12 +1,13 @@
 """Kill a two-process run at random, many times, and race pairs of trainers for one run; count what was lost.
 
-  python -m benchmarks.soak --kills 200 --races 50 --seed 1
+  python -m benchmarks.soak --kills 200 --launcher-kills 20 --races 50 --seed 1
 
-Every kill strikes a run under `torchrun --max-restarts 3` at a moment drawn by the seed, somewhere between its launch
-and its end, and hits one rank, both, the launcher, or everything. Whatever has died is started again with the same
-command until the run is complete; then its model, optimizer, state and losses must equal those of an untouched run to
-the bit. A run counts as having lost something if they do not, or if a start went further back than the
-newest checkpoint that was complete before the kill.
+Kills strike at moments drawn by the seed, at any time of a start. Most strike two workers that were forked from a
+process with torch in memory, which makes a start quick, and hit rank 0, rank 1 or both; the launcher kills strike
+runs under `torchrun --max-restarts 3`, and hit a rank, both, the launcher or everything. Whatever has died is started
+again with the same command until the run is complete; then its model, optimizer, state and losses must equal those of
+an untouched run to the bit. A run counts as having lost something if they do not, or if a start went further back than
+the newest checkpoint that was complete before the kill.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers import final_bits, status, write_run, write_toy_dataset
+from tests.helpers import final_bits, status, workers, write_run, write_toy_dataset
 
 ROOT = Path(__file__).parent.parent
 STEPS = 80
@@ -44,7 +46,8 @@ TRAIN = {
     "clipping_max_norm": 0.5,
     "shuffle": True,
 }
-VICTIMS = ("rank 0", "rank 1", "both ranks", "launcher", "everything")
+RANKS = ("rank 0", "rank 1", "both ranks")
+VICTIMS = (*RANKS, "launcher", "everything")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -61,6 +64,13 @@ class Tally:
     won_once: int = 0
     slowest_refusal: float = 0.0
     problems: list[str] = field(default_factory=list)
+    pending: tuple[str, int | None, int] | None = None
+    """Of the last kill: the run, the newest complete checkpoint, and the starts until then."""
+
+    def count(self, victim: str, is_early: bool) -> None:
+        """Count a kill; an early one struck before there was anything to lose."""
+        self.kills[victim] += 1
+        self.during_start += is_early
 
     @property
     def kill_count(self) -> int:
@@ -71,7 +81,8 @@ class Tally:
 def main() -> None:
     """Soak, print the tally, and exit with status 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=200, help="of forked workers")
+    parser.add_argument("--launcher-kills", type=int, default=20, help="of runs under torchrun")
     parser.add_argument("--races", type=int, default=50, help="pairs of trainers started together on one run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="write the printed result here too")
@@ -82,15 +93,19 @@ def main() -> None:
         write_toy_dataset(base)
         reference = write_run(base / "runs" / "reference", {}, TRAIN)
         untouched_seconds = run_untouched(base, reference)
-        while tally.kill_count < arguments.kills:
-            folder = write_run(base / "runs" / f"killed-{tally.runs}", {}, TRAIN)
-            kill_until_complete(base, folder, draw, tally, arguments.kills)
-            tally.runs += 1
-            if final_bits(folder) == final_bits(reference):
-                tally.equal_runs += 1
-            else:
-                tally.problems.append(f"{folder.name}: not the bits of the untouched run")
-            print(f"{tally.kill_count} kills, {tally.equal_runs} of {tally.runs} runs equal", flush=True)
+        for kills, kill_one in ((arguments.kills, kill_forks), (arguments.launcher_kills, kill_launch)):
+            wanted = tally.kill_count + kills
+            while tally.kill_count < wanted:
+                folder = write_run(base / "runs" / f"killed-{tally.runs}", {}, TRAIN)
+                while not is_complete(folder):
+                    kill_one(base, folder, draw, tally, tally.kill_count < wanted)
+                    wait_for_workers_to_leave(folder, tally)
+                tally.runs += 1
+                if final_bits(folder) == final_bits(reference):
+                    tally.equal_runs += 1
+                else:
+                    tally.problems.append(f"{folder.name}: not the bits of the untouched run")
+                print(f"{tally.kill_count} kills, {tally.equal_runs} of {tally.runs} runs equal", flush=True)
         for number in range(arguments.races):
             race(base, write_run(base / "runs" / f"race-{number}", {}, TRAIN), tally)
     text = describe(tally, arguments.seed, untouched_seconds, time.monotonic() - began)
@@ -122,71 +137,97 @@ def run_untouched(base: Path, folder: Path) -> float:
     return time.monotonic() - began
 
 
-def kill_until_complete(base: Path, folder: Path, draw: random.Random, tally: Tally, kills: int) -> None:
-    """Train a run, killing it now and then until the tally has enough kills, and starting it again until complete."""
-    while not is_complete(folder):
-        process = launch(command(base, folder))
-        while process.poll() is None and tally.kill_count < kills:
-            wait_for_the_moment(process, folder, draw)
-            if process.poll() is not None:
-                break
-            kill(process, folder, draw.choice(VICTIMS), tally)
-        try:
-            process.wait(timeout=120)
-        except subprocess.TimeoutExpired:
-            tally.problems.append(f"{folder.name}: hung for two minutes; {status(folder)}")
-            process.kill()
-        wait_for_workers_to_leave(folder, tally)
+def kill_forks(base: Path, folder: Path, draw: random.Random, tally: Tally, kills: bool) -> None:
+    """Start two workers once, kill one or both of them at a random moment, and see that the other leaves."""
+    with workers(folder, base, count=2) as ranks:
+        if kills:
+            wait_for_the_moment(lambda: ranks[0].process.is_alive(), folder, draw, longest=1.0)
+            victim = draw.choice(RANKS)
+            newest = newest_complete(folder)
+            before = len(starts_of(folder))
+            for pid in [ranks[0].pid, ranks[1].pid] if victim == "both ranks" else [ranks[int(victim[-1])].pid]:
+                send_kill(pid)
+            tally.count(victim, before == 0)
+            tally.pending = (folder.name, newest, before)
+            time.sleep(0.1)
+            for rank in ranks:
+                if rank.process.is_alive():
+                    rank.send(signal.SIGTERM)  # as torchrun asks the others to leave
+        for rank in ranks:
+            rank.process.join(60)
+            if rank.process.is_alive():
+                tally.problems.append(f"{folder.name}: a worker hung for a minute after the other was killed")
+    check_no_step_back(folder, tally)
 
 
-def wait_for_the_moment(process: subprocess.Popen[bytes], folder: Path, draw: random.Random) -> None:
-    """Wait for the moment of the next kill: in one of four at any time of a start, else while the run is training."""
-    if draw.random() < 0.25:
-        sleep_while_alive(process, draw.uniform(0.0, 6.0))
-        return
-    lines = folder / "metrics.jsonl"
-    before = lines.stat().st_mtime_ns if lines.exists() else 0
-    while process.poll() is None and (not lines.exists() or lines.stat().st_mtime_ns == before):
-        time.sleep(0.005)
-    sleep_while_alive(process, draw.uniform(0.0, 1.0))
-
-
-def sleep_while_alive(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Sleep, but not beyond the process's end."""
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-
-
-def kill(process: subprocess.Popen[bytes], folder: Path, victim: str, tally: Tally) -> None:
-    """Send SIGKILL to a victim, and note what stood on disk."""
-    workers = workers_of(folder)
-    newest = newest_complete(folder)
-    chosen = {
-        "rank 0": [pid for pid, rank in workers.items() if rank == "0"],
-        "rank 1": [pid for pid, rank in workers.items() if rank == "1"],
-        "both ranks": list(workers),
-        "launcher": [process.pid],
-        "everything": [process.pid, *workers],
-    }[victim]
-    if not chosen:
-        tally.during_start += 1  # no worker yet: the launcher is all there is to kill
-        chosen = [process.pid]
-    for pid in chosen:
-        with suppress(ProcessLookupError):  # it ended by itself in the meantime
-            os.kill(pid, signal.SIGKILL)
-    tally.kills[victim] += 1
-    starts_before = len(starts_of(folder))
-    if process.pid in chosen:
-        process.wait()
-    else:
+def kill_launch(base: Path, folder: Path, draw: random.Random, tally: Tally, kills: bool) -> None:
+    """Start the run under torchrun and kill parts of it until nothing is left to kill or it has ended."""
+    process = launch(command(base, folder))
+    while kills and process.poll() is None:
+        wait_for_the_moment(lambda: process.poll() is None, folder, draw, longest=6.0)
+        if process.poll() is not None:
+            break
+        victim = draw.choice(VICTIMS)
+        found = workers_of(folder)
+        chosen = {
+            "rank 0": [pid for pid, rank in found.items() if rank == "0"],
+            "rank 1": [pid for pid, rank in found.items() if rank == "1"],
+            "both ranks": list(found),
+            "launcher": [process.pid],
+            "everything": [process.pid, *found],
+        }[victim] or [process.pid]  # no worker yet: the launcher is all there is
+        newest, before = newest_complete(folder), len(starts_of(folder))
+        for pid in chosen:
+            send_kill(pid)
+        tally.count(victim, not found)
+        tally.pending = (folder.name, newest, before)
+        if process.pid in chosen:
+            process.wait()
         deadline = time.monotonic() + 60
-        while process.poll() is None and len(starts_of(folder)) == starts_before and time.monotonic() < deadline:
+        while process.poll() is None and len(starts_of(folder)) == before and time.monotonic() < deadline:
             time.sleep(0.02)
-    later = starts_of(folder)[starts_before:]
-    if later and newest is not None and int(str(later[0]["from_step"])) <= newest:
+        check_no_step_back(folder, tally)
+    try:
+        process.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        tally.problems.append(f"{folder.name}: hung for two minutes; {status(folder)}")
+        process.kill()
+    check_no_step_back(folder, tally)
+
+
+def check_no_step_back(folder: Path, tally: Tally) -> None:
+    """See whether the first start after the last kill began after the newest checkpoint that stood then."""
+    if tally.pending is None or tally.pending[0] != folder.name:
+        return
+    _, newest, before = tally.pending
+    later = starts_of(folder)[before:]
+    if not later:
+        return
+    tally.pending = None
+    if newest is not None and int(str(later[0]["from_step"])) <= newest:
         tally.steps_back += 1
         tally.problems.append(f"{folder.name}: resumed from {later[0]['from_step']} though {newest} was complete")
+
+
+def wait_for_the_moment(is_alive: Callable[[], bool], folder: Path, draw: random.Random, longest: float) -> None:
+    """Wait for the moment of a kill: in one of four at any time of a start, else while the run is training."""
+    deadline = time.monotonic()
+    if draw.random() < 0.25:
+        deadline += draw.uniform(0.0, longest)
+    else:
+        lines = folder / "metrics.jsonl"
+        before = lines.stat().st_mtime_ns if lines.exists() else 0
+        while is_alive() and (not lines.exists() or lines.stat().st_mtime_ns == before):
+            time.sleep(0.002)
+        deadline = time.monotonic() + draw.uniform(0.0, 1.0)
+    while is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def send_kill(pid: int) -> None:
+    """Send SIGKILL to a process that may have ended in the meantime."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def workers_of(folder: Path) -> dict[int, str]:
@@ -274,7 +315,7 @@ def describe(tally: Tally, seed: int, untouched_seconds: float, seconds: float) 
         f"Soak of {datetime.now(UTC):%Y-%m-%d}, seed {seed}, {seconds / 60:.0f} minutes",
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs",
         f"A run: {STEPS} global steps, a checkpoint every {INTERVAL}, {untouched_seconds:.0f} seconds if untouched",
-        f"Kills: {tally.kill_count} ({kills}), {tally.during_start} of them before a worker existed",
+        f"Kills: {tally.kill_count} ({kills}), {tally.during_start} of them before training began",
         f"Runs: {tally.runs}, completed with the bits of the untouched run: {tally.equal_runs}",
         f"Starts that went back beyond the newest complete checkpoint: {tally.steps_back}",
         f"Races for one run: {tally.races}, exactly one trained: {tally.won_once} "

@@ -36,6 +36,7 @@ if __name__ == "__main__" and (status := exit_status_of(lambda: read_request(__d
     sys.exit(status)
 
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -314,7 +315,8 @@ def find_max_microbatch_size(request: Request, launch: Launch) -> None:
 
     Every rank tries every size in a fresh process on its own device; a size fits where it fits on all.
     """
-    plan = make_plan(request.model, request.config, launch.world_size)
+    # How long the run is does not matter here, and need not be known: -1 would need the dataset.
+    plan = make_plan(request.model, replace(request.config, min_train_tokens=1), launch.world_size)
     watch = Watch(launch.rank, launch.world_size, microbatch.TRIAL_SECONDS, StopRequest(), lambda _: None, None)
     with distributed.process_group(launch, torch.device("cpu"), watch):
 

@@ -22,6 +22,7 @@ from data import MadeUpData
 from harness import distributed
 from harness.command_line import Request
 from harness.config import ModelConfig, TrainConfig
+from harness.key_value_cache import KeyValueCache
 from harness.loss import Objective, next_token_loss
 from harness.optim import guarded_step, make_optimizer
 from harness.plan import Plan
@@ -55,7 +56,7 @@ class Shape:
 class NaiveAttention(Attention):
     """Attention as the textbook writes it: all scores, a mask, softmax, dropout, and a weighted sum."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Let every position of x (B, T, C) attend to itself and those before it; gives (B, T, C)."""
         length = x.shape[1]
         query, key, value = (

@@ -6,7 +6,7 @@ Kills strike at moments drawn by the seed, at any time of a start. Most strike t
 process with torch in memory, which makes a start quick, and hit rank 0, rank 1 or both; the launcher kills strike
 runs under `torchrun --max-restarts 3`, and hit a rank, both, the launcher or everything. Whatever has died is started
 again with the same command until the run is complete; then its model, optimizer, state and losses must equal those of
-an untouched run to the bit. A run counts as having lost something if they do not, or if a start went further back than
+an untouched run to the bit. A run has lost something if they do not, or if a start went further back than
 the newest checkpoint that was complete before the kill.
 """
 

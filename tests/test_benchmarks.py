@@ -1,0 +1,102 @@
+"""The techniques that the benchmarks time change nothing but rounding, and the benchmarks measure what they say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import memory, throughput
+from benchmarks.arrangements import (
+    PlainObjective,
+    Shape,
+    Techniques,
+    build_arrangement,
+    build_default,
+    replace_modules,
+)
+from harness.config import ModelConfig
+from harness.loss import Objective
+from model import GPTModel, empty_model, initialise
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(vocab_size=97, context_length=16, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
+FUSED = Techniques(fused_attention=True, fused_layer_norm=True)
+
+
+def model_with(techniques: Techniques) -> GPTModel:
+    model = empty_model(TINY)
+    initialise(model, 3)
+    replace_modules(model, techniques)
+    return model
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [Techniques(), replace(FUSED, fused_layer_norm=False), replace(FUSED, fused_attention=False)],
+    ids=["published", "plain LayerNorm", "naive attention"],
+)
+def test_fused_modules_compute_what_the_textbook_says(techniques: Techniques) -> None:
+    tokens = torch.randint(0, 97, (3, 16), generator=torch.Generator().manual_seed(0))
+    results = []
+    for model in (model_with(FUSED), model_with(techniques)):
+        loss = (
+            Objective(model)(tokens, tokens) if techniques != Techniques() else PlainObjective(model)(tokens, tokens)
+        )
+        results.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
+    (fused, fused_gradients), (plain, plain_gradients) = results
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+    for found, wanted in zip(fused_gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(throughput.arrangements(CPU)))
+def test_every_arrangement_trains(name: str) -> None:
+    shape = Shape(TINY, microbatch_size=2, accumulation_steps=2)
+    step = throughput.arrangements(CPU)[name](shape, CPU)
+    step()
+    step()
+
+
+def test_ratios_are_taken_within_a_round(tmp_path: Path) -> None:
+    """A machine that is twice as slow in one round is so for all, and no ratio shows it."""
+    shape = Shape(TINY, microbatch_size=4)
+    seconds = {"published": [1.0, 2.0, 1.0], "better": [0.5, 1.0, 0.5]}
+    rows = throughput.summarise(seconds, {"published": None, "better": None}, shape, peak=1e12)
+    assert [row.ratio for row in rows] == [1.0, 2.0]
+    assert rows[1].ratio_low == rows[1].ratio_high == 2.0
+    assert rows[0].tokens_per_second == 64.0
+    assert "| better | 128 | 64 to 128 | 2.000" in throughput.table(rows, shape, CPU, 1e12)
+
+
+def test_a_contender_is_a_file_with_build(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.py"
+    path.write_text("def build(shape, device):\n    return lambda: shape.microbatches()[0][0].sum()\n")
+    builders = {
+        "published": lambda s, d: build_arrangement(s, d, Techniques()),
+        "theirs": throughput.load_contender(path),
+    }
+    seconds, _ = throughput.measure(builders, Shape(TINY, 2), CPU, rounds=2)
+    assert [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_default_arrangement_is_the_trainer_s_own_step() -> None:
+    build_default(Shape(TINY, 2, 2), CPU)()
+
+
+def test_memory_counted_reaches_the_goals() -> None:
+    """32 sequences of 1024 tokens in 24 GB, and 53 with the lean loss; the published arrangement had room for 6."""
+    default = memory.count("default", memory.GPT2, FUSED, is_lean=True)
+    assert default.fits[24] >= 53
+    assert default.fits[40] >= 96
+
+
+def test_a_byte_is_counted_while_it_lives() -> None:
+    held = torch.empty(1000, device="meta")
+    with memory.PeakTracker([held]) as tracker:
+        first = held + 1  # 4000 bytes
+        del first
+        second = held * 2
+        third = second.view(10, 100) + 1
+    assert tracker.peak == 8000
+    assert third.shape == (10, 100)

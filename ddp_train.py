@@ -43,6 +43,7 @@ from torch import Tensor
 
 import data
 from harness import account, checkpoint, distributed, faults, microbatch, resume
+from harness.background import Background
 from harness.charts import ChartPainter
 from harness.console import outlive_the_terminal
 from harness.distributed import Launch, gradient_sync
@@ -125,6 +126,7 @@ def main() -> None:
             basis=basis,
             stop=stop,
             watch=watch,
+            saving=stack.enter_context(Background()),
             stop_step=stop_step,
         )
         warm_up(stage)
@@ -206,7 +208,8 @@ def train(stage: Stage, painter: ChartPainter) -> None:
                 config.clipping_max_norm,
                 keep_gradients=launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
             )
-            report = StepReport(launch, losses, outcome.grad_norm, outcome.is_finite, stage.stop.requested)
+            wants_to_stop = stage.stop.requested or stage.saving.has_failed
+            report = StepReport(launch, losses, outcome.grad_norm, outcome.is_finite, wants_to_stop)
             log.submit(step, report, learning_rate)
 
             is_scheduled = plan.is_checkpoint_step(step, config.checkpoint_interval)
@@ -218,12 +221,13 @@ def train(stage: Stage, painter: ChartPainter) -> None:
                 log.restart_clock()
             if step == 0 and config.initial_weights is None:
                 warn_of_first_loss(stage, log)
-            saves = is_scheduled or step == stage.stop_step - 1 or log.stop_agreed
+            is_last = step == stage.stop_step - 1 or log.stop_agreed
+            saves = is_scheduled or is_last
             if saves or step % STEPS_BETWEEN_DRIFT_CHECKS == 0:
                 distributed.require_same_weights(launch, stage.trainee.model, step)
             if saves:
                 log.settle()
-                save(stage, is_scheduled, validation)
+                save(stage, is_scheduled, validation, waits=is_last)
                 log.restart_clock()
             if log.stop_agreed and step < stage.stop_step - 1:
                 reason = f"asked to stop: saved after global step {step:,}; run the same command to go on"
@@ -294,20 +298,23 @@ def validation_loss(stage: Stage) -> float:
     return float(distributed.gather(launch, total).double().sum()) / sequences
 
 
-def save(stage: Stage, is_scheduled: bool, validation: float | None) -> None:
-    """Write a checkpoint on rank 0 and wait for it on all; a scheduled one ends the interval and may be the best."""
+def save(stage: Stage, is_scheduled: bool, validation: float | None, waits: bool) -> None:
+    """Take a checkpoint on rank 0 and write it while training goes on, or wait for it; fails alike on all ranks.
+
+    A scheduled one ends the interval and may be the best. An error in writing the one before is raised here.
+    """
     is_best = is_scheduled and stage.state.close_interval(validation)
 
-    def write() -> None:
-        folder, state = stage.folder, stage.state
-        checkpoint.save(folder, stage.trainee, state, stage.basis)
-        if is_best:
-            checkpoint.link_best(folder, state.next_step - 1)
-        checkpoint.prune(folder, stage.config.checkpoints_to_keep, state)
-        folder.write_status("running", state.next_step - 1)
-        faults.reach("ckpt.end", state.next_step - 1)
+    def begin() -> None:
+        stage.saving.finish()  # one at a time, in memory and on disk
+        snapshot = checkpoint.take(stage.trainee, stage.state, stage.basis)
+        stage.folder.write_status("running", snapshot.step)
+        keep = stage.config.checkpoints_to_keep
+        stage.saving.start(lambda: checkpoint.publish(stage.folder, snapshot, keep, is_best))
+        if waits:
+            stage.saving.finish()
 
-    distributed.on_main(stage.launch, write)
+    distributed.on_main(stage.launch, begin)
 
 
 def find_max_microbatch_size(request: Request, launch: Launch) -> None:

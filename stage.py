@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 
 import data
 from harness import checkpoint, distributed, resume
+from harness.background import Background
 from harness.command_line import Request
 from harness.config import ModelConfig, TrainConfig
 from harness.distributed import Launch
@@ -39,6 +40,8 @@ class Stage:
     basis: checkpoint.Basis
     stop: StopRequest
     watch: Watch
+    saving: Background
+    """Writes a checkpoint while training goes on."""
     stop_step: int
     """One past the last global step of this start: the plan's last, or less with --max-steps."""
 
@@ -137,6 +140,7 @@ def rehearse(request: Request, plan: Plan, device: torch.device) -> Stage:
         basis=checkpoint.Basis({}),
         stop=stop,
         watch=Watch(0, 1, 0.0, stop, lambda _: None, None),
+        saving=Background(),
         stop_step=plan.global_steps,
     )
     warm_up(stage)

@@ -2,7 +2,8 @@
 
   python -m benchmarks.checkpoint_cost --rounds 5 --device auto
 
-The fraction of time that saving takes follows for an interval of 617 global steps of 98,304 tokens, at throughputs
+Training waits while a snapshot is taken; writing, flushing and hashing go on beside it. The fraction of time that
+training waits follows for an interval of 617 global steps of 98,304 tokens, at throughputs
 that were published for this model and at any given with --tokens-per-second. Results, with the machine's
 description, go to benchmarks/results/checkpoint_cost.json.
 """
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "checkpoint_cost.json"
 RUN = ROOT / "runs" / "8xa100m40-baseline"
 INTERVAL_STEPS, TOKENS_PER_STEP = 617, 98_304
+TAKE, WRITE, VERIFY = "take (training waits)", "write, flush and hash (beside training)", "verify (at a resume)"
 PUBLISHED = {"8x A100 40 GB, published": 285_420, "RTX 3090, published": 22_285}
 
 
@@ -49,24 +51,26 @@ def main() -> None:
     trainee.optimizer_tensors()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         folder = RunFolder(Path(place))
-        seconds: dict[str, list[float]] = {"save": [], "of it: finite check": [], "verify (at a resume)": []}
+        seconds: dict[str, list[float]] = {TAKE: [], WRITE: [], VERIFY: []}
         for step in range(arguments.rounds):
             state = TrainState(next_step=step + 1)
+            snapshots: list[checkpoint.Snapshot] = []
             actions: dict[str, Callable[[], object]] = {
-                "save": partial(checkpoint.save, folder, trainee, state, checkpoint.Basis({})),
-                "of it: finite check": partial(checkpoint.require_finite, trainee, step),
-                "verify (at a resume)": partial(checkpoint.verify, folder.checkpoint(step)),
+                TAKE: lambda state=state, taken=snapshots: taken.append(
+                    checkpoint.take(trainee, state, checkpoint.Basis({}))
+                ),
+                WRITE: lambda taken=snapshots: checkpoint.publish(folder, taken[0], 2, False),
+                VERIFY: partial(checkpoint.verify, folder.checkpoint(step)),
             }
             for name, action in actions.items():
                 seconds[name].append(timed(action))
-            checkpoint.prune(folder, 2, state)
         size = sum(path.stat().st_size for path in folder.checkpoint(arguments.rounds - 1).iterdir())
     typical = {name: median(values) for name, values in seconds.items()}
     speeds = PUBLISHED | {f"{value:,.0f} tokens/s": value for value in arguments.tokens_per_second}
-    fractions = {name: fraction(typical["save"], speed) for name, speed in speeds.items()}
+    fractions = {name: fraction(typical[TAKE], speed) for name, speed in speeds.items()}
     print(f"{size / 1e9:.2f} GB a checkpoint, {arguments.rounds} rounds on {distributed.device_name(device)}")
     for name, value in typical.items():
-        print(f"{name:<22} {value:6.2f} s (from {min(seconds[name]):.2f} to {max(seconds[name]):.2f})")
+        print(f"{name:<{len(WRITE)}} {value:6.2f} s (from {min(seconds[name]):.2f} to {max(seconds[name]):.2f})")
     for name, value in fractions.items():
         print(f"{value:6.2%} of the time in checkpoints every {INTERVAL_STEPS} steps ({name})")
     machine = {"device": distributed.device_name(device), "torch": torch.__version__, "platform": platform.platform()}
@@ -81,7 +85,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def fraction(save_seconds: float, tokens_per_second: float) -> float:
-    """Give the share of all time that goes into saving."""
+    """Give the share of all time that training waits."""
     training = INTERVAL_STEPS * TOKENS_PER_STEP / tokens_per_second
     return save_seconds / (save_seconds + training)
 

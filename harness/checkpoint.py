@@ -1,4 +1,4 @@
-"""Write, verify, load and prune checkpoints: safetensors for tensors, JSON for the rest, never pickle.
+"""Take, write, verify, load and prune checkpoints: safetensors for tensors, JSON for the rest, never pickle.
 
 A checkpoint is a folder that appears whole or not at all: it is written under a temporary name, its manifest (sizes
 and SHA-256 of every file) last, everything is flushed to disk, and one rename makes it visible. The links `latest`
@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -88,27 +88,61 @@ class Trainee:
         return tensors
 
 
-def save(folder: RunFolder, trainee: Trainee, state: TrainState, basis: Basis) -> Path:
-    """Write the checkpoint of the last completed global step and point `latest` at it.
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in memory: nothing that training does changes it any more."""
 
-    Waits for the device. Raises NonFiniteError where the weights or moments are not finite, and StorageError where
-    they cannot be written; the older checkpoints and links are untouched then.
+    contents: Contents
+    tensors: dict[str, dict[str, Tensor]]
+    """Float32 on the CPU, by file."""
+
+    @property
+    def step(self) -> int:
+        """The last completed global step."""
+        return self.contents.state.next_step - 1
+
+
+def take(trainee: Trainee, state: TrainState, basis: Basis) -> Snapshot:
+    """Copy what a checkpoint of the last completed global step holds; waits for the device.
+
+    Raises NonFiniteError where the weights or moments are not finite.
     """
-    step = state.next_step - 1
+    require_finite(trainee, state.next_step - 1)
+    live = {MODEL_FILE: trainee.model.state_dict(), OPTIMIZER_FILE: trainee.optimizer_tensors()}
+    tensors = {
+        file: {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in named.items()}
+        for file, named in live.items()
+    }
+    return Snapshot(Contents(replace(state), trainee.scaler.state_dict(), basis), tensors)
+
+
+def publish(folder: RunFolder, snapshot: Snapshot, keep: int | None, is_best: bool) -> None:
+    """Write a checkpoint, point the links at it and delete those that are no longer kept; errors as for `write`."""
+    write(folder, snapshot)
+    if is_best:
+        link_best(folder, snapshot.step)
+    prune(folder, keep, snapshot.contents.state)
+    faults.reach("ckpt.end", snapshot.step)
+
+
+def write(folder: RunFolder, snapshot: Snapshot) -> Path:
+    """Write a checkpoint and point `latest` at it.
+
+    Raises StorageError where that cannot be done; the older checkpoints and links are untouched then.
+    """
+    step = snapshot.step
     faults.reach("ckpt.begin", step)
-    require_finite(trainee, step)
     target = folder.checkpoint(step)
     temporary = folder.checkpoints / f"{TEMPORARY_PREFIX}{target.name}"
     try:
         folder.checkpoints.mkdir(exist_ok=True)
-        folder.remove_unfinished()
         temporary.mkdir()
-        _write_files(temporary, trainee, Contents(state, trainee.scaler.state_dict(), basis))
+        _write_files(temporary, snapshot)
         temporary.rename(target)
         fsync_folder(folder.checkpoints)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(f"{target}: cannot be written ({error.strerror}); {_room(folder, trainee)}") from error
+        raise StorageError(f"{target}: cannot be written ({error.strerror}); {_room(folder, snapshot)}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -136,8 +170,9 @@ def require_room(folder: RunFolder, parameters: int) -> None:
         raise StorageError(f"{folder.path}: found {free:,} bytes free, wanted {needed:,} for a checkpoint")
 
 
-def _room(folder: RunFolder, trainee: Trainee) -> str:
-    needed = sum(parameter.numel() for parameter in trainee.model.parameters()) * CHECKPOINT_BYTES_PER_PARAMETER
+def _room(folder: RunFolder, snapshot: Snapshot) -> str:
+    weights = sum(tensor.numel() for tensor in snapshot.tensors[MODEL_FILE].values())
+    needed = weights * CHECKPOINT_BYTES_PER_PARAMETER
     return f"it needs {needed:,} bytes, {shutil.disk_usage(folder.path).free:,} are free; older checkpoints stand"
 
 
@@ -163,26 +198,24 @@ def prune(folder: RunFolder, keep: int | None, state: TrainState) -> None:
             print(f"warning: {folder.checkpoint(step)} cannot be deleted ({error.strerror})", file=sys.stderr)
 
 
-def _write_files(temporary: Path, trainee: Trainee, contents: Contents) -> None:
-    step = contents.state.next_step - 1
-    documents = asdict(contents)
-    tensors = {MODEL_FILE: trainee.model.state_dict(), OPTIMIZER_FILE: trainee.optimizer_tensors()}
+def _write_files(temporary: Path, snapshot: Snapshot) -> None:
+    documents = asdict(snapshot.contents)
     with ThreadPoolExecutor() as pool:  # one file is hashed while the next is written
         hashes = {}
         for name in FILES:
-            if name in tensors:
-                save_tensors(tensors[name], temporary / name)
+            if name in snapshot.tensors:
+                save_tensors(snapshot.tensors[name], temporary / name)
             else:
                 document = {"train_state": documents["state"], "scaler": documents["scaler"], **documents["basis"]}
                 write_json(temporary / name, document)
-            faults.reach(f"ckpt.file:{name}", step)
+            faults.reach(f"ckpt.file:{name}", snapshot.step)
             hashes[name] = pool.submit(file_sha256, temporary / name)
         files = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": found.result()}
             for name, found in hashes.items()
         }
-    write_json(temporary / MANIFEST_FILE, {"step": step, "files": files})
-    faults.reach("ckpt.manifest", step)
+    write_json(temporary / MANIFEST_FILE, {"step": snapshot.step, "files": files})
+    faults.reach("ckpt.manifest", snapshot.step)
 
 
 def verify(path: Path) -> None:

@@ -18,6 +18,7 @@ TIERS = {
     "errors": -1,
     "faults": -1,
     "console": -1,
+    "background": -1,
     "config": 0,
     "plan": 0,
     "run_folder": 0,

@@ -156,9 +156,11 @@ def test_an_interrupted_save_leaves_the_older_checkpoints_and_no_litter(
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     trainee = checkpoint.Trainee(model, make_optimizer(model, config, torch.device("cpu")), scaler)
     contents = checkpoint.read_contents(folder.checkpoint(19))
+    state = TrainState(**{**vars(contents.state), "next_step": 26})
+    snapshot = checkpoint.take(trainee, state, contents.basis)
     monkeypatch.setenv("TRAIN_FAULT", f"{point}:enospc")
     with pytest.raises(StorageError, match="No space left on device"):
-        checkpoint.save(folder, trainee, TrainState(**{**vars(contents.state), "next_step": 26}), contents.basis)
+        checkpoint.write(folder, snapshot)
     assert folder.checkpoint_steps() == [0, 5, 10, 15, 19]
     assert not list(folder.checkpoints.glob(".*"))
     assert (folder.checkpoints / "latest").readlink() == Path("step-00000019")

@@ -66,16 +66,14 @@ def mounts() -> None:
 
 def before_save(step: int, function: Callable[[], object]) -> None:
     """Have something happen just before the save of a global step."""
-    save = checkpoint.save
+    write = checkpoint.write
 
-    def save_after(
-        folder: RunFolder, trainee: checkpoint.Trainee, state: checkpoint.TrainState, *more: object
-    ) -> Path:
-        if state.next_step - 1 == step:
+    def write_after(folder: RunFolder, snapshot: checkpoint.Snapshot) -> Path:
+        if snapshot.step == step:
             function()
-        return save(folder, trainee, state, *more)  # type: ignore[arg-type]
+        return write(folder, snapshot)
 
-    checkpoint.save = save_after
+    checkpoint.write = write_after
 
 
 def fill(place: Path, free: int) -> None:

@@ -159,9 +159,9 @@ def test_restarts_without_progress_come_to_an_end(tmp_path: Path, datasets_dir: 
     """A launcher that restarts ten times is told to give up after three that got no further."""
     folder = write_demanding(tmp_path / "runs" / "stuck")
     for restart in range(5):  # the first restart has got further than the start before it
-        train_in_fork(folder, datasets_dir, restart=restart, check=-9, fault="step.start@7:kill9")
-    (last,) = train_in_fork(folder, datasets_dir, restart=5, check=8, fault="step.start@7:kill9")
-    assert "restarted 3 times without progress beyond global step 7" in last.stderr
+        train_in_fork(folder, datasets_dir, restart=restart, check=-9, fault="ckpt.begin@6:kill9")
+    (last,) = train_in_fork(folder, datasets_dir, restart=5, check=8, fault="ckpt.begin@6:kill9")
+    assert "restarted 3 times without progress beyond global step 4" in last.stderr
     assert status(folder)["exit_code"] == 8
     strict_json((folder / "status.json").read_text())
     train_in_fork(folder, datasets_dir)  # by hand, with the fault gone

@@ -11,7 +11,7 @@ import os
 import sys
 
 from harness.command_line import Request, read_request
-from harness.errors import ConfigError, DataError, DoesNotFitError, PeerError, exit_status_of
+from harness.errors import ConfigError, DataError, DoesNotFitError, HarnessError, PeerError, exit_status_of
 from harness.plan import (
     Plan,
     count_parameters,
@@ -22,7 +22,7 @@ from harness.plan import (
     peak_flops_per_second,
     validation_sequences,
 )
-from harness.run_folder import json_number
+from harness.run_folder import RunFolder, json_number
 
 STEPS_BETWEEN_DRIFT_CHECKS = 100
 
@@ -49,7 +49,9 @@ from harness.console import outlive_the_terminal
 from harness.distributed import Launch, gradient_sync
 from harness.errors import StopRequestedError
 from harness.evaluate import sequence_losses
+from harness.loggers import Loggers
 from harness.loss import first_loss_warning
+from harness.messages import VARIABLE, Messenger
 from harness.metrics import StepLog, StepReport
 from harness.optim import guarded_step, learning_rate_at
 from harness.randomness import seed_dropout, stream_seed
@@ -73,12 +75,14 @@ def main() -> None:
     outlive_the_terminal()
     stop = StopRequest()
     painter = ChartPainter(folder)
+    loggers = Loggers(config.loggers if launch.is_main else (), folder, os.environ)
+    messenger = Messenger(folder, os.environ.get(VARIABLE, "") if launch.is_main else "")
     watch = Watch(
         launch.rank,
         launch.world_size,
         timeout_seconds=arguments.peer_timeout,
         stop=stop,
-        give_up=folder.write_failure if launch.is_main else lambda _: None,
+        give_up=lambda error: leave_word(error, folder, messenger) if launch.is_main else None,
         launcher=parent if launch.has_launcher else None,
     )
 
@@ -88,6 +92,8 @@ def main() -> None:
             stack.enter_context(folder.locked())
             faults.announce()
             stack.enter_context(painter)
+            stack.enter_context(loggers)
+            stack.enter_context(messenger)
             stack.enter_context(folder.reporting_failure())
         stack.enter_context(watch)
         data.ensure_dataset(arguments.datasets_dir, config)
@@ -130,9 +136,18 @@ def main() -> None:
             stop_step=stop_step,
         )
         warm_up(stage)
+        if launch.is_main:
+            loggers.start(start.state.next_step)
+            messenger.begin()
         train(stage, painter)
         if launch.is_main:
             account.report_end(folder, splits.plan, start.state)
+
+
+def leave_word(error: HarnessError, folder: RunFolder, messenger: Messenger) -> None:
+    """Say why rank 0 is about to be ended, since no context of it will be left."""
+    folder.write_failure(error)
+    messenger.end()
 
 
 def answer_without_training(request: Request, launch: Launch) -> bool:

@@ -32,7 +32,9 @@ PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 # Not part of the recipe: seeds, names, notes, intervals, and what only a reader of reports sees.
 SEED_KEYS = frozenset({"random_seed", "init_seed", "order_seed", "dropout_seed"})
 INTERVAL_KEYS = frozenset({"checkpoint_interval", "checkpoints_to_keep", "validation_interval", "validation_batches"})
-REPORT_KEYS = frozenset({"sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "notes"})
+REPORT_KEYS = frozenset(
+    {"sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "loggers", "notes"}
+)
 
 # Where pydantic's own words would not tell a user what to write.
 WANTED_IN_WORDS = {
@@ -40,6 +42,7 @@ WANTED_IN_WORDS = {
     "dataset": "NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'",
     "dataset_revision": "a commit, branch or tag name",
     "initial_weights": "a SHA-256 of 64 hexadecimal digits in lower case",
+    "loggers": 'a list of "tensorboard", "wandb" and "trackio", each at most once',
 }
 
 
@@ -47,6 +50,12 @@ def _not_zero(value: int) -> int:
     if value == 0:
         raise ValueError("a positive number, or -1 for all that fit")
     return value
+
+
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each at most once")
+    return names
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -141,6 +150,11 @@ class TrainConfig:
     """Currency of price_per_hour, shown beside costs."""
     expected_tokens_per_second: float | None = Field(default=None, gt=0)
     """Expected speed over all GPUs, from which --dry-run computes hours and cost."""
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], AfterValidator(_each_once)] = Field(
+        default=(),
+        strict=False,  # JSON has lists, no tuples
+    )
+    """Where metrics go besides metrics.jsonl; each needs its package."""
     notes: str | None = Field(default=None, max_length=20_000)
     """Free text, shown in reports."""
 
@@ -357,6 +371,8 @@ def _type_in_words(entry: dict[str, Any]) -> str:
         return " or ".join(_type_in_words(option) for option in entry["anyOf"])
     if "enum" in entry or "const" in entry:
         return " or ".join(f"`{json.dumps(value)}`" for value in entry.get("enum", [entry.get("const")]))
+    if entry.get("type") == "array":
+        return f"list of {_type_in_words(entry['items'])}"
     bounds = [("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<=")]
     shown = [f"{sign} {entry[bound]:,}" for bound, sign in bounds if bound in entry]
     return " ".join([entry["type"], *([", ".join(shown)] if shown else [])])

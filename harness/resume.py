@@ -41,7 +41,7 @@ def choose_start(folder: RunFolder, wish: Wish, basis: Basis) -> Start:
     """
     if wish.restart:
         wish = Wish(restart=wish.restart)  # whatever was asked for has been done: now it means to go on
-    old = (folder.checkpoints, folder.metrics_jsonl, folder.evals, folder.run_json)
+    old = (folder.checkpoints, folder.metrics_jsonl, folder.evals, folder.run_json, folder.loggers)
     if wish.fresh and (aside := folder.set_aside(*old)):
         print(f"Starting over; what there was is in {aside}")
     start = _prepare_start(folder, wish.name, basis)

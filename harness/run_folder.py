@@ -96,6 +96,11 @@ class RunFolder:
         return self.path / "evals"
 
     @property
+    def loggers(self) -> Path:
+        """Folder of what TensorBoard, W&B and trackio keep of the run."""
+        return self.path / "loggers"
+
+    @property
     def imported(self) -> Path:
         """Folder of the weights that were made elsewhere, from which the run starts."""
         return self.path / IMPORTED

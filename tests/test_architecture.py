@@ -35,6 +35,8 @@ TIERS = {
     "optim": 2,
     "checkpoint": 2,
     "metrics": 2,
+    "loggers": 2,
+    "messages": 2,
     "charts": 2,
     "evaluate": 2,
     "account": 2,
@@ -70,6 +72,7 @@ BELOW = {"instruction": {"study"}}
 JUDGING = ["journal", "answers", "compare", "prompt", "client", "judging", "strength", "ranking", "page"]
 PACKAGES = ["harness", *ROOMS]
 TORCH_FREE = ["harness.config", "harness.plan", "harness.run_folder", "harness.errors", "harness.charts"]
+TORCH_FREE += ["harness.loggers", "harness.messages"]
 TORCH_FREE += [f"{package}.{room}" for package in ("study", "preparation") for room in ROOMS[package]]
 TORCH_FREE += ["harness.token_files", "plan_runs", "compare_runs", "report", "prepare_dataset"]
 TORCH_FREE += [f"instruction.{room}" for room in JUDGING] + ["ift_judge"]

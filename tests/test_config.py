@@ -56,6 +56,7 @@ def test_defaults(tmp_path: Path) -> None:
         "price_per_hour": None,
         "currency": None,
         "expected_tokens_per_second": None,
+        "loggers": (),
         "notes": None,
     }
     model = load_model_config(write(tmp_path / "model.json", MODEL))
@@ -189,12 +190,13 @@ CHANGES: dict[str, Any] = {
     "price_per_hour": 15.92,
     "currency": "US$",
     "expected_tokens_per_second": 270_000.0,
+    "loggers": ("wandb", "tensorboard"),
     "notes": "second try",
 }
 NOT_RECIPE = {
     "random_seed", "init_seed", "order_seed", "dropout_seed",
     "checkpoint_interval", "checkpoints_to_keep", "validation_interval", "validation_batches",
-    "sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "notes",
+    "sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "loggers", "notes",
 }  # fmt: skip
 MODEL_CHANGES: dict[str, Any] = {
     "vocab_size": 98,

@@ -153,6 +153,7 @@ BAD_TRAIN_VALUES: list[tuple[str, object]] = [
     *[("amp_dtype", ["float16", "bfloat16"])],
     *[("compile", value) for value in ("on", "true", 1, 0, None)],
     *[("sample_prompt", value) for value in ("", 7, None)],
+    *[("loggers", value) for value in ("wandb", 7, None, {"wandb": True}, ["wandb", "wandb"])],
     *[("notes", value) for value in (7, ["a"])],
     *[("price_per_hour", value) for value in (-1, "40")],
     *[("expected_tokens_per_second", value) for value in (0, -1, "fast")],
@@ -168,6 +169,13 @@ def test_bad_training_value_is_named_with_what_was_found_and_wanted(tmp_path: Pa
     shown = json.dumps(value)
     assert rest.startswith(f"found {shown if len(shown) <= 80 else shown[:77]}")
     assert len(rest.split(", wanted ", 1)[1]) > 2
+
+
+def test_an_unknown_logger_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.json", {**TRAIN, "loggers": ["wandb", "tensorbord"]})
+    (line,) = refused(load_train_config, path)
+    wanted = 'a list of "tensorboard", "wandb" and "trackio", each at most once'
+    assert line == f'{path}: loggers: found "tensorbord", wanted {wanted}'
 
 
 BAD_MODEL_VALUES: list[tuple[str, object]] = [

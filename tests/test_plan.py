@@ -297,11 +297,13 @@ CHANGES: dict[str, Any] = {
     "price_per_hour": 1.0,
     "currency": "EUR",
     "expected_tokens_per_second": 1.0,
+    "loggers": ("wandb",),
     "notes": "again",
 }
 FREE = {
     "checkpoint_interval", "checkpoints_to_keep", "compile", "activation_checkpointing", "deterministic",
-    "nonfinite_patience", "sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "notes",
+    "nonfinite_patience", "sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "loggers",
+    "notes",
 }  # fmt: skip
 TESTED_ABOVE = {"min_train_tokens", "microbatch_size", "gradient_accumulation_steps", "global_batch_size"}
 TESTED_BELOW = {"validation_interval", "validation_batches"}

@@ -102,12 +102,13 @@ TRAIN_ROWS = {
     "price_per_hour": Row(7200.0, {"extras"}),
     "currency": Row("EUR", set()),
     "expected_tokens_per_second": Row(100.0, {"dry run"}),
+    "loggers": Row(["tensorboard"], set()),  # what it logs: see acceptance/test_watching.py
     "notes": Row("other", set()),
 }
 # Keys whose effect is none of the seven respects have a test of their own below, or in the file named.
 SHOWN_ELSEWHERE = {
     "dataset_revision", "activation_checkpointing", "deterministic", "nonfinite_patience", "sample_prompt",
-    "currency", "notes",
+    "currency", "loggers", "notes",
 }  # fmt: skip
 
 

@@ -178,6 +178,7 @@ class WeightsAndBiases:
                 f"wandb sync {run.place('wandb')}/offline-run-*",
                 file=sys.stderr,
             )
+            wandb.teardown()  # else the attempt goes on and holds the id
             self._run = open_run("offline")
 
     def log(self, step: int, values: Line) -> None:

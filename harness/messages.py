@@ -1,5 +1,4 @@
-"""Messages to a person when training starts, stops, fails or finishes, by mail, Telegram, Slack and whatever else
-the apprise library speaks.
+"""Messages to a person when training starts, stops, fails or finishes, in any way that the apprise library knows.
 
 A message is sent by a process of its own (`python -m harness.messages`), so that a dead network holds training up by
 nothing and its end by a few seconds. Addresses often hold passwords: they come from the command's environment, go to
@@ -13,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,22 +53,23 @@ class Messenger:
     def begin(self) -> None:
         """Say that training starts, or goes on; waits for nothing. run.json must be written."""
         self._has_begun = True
-        self._send("training started", describe_start(self._folder))
+        self._send("training started", describe_start)
 
     def end(self) -> None:
         """Say how training ended, as status.json has it; waits a few seconds."""
         state = self._folder.read_status().get("state", "")
-        process = self._send(f"training {ENDINGS.get(state, 'ended')}", describe_end(self._folder))
+        process = self._send(f"training {ENDINGS.get(state, 'ended')}", describe_end)
         if process is not None:
             with suppress(subprocess.TimeoutExpired):  # it goes on by itself
                 process.wait(END_SECONDS)
 
-    def _send(self, what: str, body: str) -> subprocess.Popen[bytes] | None:
+    def _send(self, what: str, describe: Callable[[RunFolder], str]) -> subprocess.Popen[bytes] | None:
         if not self._addresses:
             return None
-        message = {"addresses": self._addresses, "title": f"{self._folder.path.name}: {what}", "body": body}
         command = [sys.executable, "-m", "harness.messages"]
+        title = f"{self._folder.path.name}: {what}"
         try:
+            message = {"addresses": self._addresses, "title": title, "body": describe(self._folder)}
             # In a session of its own: neither Ctrl-C nor torchrun, when it ends all ranks, cuts a message off.
             process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
@@ -76,7 +77,7 @@ class Messenger:
             assert process.stdin is not None
             with process.stdin:
                 process.stdin.write(json.dumps(message).encode())
-        except OSError as error:
+        except (OSError, LookupError) as error:  # a file that cannot be read, say: no reason to end training
             print(f"warning: a message could not be sent ({error})", file=sys.stderr)
             return None
         return process

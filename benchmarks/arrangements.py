@@ -23,7 +23,7 @@ from harness import distributed
 from harness.command_line import Request
 from harness.config import ModelConfig, TrainConfig
 from harness.key_value_cache import KeyValueCache
-from harness.loss import Objective, next_token_loss
+from harness.loss import lean_next_token_loss, next_token_loss
 from harness.optim import guarded_step, make_optimizer
 from harness.plan import Plan
 from harness.run_folder import RunFolder
@@ -93,6 +93,8 @@ class Techniques:
     """On a CPU: the allocator keeps large blocks instead of paging them in anew for every micro-batch."""
     bfloat16: bool = False
     compiled: bool = False
+    lean_loss: bool = False
+    """The memory-lean loss even where memory would not ask for it."""
 
 
 def build_arrangement(shape: Shape, device: torch.device, techniques: Techniques) -> Step:
@@ -105,7 +107,7 @@ def build_arrangement(shape: Shape, device: torch.device, techniques: Techniques
     optimizer = make_optimizer(model, config, device)
     if not techniques.device_side_step:
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1, fused=False)
-    objective: nn.Module = Objective(model) if techniques.device_side_step else PlainObjective(model)
+    objective = LeanObjective(model) if techniques.lean_loss else PlainObjective(model)
     forward = torch.compile(objective) if techniques.compiled else objective
     batches = shape.microbatches()
 
@@ -143,6 +145,18 @@ class PlainObjective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
         return next_token_loss(self.model(tokens), targets)
+
+
+class LeanObjective(nn.Module):
+    """The loss from a few logits at a time."""
+
+    def __init__(self, model: GPTModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
+        return lean_next_token_loss(self.model.hidden_states(tokens), self.model.head_weight(), targets)
 
 
 def prepared_model(shape: Shape, device: torch.device, techniques: Techniques) -> GPTModel:

@@ -51,6 +51,7 @@ def arrangements(device: torch.device) -> dict[str, Builder]:
         rows += [("+ bfloat16", {"bfloat16": True}), ("+ torch.compile", {"compiled": True})]
     else:
         rows += [("+ memory kept", {"kept_memory": True})]
+    rows += [("+ memory-lean loss, forced", {"lean_loss": True})]
     built: dict[str, Builder] = {}
     techniques: dict[str, bool] = {}
     for name, added in rows:

@@ -29,7 +29,7 @@ quickstart: $(VENV)/.installed
 	@echo "Charts, samples and numbers of the run: open runs/$(RUN)/training-run-chart.html"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

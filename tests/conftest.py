@@ -5,6 +5,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, and tiny models gain nothing
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 from harness.charts import ChartPainter
 from harness.errors import exit_status_of
 from tests.helpers import train_in_fork, write_demanding, write_run, write_toy_dataset
+
+# A shell ignores SIGINT for what it runs in the background, and what is started there would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Called(NamedTuple):

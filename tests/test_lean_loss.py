@@ -103,6 +103,7 @@ def test_evaluation_cuts_batches_with_large_logits(tmp_path: Path, monkeypatch: 
     assert cut == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
 def test_compiler_takes_it_whole() -> None:
     hidden, head = torch.randn(2, 64, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)

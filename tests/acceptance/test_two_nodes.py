@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import OFFLINE, ROOT, final_bits, status, train, write_run
+from harness import resume
+from harness.errors import CheckpointError
+from tests.helpers import OFFLINE, ROOT, final_bits, status, train_in_fork, write_run
 
 TRAIN = {"microbatch_size": 2, "gradient_accumulation_steps": 2, "min_train_tokens": 12 * 8 * 16}
 
@@ -59,11 +61,25 @@ def test_two_nodes_train_as_one_and_only_the_first_writes(
     assert status(first)["state"] == "complete", outputs
     assert sorted(path.name for path in second.iterdir()) == ["model.json", "train.json"]
     on_one_machine = make_run(train=TRAIN)
-    train(on_one_machine, datasets_dir, processes=2)
+    train_in_fork(on_one_machine, datasets_dir, count=2)
     assert final_bits(first) == final_bits(on_one_machine)
 
-    # The machines change places, and the new rank 0 has never seen the run: it must not silently start over.
+
+@pytest.mark.slow
+def test_machines_that_change_places_do_not_start_over(bases: list[Path]) -> None:
+    train_on_two_nodes(bases)
     outputs = train_on_two_nodes(bases[::-1])
+    second = bases[1] / "runs" / "tiny"
     assert "rank 1's machine has a checkpoint of step 11, rank 0's has no checkpoint" in outputs[0]
     assert status(second)["exit_code"] == 4
     assert not (second / "checkpoints").exists()
+
+
+def test_a_machine_that_is_ahead_of_rank_0_is_named() -> None:
+    resume.require_main_to_have_the_newest([617, 617, -1])
+    with pytest.raises(
+        CheckpointError, match="rank 2's machine has a checkpoint of step 617, rank 0's has none after"
+    ):
+        resume.require_main_to_have_the_newest([0, 0, 617])
+    with pytest.raises(CheckpointError, match="rank 1's machine has a checkpoint of step 0, rank 0's has no check"):
+        resume.require_main_to_have_the_newest([-1, 0])

@@ -219,7 +219,7 @@ def store(rows: list[Row], text: str, device: torch.device, arguments: argparse.
 
     name = "throughput-" + distributed.device_name(device).lower().replace(" ", "-")
     machine = {"device": distributed.device_name(device), "torch": torch.__version__, "platform": platform.platform()}
-    options = {key: str(value) for key, value in vars(arguments).items()}
+    options = vars(arguments) | {"contender": [path.name for path in arguments.contender]}
     write_json(
         RESULTS / f"{name}.json", {"machine": machine, "options": options, "rows": [asdict(row) for row in rows]}
     )

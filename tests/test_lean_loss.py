@@ -1,6 +1,5 @@
 """The memory-lean loss is the plain one, and so are its gradients, in every precision; it is taken when it pays."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,26 +68,35 @@ def make_objective(tmp_path: Path, seed: int = 1) -> tuple[GPTModel, Objective]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_objective_takes_it_for_large_logits_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
-) -> None:
+def test_objective_on_a_cpu_is_the_plain_loss_of_the_logits(tmp_path: Path, tied: bool) -> None:
     model, objective = make_objective(tmp_path)
     if tied:
         model.out_head = None
     tokens = torch.randint(0, 97, (6, 16), generator=torch.Generator().manual_seed(0))
-    calls: list[int] = []
-    lean: Callable[..., Tensor] = loss.lean_next_token_loss
-    monkeypatch.setattr(loss, "lean_next_token_loss", lambda *a: calls.append(1) or lean(*a))
-    plain_value = objective(tokens, tokens)
+    plain_value = next_token_loss(model(tokens), tokens)
     plain_gradients = torch.autograd.grad(plain_value, list(model.parameters()))
-    assert not calls
-    monkeypatch.setattr(plan, "PLAIN_LOGITS_BYTES", 5 * 16 * 97 * 4)  # five sequences
     lean_value = objective(tokens, tokens)
     lean_gradients = torch.autograd.grad(lean_value, list(model.parameters()))
-    assert calls
     torch.testing.assert_close(lean_value, plain_value, rtol=1e-6, atol=0)
     for found, wanted in zip(lean_gradients, plain_gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("device", "sequences", "wanted"), [("cpu", 1, "lean"), ("meta", 5, "plain"), ("meta", 6, "lean")]
+)
+def test_objective_takes_it_on_a_cpu_and_for_large_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, sequences: int, wanted: str
+) -> None:
+    """The meta device, which computes shapes alone, stands for every device that is not a CPU."""
+    _, objective = make_objective(tmp_path)
+    monkeypatch.setattr(plan, "PLAIN_LOGITS_BYTES", 5 * 16 * 97 * 4)  # five sequences
+    calls: list[str] = []
+    for name, function in (("lean", "lean_next_token_loss"), ("plain", "next_token_loss")):
+        monkeypatch.setattr(loss, function, lambda *_, name=name: calls.append(name))
+    tokens = torch.zeros(sequences, 16, dtype=torch.long, device=device)
+    objective.to(device)(tokens, tokens)
+    assert calls == [wanted]
 
 
 def test_evaluation_cuts_batches_with_large_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from study.experiment import (
     write_runs,
 )
 from study.ledger import Scale, find_noise, load_ledger
-from study.results import is_scored
+from study.results import is_diverged, is_scored
 from study.statistics import Noise, detectable
 
 ROOT = Path(__file__).parent
@@ -228,7 +228,8 @@ def execute(arguments: argparse.Namespace) -> None:
         folder = open_run(arguments.runs_dir, run.run)
         title = f"[{number}/{len(experiment.runs)}] {run.run}"
         if is_scored(folder, "last"):
-            print(f"{title}: already complete", flush=True)
+            how = "diverged, and counts as such" if is_diverged(folder) else "already complete"
+            print(f"{title}: {how}", flush=True)
             continue
         try:
             with folder.locked():

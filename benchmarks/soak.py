@@ -68,7 +68,7 @@ class Tally:
     """Of the last kill: the run, the newest complete checkpoint, and the starts until then."""
 
     def count(self, victim: str, is_early: bool) -> None:
-        """Count a kill; an early one struck before there was anything to lose."""
+        """Count a kill; an early one struck before its start had begun to train."""
         self.kills[victim] += 1
         self.during_start += is_early
 
@@ -108,6 +108,7 @@ def main() -> None:
                 print(f"{tally.kill_count} kills, {tally.equal_runs} of {tally.runs} runs equal", flush=True)
         for number in range(arguments.races):
             race(base, write_run(base / "runs" / f"race-{number}", {}, TRAIN), tally)
+            print(f"{tally.races} races, {tally.won_once} with exactly one trainer", flush=True)
     text = describe(tally, arguments.seed, untouched_seconds, time.monotonic() - began)
     print(text)
     if arguments.output:
@@ -139,6 +140,7 @@ def run_untouched(base: Path, folder: Path) -> float:
 
 def kill_forks(base: Path, folder: Path, draw: random.Random, tally: Tally, kills: bool) -> None:
     """Start two workers once, kill one or both of them at a random moment, and see that the other leaves."""
+    recorded = len(starts_of(folder))
     with workers(folder, base, count=2) as ranks:
         if kills:
             wait_for_the_moment(lambda: ranks[0].process.is_alive(), folder, draw, longest=1.0)
@@ -147,7 +149,7 @@ def kill_forks(base: Path, folder: Path, draw: random.Random, tally: Tally, kill
             before = len(starts_of(folder))
             for pid in [ranks[0].pid, ranks[1].pid] if victim == "both ranks" else [ranks[int(victim[-1])].pid]:
                 send_kill(pid)
-            tally.count(victim, before == 0)
+            tally.count(victim, before == recorded)
             tally.pending = (folder.name, newest, before)
             time.sleep(0.1)
             for rank in ranks:
@@ -162,6 +164,7 @@ def kill_forks(base: Path, folder: Path, draw: random.Random, tally: Tally, kill
 
 def kill_launch(base: Path, folder: Path, draw: random.Random, tally: Tally, kills: bool) -> None:
     """Start the run under torchrun and kill parts of it until nothing is left to kill or it has ended."""
+    recorded = len(starts_of(folder))
     process = launch(command(base, folder))
     while kills and process.poll() is None:
         wait_for_the_moment(lambda: process.poll() is None, folder, draw, longest=6.0)
@@ -179,7 +182,7 @@ def kill_launch(base: Path, folder: Path, draw: random.Random, tally: Tally, kil
         newest, before = newest_complete(folder), len(starts_of(folder))
         for pid in chosen:
             send_kill(pid)
-        tally.count(victim, not found)
+        tally.count(victim, before == recorded)
         tally.pending = (folder.name, newest, before)
         if process.pid in chosen:
             process.wait()
@@ -315,7 +318,7 @@ def describe(tally: Tally, seed: int, untouched_seconds: float, seconds: float) 
         f"Soak of {datetime.now(UTC):%Y-%m-%d}, seed {seed}, {seconds / 60:.0f} minutes",
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs",
         f"A run: {STEPS} global steps, a checkpoint every {INTERVAL}, {untouched_seconds:.0f} seconds if untouched",
-        f"Kills: {tally.kill_count} ({kills}), {tally.during_start} of them before training began",
+        f"Kills: {tally.kill_count} ({kills}), {tally.during_start} of them before the start had begun to train",
         f"Runs: {tally.runs}, completed with the bits of the untouched run: {tally.equal_runs}",
         f"Starts that went back beyond the newest complete checkpoint: {tally.steps_back}",
         f"Races for one run: {tally.races}, exactly one trained: {tally.won_once} "

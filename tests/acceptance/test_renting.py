@@ -1,10 +1,12 @@
 """The files of cloud/: read by SkyPilot's own parser, linted, and run with Slurm's commands stood in for."""
 
+import glob
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ SCONTROL = """#!/bin/bash
 echo "$*" >> "$SCONTROL_LOG"
 [ "$1 $2" != "show hostnames" ] || printf '127.0.0.1\\n127.0.0.2\\n'
 """
+needs_rsync = pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
 SKY = """
 import json, sys, sky
 tasks = [sky.Task.from_yaml(path) for path in sys.argv[1:]]
@@ -48,9 +51,52 @@ def test_skypilot_reads_its_files(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == (
-        '[[6, false, "cloud/train.sh \\"$RUN\\" datasets\\n"], '
-        '[3, true, "cloud/train_and_keep.sh /kept-runs \\"$RUN\\" datasets\\n"]]'
+        '[[6, false, "bash cloud/train.sh \\"$RUN\\" datasets\\n"], '
+        '[3, true, "bash cloud/train_and_keep.sh /kept-runs \\"$RUN\\" datasets\\n"]]'
     )
+
+
+def left_at_home(place: Path) -> set[Path]:
+    """Give what SkyPilot leaves out of a folder that goes by way of a bucket: it reads .skyignore as globs."""
+    rules = [rule for rule in (ROOT / ".skyignore").read_text().splitlines() if rule and not rule.startswith("#")]
+    patterns = [f".{rule}" if rule.startswith("/") else f"**/{rule}" for rule in rules]
+    found = {Path(path) for rule in patterns for path in glob.glob(rule, root_dir=place, recursive=True)}
+    return {path for path in every_file(place) if found & {path, *path.parents}}
+
+
+def every_file(place: Path) -> set[Path]:
+    return {path.relative_to(place) for path in place.rglob("*") if path.is_file()}
+
+
+def left_by_rsync(place: Path) -> set[Path]:
+    """Give what SkyPilot leaves out of a folder that goes straight to a machine."""
+    shutil.copy(ROOT / ".skyignore", place)
+    sent = place.parent / "sent"
+    subprocess.run(["rsync", "-a", "--filter=dir-merge,- .skyignore", f"{place}/", f"{sent}/"], check=True)
+    return every_file(place) - every_file(sent)
+
+
+@pytest.mark.parametrize(
+    "left", [left_at_home, pytest.param(left_by_rsync, marks=needs_rsync)], ids=["bucket", "machine"]
+)
+def test_what_a_run_needs_travels_and_what_it_wrote_stays(
+    trained: Path, tmp_path: Path, left: Callable[[Path], set[Path]]
+) -> None:
+    place = tmp_path / "checkout"
+    run = place / "runs" / "tiny"
+    shutil.copytree(trained, run, symlinks=True)
+    travel = {Path(name) for name in ("train.py", "runs/tiny/plan.json", "runs/tiny/imported/model.safetensors")}
+    for path in [*travel, Path("datasets/toy/train.safetensors"), Path(".venv/bin/python")]:
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).touch()
+    travel |= {Path("runs/tiny/model.json"), Path("runs/tiny/train.json")}
+    stays = left(place)
+    assert every_file(place) - stays - {Path(".skyignore")} == travel
+    assert {path.parts[2] for path in stays if path.parts[0] == "runs"} >= {
+        "checkpoints",
+        "metrics.jsonl",
+        "run.json",
+    }
 
 
 def start(place: Path, *command: object, **environment: str) -> subprocess.Popen[str]:
@@ -116,12 +162,14 @@ def test_slurm_trains_on_two_nodes_and_queues_again_when_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
+@needs_rsync
 def test_a_run_goes_on_from_what_was_kept_of_a_machine_that_is_gone(
     checkout: Path, tmp_path: Path, datasets_dir: Path
 ) -> None:
     original = write_run(tmp_path / "original" / "tiny", {}, {"min_train_tokens": 60 * 8 * 16})
-    words = ("cloud/train_and_keep.sh", tmp_path / "kept", "tiny", datasets_dir, "--device", "cpu")
+    for script in checkout.glob("cloud/*.sh"):
+        script.chmod(0o644)  # as it comes out of a bucket
+    words = ("bash", "cloud/train_and_keep.sh", tmp_path / "kept", "tiny", datasets_dir, "--device", "cpu")
     run = checkout / "runs" / "tiny"
     shutil.copytree(original, run)
     job = start(checkout, *words, KEEP_SECONDS="1")
@@ -132,11 +180,16 @@ def test_a_run_goes_on_from_what_was_kept_of_a_machine_that_is_gone(
         end(job)  # the machine is gone
         shutil.rmtree(run)
     shutil.copytree(original, run)
+    corrected = write_run(
+        tmp_path / "corrected" / "tiny", {}, {"min_train_tokens": 60 * 8 * 16, "price_per_hour": 9.5}
+    )
+    shutil.copy(corrected / "train.json", run)  # what the user sends along is newer than what was kept
     job = start(checkout, *words)
     output = "".join(job.communicate(timeout=170))
     assert job.returncode == 0, output
     assert "Resuming from step-" in output
     assert status(run)["state"] == "complete"
+    assert (run / "train.json").read_bytes() == (corrected / "train.json").read_bytes()
     assert (kept / "status.json").read_bytes() == (run / "status.json").read_bytes()
     assert (kept / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness import faults
 from harness.config import ModelConfig, TrainConfig
-from harness.errors import DataError, as_harness_error, first_line
+from harness.errors import DataError, as_harness_error, hub_reason
 from harness.plan import Plan, make_plan, validation_sequences
 from harness.randomness import Permutation, order_permutation
 from harness.token_files import SPLITS, TokenFile, open_split, split_files
@@ -124,7 +124,7 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
             raise known from None
         # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
         raise DataError(
-            f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded ({first_line(error)})"
+            f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded ({hub_reason(error)})"
         ) from None
     if absent := missing():
         raise DataError(f"dataset {dataset}: the Hub has no {' and no '.join(absent)} in it")

@@ -21,7 +21,7 @@ from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE, config_document, to
 from exchange.model_card import CHART, Publication, Score, model_card
 from exchange.vocabulary import tokenizer_files
 from harness.checkpoint import MANIFEST_FILE, save_tensors
-from harness.errors import CheckpointError, ConfigError, StorageError, exit_status_of
+from harness.errors import CheckpointError, ConfigError, StorageError, exit_status_of, hub_reason
 from harness.run_folder import (
     RunFolder,
     file_sha256,
@@ -191,8 +191,7 @@ def push(path: Path, repository: str, is_public: bool) -> None:
         api.upload_folder(repo_id=repository, folder_path=path, commit_message="Upload model")
     except Exception as error:
         # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = reason.replace(huggingface_hub.get_token() or "\0", "***")
+        reason = hub_reason(error).replace(huggingface_hub.get_token() or "\0", "***")
         raise StorageError(
             f"--push: {repository} could not be uploaded ({reason}); {path} is whole: hf upload {repository} {path}"
         ) from None

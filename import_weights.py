@@ -32,7 +32,7 @@ from exchange.hugging_face import (
 from exchange.published import config_of
 from harness.checkpoint import save_tensors
 from harness.config import ModelConfig
-from harness.errors import CheckpointError, ConfigError, DataError, as_harness_error, exit_status_of
+from harness.errors import CheckpointError, ConfigError, DataError, as_harness_error, exit_status_of, hub_reason
 from harness.run_folder import (
     RUN_NAME,
     RunFolder,
@@ -173,8 +173,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
         if (known := as_harness_error(error)) is not None:
             raise known from None
         # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"hf:{repository}: could not be downloaded ({reason})") from None
+        raise DataError(f"hf:{repository}: could not be downloaded ({hub_reason(error)})") from None
     return folder, commit
 
 

@@ -14,6 +14,7 @@ INTERRUPTED_STATUS = 130  # as a shell reports SIGINT: there was nothing to save
 DEFECT_STATUS = 1
 # Access tokens of the Hugging Face Hub and keys of OpenAI-compatible services.
 SECRET = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{8,}")
+REQUEST_ID = re.compile(r"\(Request ID: [^)]*\)\.?")
 # What could move a terminal's cursor or reverse its text: control characters, and Unicode's directional ones.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -110,6 +111,12 @@ def fit_to_print(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Give the first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def hub_reason(error: BaseException) -> str:
+    """Give in one line why the Hugging Face Hub refused; its client puts that below a line with a request id."""
+    text = " ".join(REQUEST_ID.sub("", str(error)).split())
+    return text[:400] or type(error).__name__
 
 
 def exit_status_of(command: Callable[[], object], speaks: bool = True) -> int:

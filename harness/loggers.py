@@ -94,9 +94,10 @@ class Run:
 
     @property
     def id(self) -> str:
-        """A name that is the same for every start of the run, and another one after --fresh."""
-        first_start = self.record["starts"][0]["time"]
-        unique = hashlib.sha256(f"{self.folder.path.resolve()} {first_start}".encode()).hexdigest()[:8]
+        """A name that is the same for every start of the run, on whatever machine, and another one after --fresh."""
+        record = self.record
+        first_start = f"{record['starts'][0]['time']} {record['recipe_hash']}"
+        unique = hashlib.sha256(first_start.encode()).hexdigest()[:8]
         return f"{self.folder.path.name[:100]}-{unique}"
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
-from harness.errors import ConfigError, DataError, as_harness_error, first_line
+from harness.errors import ConfigError, DataError, as_harness_error, hub_reason
 from preparation.sources import WANTED, SourceFile, kind_of
 
 PREFIX = "hf:"
@@ -68,8 +68,10 @@ def fetched(source: str, commit: str, file: SourceFile, folder: Path) -> Iterato
     """
     home = folder / hashlib.sha256(file.name.encode()).hexdigest()[:16]
     for other in folder.glob("*"):
-        if other != home:
+        if other.is_dir() and other != home:
             shutil.rmtree(other)
+        elif other.is_file():  # unpacked from what was fetched
+            other.unlink()
     with _hub_errors(source):
         dataset, _ = dataset_of(source)
         path = hf_hub_download(dataset, file.name, repo_type="dataset", revision=commit, local_dir=home)
@@ -85,4 +87,4 @@ def _hub_errors(source: str) -> Iterator[None]:
     except Exception as error:
         if (known := as_harness_error(error)) is not None:
             raise known from None
-        raise DataError(f"{source}: cannot be had from the Hub ({first_line(error)})") from None
+        raise DataError(f"{source}: cannot be had from the Hub ({hub_reason(error)})") from None

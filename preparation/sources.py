@@ -1,9 +1,10 @@
 """Which files a source is made of, in which order, and how much disk their tokens will take."""
 
 import glob
+import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,8 +43,10 @@ class SourceFile:
 def kind_of(name: str) -> tuple[Kind | None, str]:
     """Give what a file holds, None where it is nothing that can be read, and its compression's suffix or ""."""
     path = Path(name)
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    return KINDS.get(path.with_suffix("").suffix if compression else path.suffix), compression
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        return KINDS.get(path.with_suffix("").suffix.lower()), suffix
+    return KINDS.get(suffix), ""
 
 
 def local_files(source: str, out_dir: Path) -> list[SourceFile]:
@@ -53,7 +56,7 @@ def local_files(source: str, out_dir: Path) -> list[SourceFile]:
     """
     root = Path(source)
     if root.is_dir():
-        found = [path for path in root.rglob("*") if kind_of(path.name)[0] and path.is_file()]
+        found = [path for path in _below(root) if kind_of(path.name)[0] and path.is_file()]
     elif root.is_file():
         root, found = root.parent, [root]
     else:
@@ -64,6 +67,19 @@ def local_files(source: str, out_dir: Path) -> list[SourceFile]:
     if not paths:
         raise DataError(f"SOURCE: found no file in {source}, wanted {WANTED}")
     return [_local_file(path, root) for path in paths]
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """Give what lies in a folder at any depth, also behind links to folders, each of which is entered once."""
+    seen: set[Path] = set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen:  # a link in a circle, or a second way to the same documents
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, name) for name in names)
 
 
 def _local_file(path: Path, root: Path) -> SourceFile:

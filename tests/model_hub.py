@@ -26,6 +26,8 @@ class ModelHub:
         self.tokens: set[str] = set()
         self.refuse: dict[str, int] = {}
         """Answers with this status to every path that has the key in it."""
+        self.refusal: dict[str, str] = {}
+        """Headers of such an answer."""
         self._lfs: dict[str, bytes] = {}
         hub = self
 
@@ -70,7 +72,7 @@ class ModelHub:
         """Give status, headers and body."""
         for part, status in self.refuse.items():
             if part in path:
-                return status, {}, b'{"error": "refused"}'
+                return status, self.refusal, b'{"error": "refused"}'
         if verb in ("GET", "HEAD"):
             return self.download(path)
         if path == "/api/repos/create":

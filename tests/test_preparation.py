@@ -97,6 +97,19 @@ def test_nested_folders_in_the_order_of_names(
     assert call(prepare_dataset.main, tmp_path / "in", tmp_path / "in" / "out", *LAST).stdout.startswith("Already")
 
 
+def test_links_and_capitals_leave_nothing_out(
+    call: Call, tmp_path: Path, reference: Callable[..., list[int]]
+) -> None:
+    write_corpus(tmp_path / "in" / "a.txt", ["first"]).rename(tmp_path / "in" / "A.TXT")
+    write_corpus(tmp_path / "disk2" / "b.md", ["second"])
+    write_corpus(tmp_path / "in" / "d.jsonl.gz", ["third"]).rename(tmp_path / "in" / "d.JSONL.GZ")
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "disk2")
+    (tmp_path / "in" / "c2").symlink_to(tmp_path / "disk2")  # the same documents a second time
+    (tmp_path / "disk2" / "back").symlink_to(tmp_path / "in")  # a circle
+    prepare(call, tmp_path / "in", tmp_path / "out", *LAST)
+    assert all_tokens(tmp_path / "out") == reference(["first", "second", "third"])
+
+
 @pytest.mark.parametrize("name", ["long.txt", "long.md.gz"])
 def test_long_text_is_cut_without_a_change_of_its_tokens(
     call: Call, tmp_path: Path, reference: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch, name: str

@@ -343,6 +343,8 @@ def test_broken_download_is_one_line_and_can_be_continued(tmp_path: Path, corpus
     assert len(errors.splitlines()) == 1, errors
     corpus_hub.files[COMMITS["main"]][name] = missing
     shutil.rmtree(tmp_path / "out" / ".partial" / "download")
+    (tmp_path / "out" / ".partial" / "download").mkdir()
+    (tmp_path / "out" / ".partial" / "download" / "unpacked").write_bytes(b"what a kill left")
     process = start(words, **hub_environment(tmp_path, corpus_hub.url))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

@@ -366,6 +366,29 @@ def test_from_the_hub(hub: ModelHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (403, "GatedRepo", "Access to model owner/gpt2 is restricted, ask for it there."),
+        (429, "", "Too Many Requests"),
+    ],
+)
+def test_why_the_hub_refuses_is_said(
+    bring: Call, hub: ModelHub, monkeypatch: pytest.MonkeyPatch, status: int, code: str, reason: str
+) -> None:
+    """Its client puts the reason below a first line that has a status and a request id."""
+    hub.refuse = {"/api/": status}
+    hub.refusal = {
+        "X-Request-Id": "Root=1-abc",
+        **({"X-Error-Code": code, "X-Error-Message": reason} if code else {}),
+    }
+    monkeypatch.setattr(import_weights, "HfApi", functools.partial(HfApi, endpoint=hub.url))
+    done = bring("hf:owner/gpt2")
+    assert (done.status, len(done.stderr.splitlines())) == (3, 1), done.stderr
+    assert reason in done.stderr
+    assert "Request ID" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("source", "status", "said"),
     [
         ("hf:owner/none", 3, "could not be downloaded"),

@@ -18,7 +18,7 @@ import pytest
 import ddp_train
 from harness import loggers, messages
 from tests.conftest import Called
-from tests.helpers import metrics, status, train
+from tests.helpers import metrics, status, train, wait_for
 
 pytestmark = pytest.mark.usefixtures("without_charts")
 SHORT = {"min_train_tokens": 12 * 8 * 16, "price_per_hour": 3600.0, "currency": "EUR"}
@@ -236,6 +236,7 @@ def test_messages_say_how_a_run_starts_and_ends(
     stopped = train_here(folder)
     monkeypatch.delenv("TRAIN_FAULT")
     assert stopped.status == 75
+    wait_for(lambda: len(mailbox) == 2)  # only the last message is waited for by the run
     assert titles(mailbox) == ["tiny: training started", "tiny: training stopped"]
     bodies = {message["title"].split()[-1]: message["message"] for message in mailbox}
     assert "from global step 0 of 12, on 1 x cpu" in bodies["started"]
@@ -246,6 +247,7 @@ def test_messages_say_how_a_run_starts_and_ends(
 
     mailbox.clear()
     finished = train_here(folder)
+    wait_for(lambda: len(mailbox) == 2)
     assert titles(mailbox) == ["tiny: training started", "tiny: training finished"]
     assert any(f"from global step {last['step'] + 1} of 12" in message["message"] for message in mailbox)
 

@@ -94,7 +94,6 @@ class Techniques:
     bfloat16: bool = False
     compiled: bool = False
     lean_loss: bool = False
-    """The memory-lean loss, also on a GPU whose memory would not ask for it."""
 
 
 def build_arrangement(shape: Shape, device: torch.device, techniques: Techniques) -> Step:

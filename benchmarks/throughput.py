@@ -49,9 +49,9 @@ def arrangements(device: torch.device) -> dict[str, Builder]:
     ]
     if device.type == "cuda":
         rows += [("+ bfloat16", {"bfloat16": True}), ("+ torch.compile", {"compiled": True})]
-        rows += [("+ memory-lean loss, forced", {"lean_loss": True})]  # the default's, at this size, is the plain one
     else:
-        rows += [("+ memory kept", {"kept_memory": True}), ("+ memory-lean loss", {"lean_loss": True})]
+        rows += [("+ memory kept", {"kept_memory": True})]
+    rows += [("+ memory-lean loss", {"lean_loss": True})]
     built: dict[str, Builder] = {}
     techniques: dict[str, bool] = {}
     for name, added in rows:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from harness.loss import LanguageModel, token_losses
-from harness.plan import sequences_with_plain_loss
 
 Floats = NDArray[np.float64]
+MOST_LOGITS_BYTES = 2**31  # held at once
+BYTES_PER_LOGIT = 4
 PER_MILLION_BOUNDS = (0.0, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
 
 
@@ -43,7 +44,7 @@ def token_loss_batches(
 def _parts(model: nn.Module, tokens: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut a batch into parts whose logits are not too large to be held in float32; most batches are one part."""
     vocab_size = cast(LanguageModel, model).head_weight().shape[0]
-    rows = max(1, sequences_with_plain_loss(tokens.shape[1], vocab_size))
+    rows = max(1, MOST_LOGITS_BYTES // (tokens.shape[1] * vocab_size * BYTES_PER_LOGIT))
     return zip(torch.split(tokens, rows), torch.split(targets, rows), strict=True)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.plan import LEAN_ROWS, sequences_with_plain_loss
+from harness.plan import LEAN_ROWS
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -86,8 +86,7 @@ class Objective(nn.Module):
     """What goes into torch.compile and DDP: tokens and targets in, loss out.
 
     Wrapping this instead of the model keeps the model's forward free to give logits, and its parameter names free
-    of wrappers' prefixes. The memory-lean loss is taken on a CPU, where it is faster (docs/performance.md), and
-    elsewhere where a micro-batch's logits would be large in float32.
+    of wrappers' prefixes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,10 +96,7 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
         model = cast(LanguageModel, self.model)
-        head = model.head_weight()
-        if tokens.is_cpu or tokens.shape[0] > sequences_with_plain_loss(tokens.shape[1], head.shape[0]):
-            return lean_next_token_loss(model.hidden_states(tokens), head, targets)
-        return next_token_loss(self.model(tokens), targets)
+        return lean_next_token_loss(model.hidden_states(tokens), model.head_weight(), targets)
 
 
 def first_loss_warning(loss: float, model: nn.Module, vocab_size: int) -> str | None:

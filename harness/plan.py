@@ -11,12 +11,9 @@ from harness.config import ModelConfig, TrainConfig, recipe
 from harness.errors import ConfigError, DataError
 
 GIB = 2**30
-BYTES_PER_FLOAT32 = 4
 # float32 weight, gradient and the two AdamW moments.
 STATE_BYTES_PER_PARAMETER = 16
-# Logits above this size in float32 are not all held at once.
-PLAIN_LOGITS_BYTES = 2**31
-# Rows of logits at a time then: enough to keep a GPU busy, 0.4 GB of float32 at GPT-2's vocabulary.
+# Rows of logits that training holds at a time: enough to keep a GPU busy, 0.4 GB of float32 at GPT-2's vocabulary.
 LEAN_ROWS = 2048
 # What a checkpoint holds: float32 weight and the two moments.
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -70,18 +67,13 @@ def flops_per_token(model: ModelConfig) -> int:
     return 6 * matrix_weights + 12 * model.n_layers * width * model.context_length
 
 
-def sequences_with_plain_loss(context_length: int, vocab_size: int) -> int:
-    """Give the most sequences whose logits are held at once; a larger micro-batch takes the memory-lean loss."""
-    return PLAIN_LOGITS_BYTES // (context_length * vocab_size * BYTES_PER_FLOAT32)
-
-
 def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     """Estimate the activations of one micro-batch in GiB, at their peak.
 
     34 bytes per position, channel and block in half precision with fused attention (Korthikanti et al. 2022,
     arXiv:2205.05198, section 4.1, less the attention-score term), twice that in float32, 2 or 4 bytes with
-    recomputation plus one block in full; and the logits: half precision, their float32 copy and its gradient, or
-    what the memory-lean loss holds of them, 13 bytes an element of its rows (counted: benchmarks/memory.py).
+    recomputation plus one block in full; and what the memory-lean loss holds of the logits, 13 bytes an element of
+    its rows (counted: benchmarks/memory.py).
     """
     half = 1 if train.use_amp else 2
     per_block = 34 * half * model.emb_dim
@@ -90,10 +82,7 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     else:
         per_token = model.n_layers * per_block
     tokens = train.microbatch_size * model.context_length
-    if train.microbatch_size > sequences_with_plain_loss(model.context_length, model.vocab_size):
-        logits = LEAN_ROWS * model.vocab_size * 13
-    else:
-        logits = tokens * model.vocab_size * (10 if train.use_amp else 12)
+    logits = min(tokens, LEAN_ROWS) * model.vocab_size * 13
     return (tokens * per_token + logits) / GIB
 
 

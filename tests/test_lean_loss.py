@@ -1,4 +1,4 @@
-"""The memory-lean loss is the plain one, and so are its gradients, in every precision; it is taken when it pays."""
+"""The memory-lean loss is the plain one, and so are its gradients, in every precision."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness import loss, plan
+from harness import evaluate, loss
 from harness.config import load_model_config
 from harness.evaluate import sequence_losses
 from harness.loss import Objective, lean_next_token_loss, next_token_loss
@@ -68,7 +68,7 @@ def make_objective(tmp_path: Path, seed: int = 1) -> tuple[GPTModel, Objective]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_objective_on_a_cpu_is_the_plain_loss_of_the_logits(tmp_path: Path, tied: bool) -> None:
+def test_objective_is_the_plain_loss_of_the_logits(tmp_path: Path, tied: bool) -> None:
     model, objective = make_objective(tmp_path)
     if tied:
         model.out_head = None
@@ -82,30 +82,13 @@ def test_objective_on_a_cpu_is_the_plain_loss_of_the_logits(tmp_path: Path, tied
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("device", "sequences", "wanted"), [("cpu", 1, "lean"), ("meta", 5, "plain"), ("meta", 6, "lean")]
-)
-def test_objective_takes_it_on_a_cpu_and_for_large_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, sequences: int, wanted: str
-) -> None:
-    """The meta device, which computes shapes alone, stands for every device that is not a CPU."""
-    _, objective = make_objective(tmp_path)
-    monkeypatch.setattr(plan, "PLAIN_LOGITS_BYTES", 5 * 16 * 97 * 4)  # five sequences
-    calls: list[str] = []
-    for name, function in (("lean", "lean_next_token_loss"), ("plain", "next_token_loss")):
-        monkeypatch.setattr(loss, function, lambda *_, name=name: calls.append(name))
-    tokens = torch.zeros(sequences, 16, dtype=torch.long, device=device)
-    objective.to(device)(tokens, tokens)
-    assert calls == [wanted]
-
-
 def test_evaluation_cuts_batches_with_large_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = make_objective(tmp_path)
     tokens = torch.randint(0, 97, (7, 16), generator=torch.Generator().manual_seed(0))
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     whole = sequence_losses(model, [(tokens, tokens)], torch.device("cpu"))
-    monkeypatch.setattr(plan, "PLAIN_LOGITS_BYTES", 3 * 16 * 97 * 4)
+    monkeypatch.setattr(evaluate, "MOST_LOGITS_BYTES", 3 * 16 * 97 * 4)
     cut = sequence_losses(model, [(tokens, tokens)], torch.device("cpu"))
     assert sizes == [7, 3, 3, 1]
     assert cut == pytest.approx(whole, rel=1e-6)

@@ -35,7 +35,7 @@ if __name__ == "__main__" and (status := exit_status_of(lambda: read_request(__d
     # Importing torch takes seconds, so a mistyped key is refused before it.
     sys.exit(status)
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 
 import torch
@@ -47,7 +47,7 @@ from harness.background import Background
 from harness.charts import ChartPainter
 from harness.console import outlive_the_terminal
 from harness.distributed import Launch, gradient_sync
-from harness.errors import StopRequestedError
+from harness.errors import CheckpointError, StopRequestedError
 from harness.evaluate import sequence_losses
 from harness.loggers import Loggers
 from harness.loss import first_loss_warning
@@ -292,9 +292,10 @@ def observe(stage: Stage, is_scheduled: bool) -> tuple[float | None, dict[str, o
         observed["val/loss"] = json_number(validation)
     if is_scheduled and stage.launch.is_main and stage.model_config.vocab_size >= VOCAB_SIZE:
         settings = SampleSettings(seed=stream_seed("sample", stage.config.random_seed))
-        observed["sample"] = continue_text(
-            stage.trainee.model, stage.model_config, stage.config.sample_prompt, settings
-        )
+        with suppress(CheckpointError):  # of weights that are not numbers; saving, which is next, tells all ranks
+            observed["sample"] = continue_text(
+                stage.trainee.model, stage.model_config, stage.config.sample_prompt, settings
+            )
     return validation, observed
 
 

@@ -58,24 +58,23 @@ class Stage:
     def on_device(self, tensor: Tensor) -> Tensor:
         """Copy a CPU tensor to the device; on CUDA the host does not wait for it."""
         if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
+            return tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
 
 def untrained_model(request: Request) -> GPTModel:
     """Give the model with its initial weights, on the CPU."""
     model = empty_model(request.model, request.config.activation_checkpointing)
-    give_initial_weights(model, request)
+    give_initial_weights(model, request.folder, request.config)
     return model
 
 
-def give_initial_weights(model: GPTModel, request: Request) -> None:
+def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig) -> None:
     """Give a model the values that training starts from: drawn, or imported; raises CheckpointError."""
-    config = request.config
     if config.initial_weights is None:
         initialise(model, config.seed_of("init"))
     else:
-        path = checkpoint.imported_weights(request.folder, config.initial_weights)
+        path = checkpoint.imported_weights(folder, config.initial_weights)
         load_weights(model, read_weights(path), path)
 
 
@@ -87,7 +86,7 @@ def build(request: Request, launch: Launch, device: torch.device, start: resume.
     config = request.config
     model = empty_model(request.model, config.activation_checkpointing)
     if start.path is None:
-        distributed.on_main(launch, lambda: give_initial_weights(model, request))
+        distributed.on_main(launch, lambda: give_initial_weights(model, request.folder, config))
     model = model.to(device)
     scaler = GradScaler(device.type, enabled=config.use_amp and config.amp_dtype == "float16")
     trainee = checkpoint.Trainee(model, make_optimizer(model, config, device), scaler)
@@ -116,7 +115,8 @@ def warm_up(stage: Stage) -> None:
     """
     tokens = torch.zeros(stage.plan.microbatch_size, stage.plan.context_length, dtype=torch.int64)
     with stage.autocast():
-        loss = stage.objective(stage.on_device(tokens), stage.on_device(tokens))
+        # Two tensors, as always: compiled code asks whether they are one.
+        loss = stage.objective(stage.on_device(tokens), stage.on_device(tokens.clone()))
     loss.backward()
     require_gradients(stage.trainee.model)
     stage.trainee.optimizer.zero_grad(set_to_none=stage.launch.world_size == 1)

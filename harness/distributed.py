@@ -123,6 +123,9 @@ def set_up_kernels(device: torch.device, use_tf32: bool, deterministic: bool) ->
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for to be reproducible
         torch.use_deterministic_algorithms(True)
+        from torch._inductor import config as inductor  # takes a second to import
+
+        inductor.deterministic = True  # else the compiler chooses kernels by timing them
 
 
 def keep_freed_memory() -> None:

@@ -12,7 +12,10 @@ from harness.plan import Plan
 # A trial compiles, where training does, and takes two steps; one that takes longer than this hangs.
 TRIAL_SECONDS = 1800
 # What allocators say for want of memory, where they raise no error of their own.
-WORDS_FOR_NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
+WORDS_FOR_NO_MEMORY = (
+    "can't allocate memory", "out of memory", "bad_alloc",
+    "cublas_status_alloc_failed", "cublas_status_not_initialized",  # no room for cuBLAS's own workspace
+)  # fmt: skip
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:

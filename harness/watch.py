@@ -199,6 +199,8 @@ class Watch:
         return "before the first step" if self._step is None else f"at global step {self._step:,}"
 
     def _end(self, error: HarnessError) -> None:
-        print(fit_to_print(error.lines[0]), file=sys.stderr, flush=True)
-        self._give_up(error)
-        os._exit(error.exit_status)
+        try:
+            print(fit_to_print(error.lines[0]), file=sys.stderr, flush=True)
+            self._give_up(error)
+        finally:  # whatever cannot be written, this process ends
+            os._exit(error.exit_status)

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.helpers import (
 )
 
 pytestmark = pytest.mark.gpu
-EXACT = {"deterministic": True, "compile": False}
+EXACT: dict[str, Any] = {"deterministic": True, "compile": False}
 
 
 def place(folder: Path, datasets_dir: Path) -> tuple[object, ...]:
@@ -33,12 +34,13 @@ def place(folder: Path, datasets_dir: Path) -> tuple[object, ...]:
 
 
 @pytest.mark.fault("F01", "F40")
-@pytest.mark.parametrize("amp_dtype", ["float16", "bfloat16"])
-def test_a_killed_run_is_the_same_to_the_bit_on_cuda(tmp_path: Path, datasets_dir: Path, amp_dtype: str) -> None:
+@pytest.mark.parametrize(("amp_dtype", "compiled"), [("float16", False), ("bfloat16", False), ("bfloat16", True)])
+def test_a_killed_run_is_the_same_to_the_bit_on_cuda(
+    tmp_path: Path, datasets_dir: Path, amp_dtype: str, compiled: bool
+) -> None:
     """With deterministic kernels; a step is skipped on the way, so that the scaler's state matters."""
-    whole, killed = (
-        write_demanding(tmp_path / "runs" / name, amp_dtype=amp_dtype, **EXACT) for name in ("whole", "killed")
-    )
+    exact = {**EXACT, "compile": compiled, "amp_dtype": amp_dtype}
+    whole, killed = (write_demanding(tmp_path / "runs" / name, **exact) for name in ("whole", "killed"))
     run(*place(whole, datasets_dir), TRAIN_FAULT="step.backward@5:nan")
     run(*place(killed, datasets_dir), "--max-steps", 6, TRAIN_FAULT="step.backward@5:nan")
     run(*place(killed, datasets_dir), check=-9, TRAIN_FAULT="ckpt.manifest@12:kill9")

@@ -52,7 +52,7 @@ def test_killed_at_random_moments(
             for rank in ranks:
                 rank.process.kill()
         if resumed := re.search(r"Resuming from step-\d+: (\d+) global steps are done", ranks[0].stdout):
-            assert done - int(resumed[1]) <= INTERVAL
+            assert done - int(resumed[1]) <= 2 * INTERVAL  # the next one passes while a checkpoint is written
         done = lines_in(folder / "metrics.jsonl")
     train_in_fork(folder, datasets_dir, count=count)
     assert_same_run(folder, request.getfixturevalue("whole" if count == 1 else "whole_by_two"))

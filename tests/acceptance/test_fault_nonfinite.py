@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from harness.run_folder import RunFolder
+from harness.tokenizer import VOCAB_SIZE
 from tests.helpers import assert_tidy, metrics, status, strict_json, train_in_fork
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -74,12 +75,12 @@ def test_patience_ends_the_run_with_finite_weights_saved(make_run: Callable[...,
 
 
 @pytest.mark.fault("F41", "F43")
-@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize(("step", "vocab_size"), [(0, 97), (5, 97), (5, VOCAB_SIZE)])
 def test_weights_that_are_not_finite_are_never_saved(
-    make_run: Callable[..., Path], datasets_dir: Path, step: int
+    make_run: Callable[..., Path], datasets_dir: Path, step: int, vocab_size: int
 ) -> None:
-    """A scheduled save comes before patience ends: it refuses, and names the tensor."""
-    folder = make_run()
+    """A scheduled save comes before patience ends: it refuses, and names the tensor. So it does after a sample."""
+    folder = make_run(model={"vocab_size": vocab_size, "emb_dim": 8})
     (worker,) = train_in_fork(folder, datasets_dir, check=7, fault=f"step.start@{step}:nan")
     assert f"global step {step}: trf_blocks.1." in worker.stderr
     assert "is not finite, so no checkpoint is written" in worker.stderr

@@ -1,5 +1,6 @@
 """Ranks that hang, fail, drift or disagree are found and named; two trainers never share a run."""
 
+import errno
 import json
 import os
 import socket
@@ -56,6 +57,24 @@ def test_a_rank_that_hangs_is_named(whole_by_two: Path, tmp_path: Path, datasets
     assert (status(folder)["exit_code"], status(folder)["reason"]) == (8, wanted)
     train_in_fork(folder, datasets_dir, count=2)
     assert_same_run(folder, whole_by_two)
+
+
+def fill_the_disk() -> None:
+    """Have the word that a failed run leaves be refused, as by a full disk."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "status.json")
+
+    RunFolder.write_failure = refuse  # type: ignore[assignment]
+
+
+@pytest.mark.fault("F30", "F18")
+def test_a_lost_rank_ends_the_others_also_where_nothing_can_be_written(tmp_path: Path, datasets_dir: Path) -> None:
+    folder = write_demanding(tmp_path / "runs" / "full")
+    words = ("--peer-timeout", 2)
+    with workers(folder, datasets_dir, *words, count=2, fault="step.start@10#1:stop", before=fill_the_disk) as ranks:
+        assert ranks[0].wait() == 8
+    assert "lost rank 1 at global step 10" in ranks[0].stderr
 
 
 @pytest.mark.fault("F31")
@@ -169,11 +188,12 @@ def test_restarts_without_progress_come_to_an_end(tmp_path: Path, datasets_dir: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.fault("F39")
 def test_a_real_launcher_gives_up_restarting(tmp_path: Path, datasets_dir: Path) -> None:
     folder = write_demanding(tmp_path / "runs" / "stuck")
     launcher = start_training(folder, datasets_dir, 2, restarts=10, TRAIN_FAULT="step.start@7#1:raise")
-    launcher.communicate(timeout=170)
+    launcher.communicate(timeout=580)  # eleven starts of two ranks, each of which imports torch
     assert launcher.returncode == 1
     assert status(folder)["exit_code"] == 8
     assert len(RunFolder(folder).read_starts()) == 5

@@ -66,6 +66,19 @@ def test_sigterm_to_one_rank_stops_all_at_one_step(
     assert_same_run(folder, whole_by_two)
 
 
+@pytest.mark.fault("F24")
+def test_a_terminal_that_is_closed_stops_the_run_saved(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
+    folder = write_demanding(tmp_path / "runs" / "hung-up")
+    with workers(folder, datasets_dir, fault="step.backward@7:sleep:0.7") as (worker,):
+        wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 6)
+        time.sleep(0.7)
+        worker.send(signal.SIGHUP)
+        assert worker.wait() == 75
+    assert_stopped_after(folder, 7)
+    train_in_fork(folder, datasets_dir)
+    assert_same_run(folder, whole)
+
+
 @pytest.mark.fault("F26")
 def test_one_sigint_saves_and_a_second_ends_at_once(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
     folder = write_demanding(tmp_path / "runs" / "interrupted")

@@ -64,6 +64,8 @@ def main() -> None:
                 raise unfinished from None
             raise
         report(arguments.out, ranking, models, describe(settings, models, replies, caps))
+        if refused := [outcome.reason for outcome in outcomes if outcome.state == "refused"]:
+            print(f"Refused: {len(refused):,} of {len(showings):,} showings, which count for nothing ({refused[0]})")
     if left:
         raise unfinished
 
@@ -78,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="answers of one model each")
     parser.add_argument("--judge", metavar="MODEL", action="append", required=True, help="one or more times")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where replies and results go")
-    parser.add_argument("--baseline", metavar="RUN", help="what the others are compared with")
+    parser.add_argument("--baseline", metavar="RUN", help="to compare the others with (the first FILE's)")
     parser.add_argument("--repeats", type=_whole, default=1, help="showings of each question in each order (1)")
     parser.add_argument("--pairs", action="store_true", help="show two models at a time, not all together")
     parser.add_argument("--max-items", type=_whole, metavar="N", help="judge N items, drawn by the seed (all)")
@@ -151,7 +153,7 @@ def caps_of(arguments: argparse.Namespace) -> Caps:
 
 def collect(collector: Collector, showings: Sequence[Showing], replies: Replies, caps: Caps) -> str:
     """Ask for the replies that are missing, with a progress bar; gives why it stopped early, or nothing."""
-    missing = [showing for showing in showings if replies.outcome(showing, caps.tries).state == "open"]
+    missing = replies.missing(showings, caps.tries)
     with tqdm(total=len(missing), unit="reply", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         collector.collect(missing, bar.update)
     return collector.reason

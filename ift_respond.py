@@ -2,8 +2,9 @@
 
   python ift_respond.py quickstart my-run quickstart/untrained --out evals/instructions
 
-RUN is a run's newest checkpoint, RUN/checkpoints/NAME another one, RUN/untrained its initial weights. The same
-command goes on after an interruption; with more runs and the same --out it adds them.
+RUN is a run's newest checkpoint, RUN/checkpoints/NAME another one, RUN/untrained its initial weights, be they drawn
+or imported. The same command goes on after an interruption; with more runs and the same --out it adds them. Compared
+are the runs that are named, with the first.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from instruction.journal import held
 from instruction.measures import HEADINGS, LOSS, measure, measures_as_json, measures_as_rows
 from instruction.recipe import DEFAULT_RECIPE, Recipe, differences, load_recipe
 from instruction.respondent import Questions, Respondent, respond
-from model import empty_model, fingerprint, initialise, load_weights, read_weights
+from model import empty_model, fingerprint, load_weights, read_weights
+from stage import give_initial_weights
 from study.tables import aligned
 from study.verdicts import MARGIN
 
@@ -104,8 +106,9 @@ def settle(arguments: argparse.Namespace) -> tuple[Questions, dict[str, object]]
     left_out = len(split.train) + len(split.test) - len(train) - len(test)
     description = {"source": data.source, "sha256": data.sha256, "train": len(train), "test": len(test),
                    "longer_than_max_tokens": left_out}  # fmt: skip
+    unanswered = f", {data.without_answer:,} for want of an answer" if data.without_answer else ""
     print(f"{data.source}: {len(train):,} items to train on, {len(test):,} to ask, "
-          f"{left_out:,} left out for more than {recipe.max_tokens} tokens")  # fmt: skip
+          f"{left_out:,} left out for more than {recipe.max_tokens} tokens{unanswered}")  # fmt: skip
     return Questions(recipe, data.sha256, train, test), description
 
 
@@ -120,33 +123,41 @@ def open_respondent(runs_dir: Path, name: str, recipe: Recipe, device: torch.dev
             f"{folder.model_json}: context_length: found {config.context_length}, wanted at least the recipe's "
             f"max_tokens ({recipe.max_tokens})"
         )
-    found = None if inside == UNTRAINED else find_checkpoint(folder, inside)
+    found = None if inside == UNTRAINED else find_checkpoint(folder, inside, train.initial_weights is not None)
 
     def opened(weights: Path | None) -> nn.Module:
         model = empty_model(replace(config, drop_rate=recipe.drop_rate))
         if weights is None and found is not None:
             weights = found / checkpoint.MODEL_FILE
         if weights is None:
-            initialise(model, train.seed_of("init"))
+            give_initial_weights(model, folder, train)
         else:
             load_weights(model, read_weights(weights), weights)
         return model.to(device).eval()
 
     if found is None:
-        return Respondent(name, {"sha256": fingerprint(opened(None)), "step": None, "tokens_seen": 0}, opened)
+        # Imported weights have seen tokens too, but nobody here knows how many.
+        seen = 0 if train.initial_weights is None else None
+        return Respondent(name, {"sha256": fingerprint(opened(None)), "step": None, "tokens_seen": seen}, opened)
     manifest, step = read_json(found / checkpoint.MANIFEST_FILE), int(found.name.removeprefix("step-"))
     sha256 = manifest["files"][checkpoint.MODEL_FILE]["sha256"]
     return Respondent(name, {"sha256": sha256, "step": step, **folder.evidence(step)}, opened)
 
 
-def find_checkpoint(folder: RunFolder, inside: str) -> Path:
-    """Give the newest valid checkpoint of a run, or the one named `checkpoints/NAME`."""
+def find_checkpoint(folder: RunFolder, inside: str, is_imported: bool) -> Path | None:
+    """Give the newest valid checkpoint of a run, or the one named `checkpoints/NAME`.
+
+    None stands for the imported weights of a run that was not trained on from them.
+    """
     place, _, name = inside.partition("/")
     if inside and (place != "checkpoints" or not name):
         raise ConfigError(f"RUN: found {folder.path.name}/{inside[:80]}, wanted RUN, RUN/checkpoints/NAME or "
                           f"RUN/{UNTRAINED}")  # fmt: skip
+    path = folder.checkpoints / name
+    if is_imported and name and path.resolve() == folder.imported.resolve():
+        return None
     found = resume.find(folder, name or None)
-    if found is None:
+    if found is None and not is_imported:
         raise CheckpointError(
             f"{folder.checkpoints}: found no checkpoint, wanted a trained run "
             f"(or {folder.path.name}/{UNTRAINED} for its initial weights)"

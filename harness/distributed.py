@@ -122,10 +122,8 @@ def set_up_kernels(device: torch.device, use_tf32: bool, deterministic: bool) ->
     torch.set_float32_matmul_precision("high" if use_tf32 else "highest")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for to be reproducible
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # else the compiler chooses kernels by timing them
         torch.use_deterministic_algorithms(True)
-        from torch._inductor import config as inductor  # takes a second to import
-
-        inductor.deterministic = True  # else the compiler chooses kernels by timing them
 
 
 def keep_freed_memory() -> None:

@@ -17,6 +17,7 @@ from harness.errors import ConfigError
 DEFAULT_URL = "https://api.openai.com/v1"
 RETRIED = {408, 409, 425, 429}
 HOPELESS = {401, 402, 403, 404}
+LIMIT, OLD_LIMIT = "max_completion_tokens", "max_tokens"
 LONGEST_REASON = 200
 SHORTEST_SECRET = 8
 
@@ -75,12 +76,13 @@ class Endpoint:
         # A shorter one is the "none" or "EMPTY" of a server at home, and a word that may well stand in a reply.
         self._secrets = [text for text in (key, parts.password or "", parts.query) if len(text) >= SHORTEST_SECRET]
         self._openai = openai
+        self._knows_old_limit = False
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout_seconds)
 
     def ask(self, request: Mapping[str, Any]) -> Reply:
         """Send one chat completion; raises UnavailableError, RefusedError, or ConfigError where none can succeed."""
         try:
-            completion = self._client.chat.completions.create(**request)
+            completion = self._complete(request)
         except self._openai.APIStatusError as error:
             self._explain(error)
         except self._openai.APIConnectionError as error:
@@ -99,6 +101,19 @@ class Endpoint:
             _count(getattr(usage, "prompt_tokens", None)),
             _count(getattr(usage, "completion_tokens", None)),
         )
+
+    def _complete(self, request: Mapping[str, Any]) -> Any:
+        """Send a request, with the older name of a reply's limit once the endpoint has objected to the newer one."""
+        sent = dict(request)
+        if self._knows_old_limit:
+            sent[OLD_LIMIT] = sent.pop(LIMIT)
+        try:
+            return self._client.chat.completions.create(**sent)
+        except self._openai.APIStatusError as error:
+            if LIMIT not in sent or error.status_code not in (400, 422) or LIMIT not in str(error):
+                raise
+        self._knows_old_limit = True
+        return self._complete(request)
 
     def _explain(self, error: Any) -> NoReturn:
         status = int(error.status_code)

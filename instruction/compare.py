@@ -2,9 +2,9 @@
 
 A cell is one item asked after one fine-tuning. Every statistic here is a mean of one value a cell (or is linearised
 to be one), and its uncertainty has two parts: other items, and other seeds. Each is the cluster-robust standard error
-over one of the two; they are added, with degrees of freedom by Satterthwaite. Cameron, Gelbach and Miller (2011),
-Journal of Business & Economic Statistics 29, 238, take the cells' own variance off again, which the sum holds twice;
-leaving it in makes up for how little three seeds say (benchmarks/simulate_crossed.py measures the coverage).
+over one of the two; they are added. Cameron, Gelbach and Miller (2011), Journal of Business & Economic Statistics 29,
+238, take the cells' own variance off again, which the sum holds twice; it is left in. And no interval is narrower
+than the seeds' alone: a few seeds say little (benchmarks/simulate_crossed.py measures what that comes to).
 """
 
 import math
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from harness.run_folder import json_number
 from study.statistics import Estimate, Floats, clustered_mean, holm
-from study.verdicts import CANNOT_TELL, explain, verdict_of
+from study.verdicts import CANNOT_TELL, add_evaluation, explain, verdict_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class Cells:
         if len(np.unique(self.seeds)) < 2:
             return by_items, None
         by_seeds = clustered_mean(values, self.seeds)
-        return by_seeds.plus(by_items), by_seeds
+        both = add_evaluation(by_seeds, by_items)
+        if both.half_width() < by_seeds.half_width():
+            both = replace(both, df=by_seeds.df)
+        return both, by_seeds
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,9 @@ def _concluded(row: Row, metric: Metric, found: tuple[Estimate, Estimate | None]
         return row
     if by_seeds is None:
         sentence = f"{CANNOT_TELL}: one fine-tuning seed, so how much another would change is unknown."
+        return replace(row, verdict=CANNOT_TELL, sentence=sentence)
+    if total.se == 0:  # as where every model scores 0 on every item
+        sentence = f"{CANNOT_TELL}: Δ {total.difference:+.4f} in every cell, so how much it varies is unknown."
         return replace(row, verdict=CANNOT_TELL, sentence=sentence)
     # The words' own sense is that of a loss.
     sign = 1 if metric.better == "lower" else -1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import DATASET_NAME, hash_of_json
-from harness.errors import DataError, as_harness_error
+from harness.errors import DataError, as_harness_error, hub_reason
 from instruction.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,8 @@ class ItemSet:
     source: str
     items: tuple[Item, ...]
     sha256: str
+    without_answer: int = 0
+    """Objects that were left out because their `output` is empty, as some of Alpaca's are."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,19 @@ def load_items(source: str) -> ItemSet:
     Where a question comes twice, the first answer counts.
     """
     first: dict[str, Item] = {}
+    without_answer = 0
     for path in _files(source):
         for place, value in _objects(path):
             item = _item(place, value)
-            first.setdefault(item.key, item)
+            if item.output:
+                first.setdefault(item.key, item)
+            else:
+                without_answer += 1
     if not first:
         raise DataError(f"{source}: found no item, wanted objects with {', '.join(KEYS)}")
     items = tuple(first.values())
-    return ItemSet(source, items, hash_of_json([[item.instruction, item.input, item.output] for item in items]))
+    sha256 = hash_of_json([[item.instruction, item.input, item.output] for item in items])
+    return ItemSet(source, items, sha256, without_answer)
 
 
 def _files(source: str) -> list[Path]:
@@ -103,8 +110,7 @@ def _download(name: str) -> list[Path]:
         if (known := as_harness_error(error)) is not None:
             raise known from None
         # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"dataset {dataset}: could not be downloaded ({reason})") from None
+        raise DataError(f"dataset {dataset}: could not be downloaded ({hub_reason(error)})") from None
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix in SUFFIXES and path.name != HUB_CARD]
     # The cache may hold files that an earlier call asked for.
     wanted = [path for path in paths if path.relative_to(folder).as_posix().startswith(inside)]
@@ -163,7 +169,9 @@ def _item(place: str, value: object) -> Item:
         raise DataError(f"{place}: found {type(value).__name__}, wanted an object")
     texts = {}
     for key in KEYS:
-        text = value.get(key, "" if key == "input" else None)
+        text = value.get(key)
+        if key == "input" and text is None:  # left out, or a table's null
+            text = ""
         if not isinstance(text, str):
             raise DataError(f"{place}: {key}: found {type(text).__name__}, wanted text")
         try:
@@ -171,9 +179,8 @@ def _item(place: str, value: object) -> Item:
         except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
             raise DataError(f"{place}: {key}: found text that is not valid Unicode") from None
         texts[key] = text.strip()
-    for key in ("instruction", "output"):
-        if not texts[key]:
-            raise DataError(f"{place}: {key}: found nothing, wanted text")
+    if not texts["instruction"]:
+        raise DataError(f"{place}: instruction: found nothing, wanted text")
     return Item(**texts)
 
 

@@ -42,7 +42,9 @@ class Journal:
         with self._lock:
             end = os.fstat(self._file.fileno()).st_size
             try:
-                os.write(self._file.fileno(), text.encode())
+                left = memoryview(text.encode())
+                while left:  # a disk that is nearly full takes a part, and only then says so
+                    left = left[os.write(self._file.fileno(), left) :]
                 os.fsync(self._file.fileno())
             except OSError:
                 os.ftruncate(self._file.fileno(), end)  # a full disk leaves no half line for the next one to join

@@ -90,6 +90,8 @@ class Outcome:
     showing: Showing
     state: State
     scores: Mapping[str, float]
+    reason: str = ""
+    """Why the endpoint refused."""
 
 
 def plan_showings(models: Sequence[ModelAnswers], settings: Settings) -> list[Showing]:
@@ -178,17 +180,27 @@ class Replies:
 
     def outcome(self, showing: Showing, tries: int) -> Outcome:
         """Say what came of a showing: the first reply that can be read counts, and `tries` that cannot end it."""
-        labels, unreadable = labels_of(len(showing.shown)), 0
+        labels, unreadable, refusal = labels_of(len(showing.shown)), 0, None
         for line in self._by_key.get(showing.key, []):
             if line.get("refused"):
-                return Outcome(showing, "refused", {})
+                refusal = str(line.get("reason", ""))
             if not isinstance(line.get("text"), str):
                 continue  # the endpoint did not answer
             if (scores := read_reply(line["text"], labels)) is not None:
                 by_model = {model: scores[label] for label, model in zip(labels, showing.shown, strict=True)}
                 return Outcome(showing, "read", by_model)
             unreadable += 1
-        return Outcome(showing, "unreadable" if unreadable >= tries else "open", {})
+        if unreadable >= tries:
+            return Outcome(showing, "unreadable", {})
+        return Outcome(showing, "open", {}) if refusal is None else Outcome(showing, "refused", {}, refusal)
+
+    def missing(self, showings: Sequence[Showing], tries: int) -> list[Showing]:
+        """Give the showings to ask for: those without an outcome, then those refused, which get another chance.
+
+        A refusal may be the request's fault, or that of an account or a server that has been put right since.
+        """
+        states = {showing.key: self.outcome(showing, tries).state for showing in showings}
+        return [showing for state in ("open", "refused") for showing in showings if states[showing.key] == state]
 
 
 class Collector:
@@ -200,6 +212,7 @@ class Collector:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
+        self._refused_in_a_row: set[str] = set()
         self.reason = ""
         """Why it stopped early; empty where it did not."""
 
@@ -225,8 +238,8 @@ class Collector:
 
     def _settle(self, showing: Showing, progress: Callable[[], object]) -> None:
         """Ask for one showing until its outcome is known, the endpoint fails too often, or asking stops."""
-        failures = 0
-        while not self._stop.is_set() and self._replies.outcome(showing, self._caps.tries).state == "open":
+        failures, is_second_chance = 0, self._state_of(showing) == "refused"
+        while not self._stop.is_set() and (is_second_chance or self._state_of(showing) == "open"):
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._halt("--max-minutes is reached")
                 return
@@ -236,14 +249,28 @@ class Collector:
                 return
             failure = self._ask(showing, reserved)
             if failure is None:
-                self._failures_in_a_row = 0
+                self._answered()
+            elif isinstance(failure, RefusedError):
+                if not is_second_chance:
+                    self._refused(showing, failure)
+                break
+            else:
+                failures += 1
+                if failures >= self._caps.tries:
+                    self._failed(failure)
+                    return
+                self._wait(failure, failures)
                 continue
-            failures += 1
-            if failures >= self._caps.tries:
-                self._failed(failure)
-                return
-            self._wait(failure, failures)
+            is_second_chance = False
         progress()
+
+    def _state_of(self, showing: Showing) -> State:
+        return self._replies.outcome(showing, self._caps.tries).state
+
+    def _answered(self) -> None:
+        with self._lock:
+            self._failures_in_a_row = 0
+            self._refused_in_a_row.clear()
 
     def _failed(self, failure: UnavailableError) -> None:
         with self._lock:
@@ -252,15 +279,24 @@ class Collector:
         if is_down:
             self._halt(f"the endpoint does not answer ({failure})")
 
-    def _ask(self, showing: Showing, reserved: int) -> UnavailableError | None:
+    def _refused(self, showing: Showing, refusal: RefusedError) -> None:
+        """Halt where one item after the other is refused: then it is not the items' fault."""
+        with self._lock:
+            self._refused_in_a_row.add(showing.item)
+            is_hopeless = len(self._refused_in_a_row) >= FAILURES_IN_A_ROW
+        if is_hopeless:
+            self._halt(f"the endpoint refuses every request ({refusal})")
+
+    def _ask(self, showing: Showing, reserved: int) -> UnavailableError | RefusedError | None:
         """Send one request and keep what came of it; gives the failure where there was no reply."""
         line: dict[str, object] = {"endpoint": self._endpoint.name, "text": None, "tokens": 0}
-        failure = None
+        failure: UnavailableError | RefusedError | None = None
         try:
             reply: Reply = self._endpoint.ask(showing.request)
             counted = reserved if reply.tokens is None else reply.tokens
             line |= {"text": reply.text, "tokens": counted, "is_estimate": reply.tokens is None}
         except RefusedError as error:
+            failure = error
             line |= {"refused": True, "reason": str(error)}
         except UnavailableError as error:
             failure = error

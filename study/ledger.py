@@ -87,7 +87,7 @@ def find_noise(entries: Sequence[Entry], recipe_hash: str, scale: Scale) -> tupl
     Only entries over all seeds serve: a component alone leaves the others out. Another recipe's noise must be of the
     same scale (parameters and tokens within a factor of two); the closest comes first.
     """
-    usable = [entry for entry in entries if entry.component == "all"]
+    usable = [entry for entry in entries if entry.component == "all" and entry.sd > 0]
     own = [entry for entry in usable if entry.recipe_hash == recipe_hash]
     if own:
         entry = max(own, key=lambda item: (item.hardware == scale.hardware, item.df))

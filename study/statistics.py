@@ -52,6 +52,11 @@ class Estimate:
         half = self.se * float(stdtrit(self.df, (1 + level) / 2))
         return self.difference - half, self.difference + half
 
+    def half_width(self) -> float:
+        """Give half the width of the 95% interval."""
+        low, high = self.interval()
+        return (high - low) / 2
+
     def p_equivalent(self, margin: float) -> float:
         """Give the p value of two one-sided tests that the difference lies within +-margin (Schuirmann 1987)."""
         if self.se == 0:

@@ -148,7 +148,7 @@ def common_noise(groups: Sequence[Group], given: Noise | None, borrow: NoiseFind
     if shared is not None and len(whole) > 1:
         noise = block_noise(losses_by_seed(whole, shared))
         return Training("blocks", noise, f"{len(shared)} shared seeds, as blocks", pooled)
-    if pooled is not None:
+    if pooled is not None and pooled.sd > 0:  # replicates to the bit the same are one run, seen twice
         return Training("pooled", pooled, "replicates of all arms, pooled")
     found = borrow(groups[0])
     return None if found is None else Training("ledger", *found)
@@ -158,7 +158,8 @@ def _noise_for(baseline: Group, arm: Group, common: Training | None) -> Training
     """Give the noise for one comparison: a single run is held against the spread of the baseline's own runs."""
     if common is not None and common.method == "pooled" and len(arm.losses) == 1 and len(baseline.losses) > 1:
         noise = Noise(sample_sd(baseline.losses), len(baseline.losses) - 1)
-        return Training("single-case", noise, f"{len(baseline.losses)} baseline runs")
+        if noise.sd > 0:
+            return Training("single-case", noise, f"{len(baseline.losses)} baseline runs")
     return common
 
 
@@ -240,9 +241,8 @@ def _conclude(
     estimate = draft.estimate
     if estimate is None:
         diverged = draft.group.diverged or baseline.diverged
-        reason = (
-            f"diverged: {', '.join(diverged)}" if diverged else "noise unknown: no replicates, none in the ledger"
-        )
+        unknown = "noise unknown: no replicates that differ, none in the ledger"
+        reason = f"diverged: {', '.join(diverged)}" if diverged else unknown
         return replace(draft, sentence=f"{CANNOT_TELL}: {reason}")
     word = verdict_of(estimate, p_holm, margin)
     n = f"n {len(draft.group.losses)} v {len(baseline.losses)}"

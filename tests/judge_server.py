@@ -30,6 +30,8 @@ class JudgeServer:
         """Changes the text of reply `number` (from 1 on)."""
         self.status: Callable[[int], tuple[int, dict[str, str]] | None] = lambda number: None
         """Gives another HTTP status and headers for a request, or `(0, {})` to drop the connection."""
+        self.objects_to = ""
+        """A key of a request that is answered with 422, as by an endpoint that does not know it."""
         self.usage: dict[str, Any] | None = {"prompt_tokens": 900, "completion_tokens": 100, "total_tokens": 1000}
         self.body: bytes | None = None
         """What to send instead of a chat completion."""
@@ -49,6 +51,8 @@ class JudgeServer:
                     number = len(judge.requests)
                 time.sleep(judge.delay_seconds)
                 status, headers = judge.status(number) or (200, {})
+                if judge.objects_to in request:
+                    status = 422
                 if status == 0:
                     self.close_connection = True
                     return
@@ -70,7 +74,8 @@ class JudgeServer:
 
     def error_of(self, status: int) -> dict[str, Any]:
         """Give an error body that repeats the key, as a careless endpoint might."""
-        return {"error": {"message": f"status {status} for key {KEY}", "type": "error"}}
+        extra = f", extra_forbidden: {self.objects_to}" if self.objects_to else ""
+        return {"error": {"message": f"status {status} for key {KEY}{extra}", "type": "error"}}
 
     def answer_to(self, request: dict[str, Any], number: int) -> dict[str, Any]:
         """Score the answers of a request by the merit that stands in them."""

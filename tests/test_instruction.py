@@ -31,7 +31,7 @@ from instruction.journal import Journal
 from instruction.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from instruction.respond import write_answers
 from instruction.scores import exact_match, token_f1
-from model import GPTModel, empty_model, initialise
+from model import GPTModel, empty_model, fingerprint, initialise
 from tests.conftest import Called
 from tests.helpers import ROOT, wait_for, write, write_run
 from tests.test_data_download import COMMITS, DATASET, Hub
@@ -246,6 +246,11 @@ def test_alpaca_files_are_read_in_every_form(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(ITEMS), tmp_path / "items.parquet")
     plain = load_items(str(write(tmp_path / "items.json", [*ITEMS, ITEMS[0]])))
     assert len(plain.items) == 30
+    pyarrow_null = [{**item, "input": item["input"] or None} for item in ITEMS]
+    parquet.write_table(pyarrow.Table.from_pylist(pyarrow_null), tmp_path / "null.parquet")
+    assert load_items(str(tmp_path / "null.parquet")).sha256 == plain.sha256
+    unanswered = load_items(str(write(tmp_path / "gaps.json", [*ITEMS, {"instruction": "x", "output": " "}])))
+    assert (unanswered.sha256, unanswered.without_answer) == (plain.sha256, 1)
     assert load_items(str(lines)).sha256 == load_items(str(tmp_path / "items.parquet")).sha256 == plain.sha256
 
 
@@ -258,7 +263,7 @@ def test_alpaca_files_are_read_in_every_form(tmp_path: Path) -> None:
         ("a.json", b"[1]", "item 1: found int"),
         ("a.json", b'[{"instruction": "a"}]', "item 1: output"),
         ("a.json", b'[{"instruction": " ", "output": "b"}]', "item 1: instruction: found nothing"),
-        ("a.json", b'[{"instruction": "a", "input": null, "output": "b"}]', "input: found NoneType"),
+        ("a.json", b'[{"instruction": "a", "input": 1, "output": "b"}]', "input: found int"),
         ("a.json", b'[{"instruction": "\\ud800", "output": "b"}]', "not valid Unicode"),
         ("a.json", b'[{"instruction": "a", "output": NaN}]', "NaN"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
@@ -397,7 +402,26 @@ def test_uncertainty_has_the_items_and_the_seeds_in_it() -> None:
     rows = compare(Metric("m", "higher", 0.01), {"a": quiet, "b": quiet + 1}, cells, "a")
     assert [row.verdict for row in rows] == ["", "HELPS"]
     assert compare(Metric("m", "lower", 0.01), {"a": quiet, "b": quiet + 1}, cells, "a")[1].verdict == "HURTS"
-    assert compare(Metric("m", "lower", 0.01), {"a": quiet, "b": quiet}, cells, "a")[1].verdict.startswith("NO DIFF")
+    near = quiet + generator.normal(0, 0.001, 200)
+    assert compare(Metric("m", "lower", 0.01), {"a": quiet, "b": near}, cells, "a")[1].verdict.startswith("NO DIFF")
+
+
+def test_a_score_that_is_the_same_in_every_cell_tells_nothing() -> None:
+    """No hit in twelve items by either model does not mean that both hit equally often."""
+    cells = Cells.of([(str(item), seed) for item in range(12) for seed in range(3)])
+    rows = compare(Metric("exact match", "higher", 0.01), {"a": np.zeros(36), "b": np.zeros(36)}, cells, "a")
+    assert rows[1].verdict == "CANNOT TELL"
+
+
+def test_an_interval_is_never_narrower_than_the_seeds_alone() -> None:
+    generator = np.random.default_rng(2)
+    cells = Cells.of([(str(item), seed) for item in range(60) for seed in range(3)])
+    for luck in (0.0, 0.1, 0.5):
+        for _ in range(50):
+            values = generator.normal(size=180) + np.tile(generator.normal(0, luck, 3), 60)
+            both, by_seeds = cells.mean(values)
+            assert by_seeds is not None
+            assert both.half_width() >= by_seeds.half_width()
 
 
 # The command
@@ -487,6 +511,31 @@ def test_a_finished_model_is_not_asked_again_and_another_recipe_is_refused(
     changed = call(ift_respond.main, "one", *words)
     assert changed.status == 2
     assert "another checkpoint" in changed.stderr
+
+
+def test_imported_weights_are_asked_and_never_replaced_by_drawn_ones(
+    ready: Ready, call: Callable[..., Called]
+) -> None:
+    """A run folder as import_weights.py leaves it: by name, by its `latest`, and as its own untrained self."""
+    folder, words = ready
+    run = write_run(folder / "runs" / "gpt2", MODEL, {"learning_rate": 0.001})
+    made = empty_model(load_model_config(run / "model.json"))
+    initialise(made, 999)
+    for name in ("imported", "checkpoints"):
+        (run / name).mkdir()
+    weights = run / "imported" / "model.safetensors"
+    save_file({name: value.contiguous() for name, value in made.state_dict().items()}, weights)
+    (run / "checkpoints" / "latest").symlink_to("../imported")
+    train = json.loads((run / "train.json").read_text())
+    write(run / "train.json", {**train, "initial_weights": hashlib.sha256(weights.read_bytes()).hexdigest()})
+    recipe = load_recipe(Path(str(words[3])))
+    for name in ("gpt2", "gpt2/checkpoints/latest", "gpt2/untrained"):
+        found = ift_respond.open_respondent(folder / "runs", name, recipe, torch.device("cpu"))
+        assert fingerprint(found.open(None)) == fingerprint(made) == found.checkpoint["sha256"]
+        assert found.checkpoint["tokens_seen"] is None
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    done = call(ift_respond.main, "gpt2", *words)
+    assert (done.status, "initial_weights" in done.stderr) == (4, True)
 
 
 def test_a_kill_costs_nothing_that_was_answered(ready: Ready, call: Callable[..., Called]) -> None:

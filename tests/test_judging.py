@@ -108,10 +108,10 @@ def row(document: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def test_known_strengths_are_recovered_and_named(judge: JudgeServer, judging: Judge) -> None:
-    done, document = judging(answers_of(TRUTH, 40, 3), "--parallel", 8)
+    done, document = judging(answers_of(TRUTH, 24, 5), "--parallel", 8)
     assert done.status == 0, done.stderr
     assert judge.keys == {f"Bearer {KEY}"}
-    assert len(judge.requests) == 40 * 3 * 2
+    assert len(judge.requests) == 24 * 5 * 2
     for name in ("better", "worse"):
         strength = row(document, name)["strength"]
         assert strength["low"] < TRUTH[name] < strength["high"]
@@ -175,8 +175,8 @@ def test_a_liking_for_the_first_place_is_reported_and_falls_out(judge: JudgeServ
 
 def test_a_noisy_judge_widens_nothing_it_should_not(judge: JudgeServer, judging: Judge) -> None:
     judge.noise = 12.0
-    _, document = judging(answers_of(TRUTH, 30, 2), "--judge", "x", "--judge", "y", "--repeats", 2, "--parallel", 8)
-    assert len(judge.requests) == 30 * 2 * 2 * 2 * 2
+    _, document = judging(answers_of(TRUTH, 20, 5), "--judge", "x", "--judge", "y", "--repeats", 2, "--parallel", 8)
+    assert len(judge.requests) == 20 * 5 * 2 * 2 * 2
     assert 0 < document["agreement_alpha"] < 0.95
     assert all(0 < report["flip_rate"] < 0.5 for report in document["judges"])
     assert row(document, "better")["strength"]["verdict"] == "HELPS"
@@ -292,11 +292,39 @@ def test_a_message_without_words_is_unparsable(judge: JudgeServer, judging: Judg
     assert len(judge.requests) == 8
 
 
+def test_refusals_one_after_the_other_stop_the_judging_which_goes_on_when_mended(
+    judge: JudgeServer, judging: Judge
+) -> None:
+    """An empty account answers 400 to everything: that is no fault of the items, and must not stick to them."""
+    models = answers_of({"a": 0.0, "b": 0.5}, 12, 1)
+    judge.status = lambda number: (400, {}) if number > 4 else None
+    done, _ = judging(models, "--parallel", 1)
+    assert done.status == 75
+    assert "the endpoint refuses every request (HTTP 400" in done.stderr.splitlines()[-1]
+    assert len(judge.requests) < 4 + 3 * 2 + 1
+    judge.status = lambda number: None
+    done, document = judging(models, "--parallel", 1)
+    assert done.status == 0, done.stderr
+    assert document["judges"][0]["showings"] == {"read": 24, "unreadable": 0, "refused": 0, "open": 0}
+
+
+def test_an_endpoint_that_knows_the_older_limit_alone_is_sent_that(judge: JudgeServer, judging: Judge) -> None:
+    judge.objects_to = "max_completion_tokens"
+    done, document = judging(answers_of({"a": 0.0, "b": 0.5}, 6, 1), "--parallel", 1)
+    assert done.status == 0, done.stderr
+    assert document["judges"][0]["showings"]["read"] == 12
+    assert ["max_tokens" in request for request in judge.requests] == [False] + [True] * 12
+    asked = len(judge.requests)
+    assert judging(answers_of({"a": 0.0, "b": 0.5}, 6, 1), "--parallel", 1)[0].status == 0
+    assert len(judge.requests) == asked
+
+
 def test_a_request_that_is_refused_is_counted_and_the_rest_goes_on(judge: JudgeServer, judging: Judge) -> None:
     judge.status = lambda number: (400, {}) if number == 3 else None
     done, document = judging(answers_of({"a": 0.0, "b": 0.5}, 6, 1), "--parallel", 1)
     assert done.status == 0, done.stderr
     assert document["judges"][0]["showings"] == {"read": 11, "unreadable": 0, "refused": 1, "open": 0}
+    assert "Refused: 1 of 12 showings, which count for nothing (HTTP 400" in done.stdout
     assert document["cells"] == 5
 
 

@@ -354,11 +354,19 @@ def test_an_arm_that_diverged_altogether_leaves_the_noise_alone() -> None:
     assert judge(baseline, [arm, make_group("gone", [None, None])]).training == alone
 
 
-def test_identical_losses_are_no_difference() -> None:
-    (judged,) = judge(make_group("base", [3.7] * 7), [make_group("it", [3.7] * 3)]).arms
+@pytest.mark.parametrize("loss", [3.7, 3.6999])
+def test_replicates_without_any_spread_are_no_noise(loss: float) -> None:
+    """The same run, seen again to the bit, does not say how much another would differ."""
+    (judged,) = judge(make_group("base", [3.7] * 7), [make_group("it", [loss] * 3)]).arms
+    assert (judged.verdict, judged.estimate) == (CANNOT_TELL, None)
+    assert "no replicates that differ" in judged.sentence
+
+
+def test_an_arm_equal_on_every_shared_seed_is_no_difference() -> None:
+    losses = [3.7, 3.71, 3.68]
+    shared = seeds(1, 2, 3)
+    (judged,) = judge(make_group("base", losses, shared), [make_group("it", losses, shared)]).arms
     assert judged.verdict == f"{NO_LARGER} 0.01"
-    assert judged.estimate is not None
-    assert (judged.estimate.difference, judged.estimate.t) == (0.0, 0.0)
 
 
 def test_more_evaluation_noise_never_narrows_an_interval() -> None:

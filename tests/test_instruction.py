@@ -596,6 +596,19 @@ def test_a_folder_has_one_writer(ready: Ready, call: Callable[..., Called]) -> N
     assert "another process" in done.stderr
 
 
+def test_a_journal_writes_whole_lines_where_the_system_takes_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_some = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write_some(descriptor, data[:7]))
+    journal = Journal(tmp_path / "lines.jsonl")
+    lines = [{"text": "x" * length} for length in (1, 50, 3)]
+    for line in lines:
+        journal.append(line)
+    journal.close()
+    assert Journal(tmp_path / "lines.jsonl").lines == lines
+
+
 def test_a_journal_drops_half_a_line_and_refuses_nonsense(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": ')

@@ -8,6 +8,7 @@ from tests.helpers import (
     start_training,
     status,
     train,
+    train_in_fork,
     wait_for,
     write_demanding,
 )
@@ -31,5 +32,5 @@ def test_sigterm_saves_and_the_next_start_goes_on(whole: Path, tmp_path: Path, d
     assert process.returncode == 75, errors
     assert status(stopped)["state"] == "stopped"
     assert status(stopped)["exit_code"] == 75
-    train(stopped, datasets_dir)
+    train_in_fork(stopped, datasets_dir)
     assert_same_run(stopped, whole)

@@ -21,7 +21,7 @@ from tests.judge_server import KEY, JudgeServer
 
 SMALL = {"vocab_size": 50257, "context_length": 64, "emb_dim": 32, "n_heads": 2, "n_layers": 1, "drop_rate": 0.0}
 TRAIN = {"dataset": "text", "microbatch_size": 8, "gradient_accumulation_steps": 1, "checkpoint_interval": 1000,
-         "clipping_max_norm": 1.0, "schedule_learning_rate": True}  # fmt: skip
+         "clipping_max_norm": 1.0, "schedule_learning_rate": True, "shuffle": True}  # fmt: skip
 QUICK = {
     "max_tokens": 64,
     "epochs": 1,

@@ -46,6 +46,6 @@ generated: $(VENV)/.installed
 	$(BIN)/python -m harness.config
 	$(BIN)/python -m instruction.own_set
 
-# Kills a run at random 220 times and races 50 pairs of trainers for one: about half an hour on two cores.
+# Kills a run at random 220 times and races 50 pairs of trainers for one: 20 minutes on two cores.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.soak --output benchmarks/results/soak.txt

@@ -8,7 +8,11 @@ or with plain python for one process. What is run lies in the run's files; how t
 """
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds of importing ends without a traceback
 
 from harness.command_line import Request, read_request
 from harness.errors import ConfigError, DataError, DoesNotFitError, HarnessError, PeerError, exit_status_of
@@ -56,7 +60,7 @@ from harness.metrics import StepLog, StepReport
 from harness.optim import guarded_step, learning_rate_at
 from harness.randomness import seed_dropout, stream_seed
 from harness.sampling import SampleSettings, continue_text
-from harness.token_files import open_split
+from harness.token_files import open_split, split_files
 from harness.tokenizer import VOCAB_SIZE
 from harness.watch import StopRequest, Watch
 from model import fingerprint
@@ -379,13 +383,15 @@ def try_microbatch_size(request: Request, launch: Launch) -> None:
 
 
 def dry_run(request: Request, world_size: int) -> None:
-    """Print what a run would do; the dataset is needed only where min_train_tokens is -1."""
+    """Print what a run would do; a dataset that is there must do for it, and min_train_tokens -1 needs it."""
     model_config, config, available = request.model, request.config, None
-    if config.min_train_tokens == -1:
-        file = open_split(request.arguments.datasets_dir, config.dataset, "train")
-        available = file.length - config.start_train_token
+    datasets_dir = request.arguments.datasets_dir
+    is_there = bool(split_files(datasets_dir / config.dataset, "train"))
+    if is_there or config.min_train_tokens == -1:
+        available = open_split(datasets_dir, config.dataset, "train").length - config.start_train_token
     plan = make_plan(model_config, config, world_size, available)
     rows = describe(model_config, config, plan)
+    rows.append(("Dataset", f"{config.dataset}, {'there' if is_there else 'to be downloaded by the first start'}"))
     rows.append(("Initial weights", f"SHA-256 {fingerprint(untrained_model(request))}"))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
@@ -393,4 +399,6 @@ def dry_run(request: Request, world_size: int) -> None:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(exit_status_of(main, speaks))

@@ -147,7 +147,10 @@ def write_model(path: Path, model: GPTModel, has_tokenizer: bool) -> None:
     config = model.config
     end_of_text = END_OF_TEXT_ID if has_tokenizer else None
     write_json(path / CONFIG_FILE, config_document(config, end_of_text))
-    write_json(path / "generation_config.json", {"bos_token_id": end_of_text, "eos_token_id": end_of_text})
+    # Without a limit of its own a pipeline asks for 256 tokens, which is past the end of a short context.
+    limit = min(256, config.context_length // 2)
+    generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "max_new_tokens": limit}
+    write_json(path / "generation_config.json", generation)
     save_tensors(to_hugging_face(model.state_dict(), config), path / WEIGHTS_FILE, {"format": "pt"})
     if has_tokenizer:
         merges = MERGES.read_text(encoding="utf-8")

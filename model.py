@@ -231,6 +231,8 @@ def load_weights(model: GPTModel, tensors: Mapping[str, Tensor], source: object)
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file; raises CheckpointError."""
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path}: found a folder, wanted the model.safetensors in it")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -115,7 +115,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--generators goes with --design fraction")
     is_complete = arguments.interventions is not None or (arguments.base_run and arguments.design == "replicates")
     if bool(arguments.execute) == bool(is_complete):
-        parser.error("found neither or both, wanted BASE_RUN INTERVENTIONS_JSON, or --execute PLAN DATASETS_DIR")
+        parser.error(
+            "wanted BASE_RUN and INTERVENTIONS_JSON (or --design replicates), or --execute PLAN DATASETS_DIR alone"
+        )
     return arguments
 
 

@@ -48,7 +48,12 @@ def report_nothing_to_do(folder: RunFolder, plan: Plan, state: TrainState) -> No
 
 
 def report_end(folder: RunFolder, plan: Plan, state: TrainState) -> None:
-    """Print the four closing lines and write the final status."""
+    """Print the four closing lines, and before them where --max-steps stopped the run; write the final status."""
+    if state.next_step < plan.global_steps:
+        print(
+            f"Stopped by --max-steps after {state.next_step:,} of {plan.global_steps:,} global steps, saved; "
+            "without it the same command goes on"
+        )
     # A scheduled checkpoint after the last step has just closed its interval.
     loss = state.interval_loss if state.interval_steps else state.last_interval_loss
     print(f"Training complete in {state.elapsed_seconds:,.3f} seconds")

@@ -5,12 +5,14 @@ by `exit_status_of` around a command's `main`. Nothing here imports anything but
 """
 
 import errno
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
 
 INTERRUPTED_STATUS = 130  # as a shell reports SIGINT: there was nothing to save
+BROKEN_PIPE_STATUS = 141  # as a shell reports SIGPIPE
 DEFECT_STATUS = 1
 # Access tokens of the Hugging Face Hub and keys of OpenAI-compatible services.
 SECRET = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{8,}")
@@ -127,6 +129,10 @@ def exit_status_of(command: Callable[[], object], speaks: bool = True) -> int:
     """
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE_STATUS
     except Exception as error:
         known = as_harness_error(error)
         lines = known.lines if known else ["".join(traceback.format_exception(error)).rstrip()]

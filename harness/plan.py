@@ -170,7 +170,7 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
     per_step = one_step.tokens_per_global_step
     if train.min_train_tokens == -1:
         if tokens_available is None:
-            raise DataError("train.json: min_train_tokens is -1 (all that fit), which needs the dataset on disk")
+            raise DataError("train.json: min_train_tokens: found -1 (all that fit), wanted a number to plan with")
         # The last target is one token beyond the last input, hence the -1.
         plan = replace(one_step, global_steps=(tokens_available - 1) // per_step)
     else:
@@ -235,7 +235,9 @@ def describe(model: ModelConfig, train: TrainConfig, plan: Plan) -> list[tuple[s
             f"{written:,} of {checkpoint_gib:.2f} GiB, at most {kept * checkpoint_gib:.1f} GiB on disk",
         ),
     ]
-    if train.expected_tokens_per_second is not None:
+    if train.expected_tokens_per_second is None:
+        rows.append(("Time and cost", "unknown; give expected_tokens_per_second and price_per_hour in train.json"))
+    else:
         hours = plan.train_tokens / train.expected_tokens_per_second / 3600
         rows.append(("Time", f"{hours:,.2f} hours at {train.expected_tokens_per_second:,.0f} tokens/second"))
         if train.price_per_hour is not None:

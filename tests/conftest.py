@@ -17,8 +17,9 @@ from harness.charts import ChartPainter
 from harness.errors import exit_status_of
 from tests.helpers import train_in_fork, write_demanding, write_run, write_toy_dataset
 
-# A shell ignores SIGINT for what it runs in the background, and what is started there would ignore it too.
+# A shell ignores SIGINT for what it runs in the background, and nohup SIGHUP; what is started there would do so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Called(NamedTuple):

@@ -225,7 +225,7 @@ def test_two_processes_download_once(tmp_path: Path, hub: Hub) -> None:
 
 
 @pytest.mark.fault("F07", "F28")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_download_that_was_cut_off_is_made_again(tmp_path: Path, hub: Hub, number: signal.Signals) -> None:
     hub.delay_seconds = 1.0
     process = start(tmp_path, hub.url)

@@ -151,6 +151,7 @@ def test_greedy_text_is_ours(trained: Path, exported: Path) -> None:
     wanted = continue_text(ours, ours.config, prompt, SampleSettings(num_tokens=8, temperature=0.0))
     pipeline = transformers.pipeline("text-generation", model=str(exported), device="cpu")
     assert pipeline(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"] == wanted
+    assert len(pipeline(prompt)[0]["generated_text"]) > len(prompt)  # by default no longer than the context
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     model = transformers.AutoModelForCausalLM.from_pretrained(exported)
     ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)

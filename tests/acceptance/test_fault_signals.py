@@ -126,14 +126,17 @@ def test_sigterm_inside_a_save_lets_it_finish(
 
 
 @pytest.mark.fault("F28")
-def test_sigterm_before_training_leaves_the_run_as_it_was(trained: Path, datasets_dir: Path) -> None:
-    """While torch is imported nothing has been written, so there is nothing to save."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_leaves_the_run_as_it_was(
+    trained: Path, datasets_dir: Path, number: signal.Signals
+) -> None:
+    """While torch is imported nothing has been written, so there is nothing to save, and nothing to say."""
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     process = start_training(trained, datasets_dir)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == -signal.SIGTERM
-    process.communicate()
+    process.send_signal(number)
+    assert process.wait(timeout=5) == -number
+    assert process.communicate()[1] == ""
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 

@@ -56,6 +56,28 @@ def test_dry_run_counts_the_cost(call: Callable[..., Called], make_run: Callable
     assert "1,280.00 USD" in done.stdout
 
 
+def test_dry_run_looks_at_a_dataset_that_is_there(
+    call: Callable[..., Called], make_run: Callable[..., Path], datasets_dir: Path
+) -> None:
+    """What the start would refuse, the dry run does too."""
+    folder = make_run(train={"min_train_tokens": 10**7})
+    place = ("--dry-run", "--runs-dir", folder.parent)
+    done = call(ddp_train.main, folder.name, datasets_dir, *place)
+    assert (done.status, "wanted 10,000,001" in done.stderr) == (3, True), done.stderr
+    done = call(ddp_train.main, folder.name, "nowhere", *place)
+    assert done.status == 0
+    assert "toy, to be downloaded by the first start" in done.stdout
+
+
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = command("compare_runs.py", "--losses", "docs/published/losses.csv", "--baseline", "baseline")
+    done = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_dry_run_of_all_tokens_reads_the_dataset(
     call: Callable[..., Called], make_run: Callable[..., Path], datasets_dir: Path
 ) -> None:

@@ -158,7 +158,8 @@ def test_fresh_moves_the_old_run_aside(
 ) -> None:
     folder = make_run(train=SAME_DATA)
     options = ("--runs-dir", folder.parent, "--device", "cpu")
-    call(ddp_train.main, folder.name, datasets_dir, *options, "--max-steps", 3)
+    stopped = call(ddp_train.main, folder.name, datasets_dir, *options, "--max-steps", 3)
+    assert "Stopped by --max-steps after 3 of 12 global steps, saved" in stopped.stdout
     mistyped = call(ddp_train.main, folder.name, tmp_path / "elsewhere", *options, "--fresh")
     assert (mistyped.status, len(metrics(folder))) == (3, 3)  # refused before anything was moved
     done = call(ddp_train.main, folder.name, datasets_dir, *options, "--fresh")

@@ -190,12 +190,13 @@ def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
     plan = run.get("plan", {})
     last = lines[-1] if lines else {}
     is_live = status.get("state") == "running"
+    recent = f", last {_window(lines)} steps" if _window(lines) > 1 else ""
     facts = {
         "state": status.get("state", "unknown") + (f" ({status['reason']})" if status.get("reason") else ""),
         "global step": f"{last.get('step', 0) + bool(last):,} of {plan.get('global_steps', 0):,}",
         "tokens": f"{last.get('tokens', 0):,}",
-        "train loss": _shown(_latest_mean(lines, "train/loss"), "{:.3f}"),
-        "tokens/second": _shown(_latest_mean(lines, "train/tok_per_sec"), "{:,.0f}"),
+        f"train loss{recent}": _shown(_latest_mean(lines, "train/loss"), "{:.3f}"),
+        f"tokens/second{recent}": _shown(_latest_mean(lines, "train/tok_per_sec"), "{:,.0f}"),
         "time left": _time_left(last, plan) if is_live else "-",
         "cost": _shown(last.get("cost"), "{:,.2f}") + f" {read_json(folder.train_json).get('currency') or ''}",
         "updated": status.get("time", "").replace("T", " ").removesuffix("+00:00") + " UTC",

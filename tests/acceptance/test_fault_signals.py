@@ -133,7 +133,10 @@ def test_a_signal_before_training_leaves_the_run_as_it_was(
     """While torch is imported nothing has been written, so there is nothing to save, and nothing to say."""
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     process = start_training(trained, datasets_dir)
-    time.sleep(1)
+    if (maps := Path(f"/proc/{process.pid}/maps")).exists():
+        wait_for(lambda: "libtorch" in maps.read_text())
+    else:
+        time.sleep(1)
     process.send_signal(number)
     assert process.wait(timeout=5) == -number
     assert process.communicate()[1] == ""

@@ -105,7 +105,7 @@ def test_small_models_are_ranked_rightly_and_judged(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_quickstart_models_are_ranked_rightly(
     call: Callable[..., Called], tmp_path: Path, without_charts: None
 ) -> None:

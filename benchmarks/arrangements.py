@@ -23,7 +23,7 @@ from harness import distributed
 from harness.command_line import Request
 from harness.config import ModelConfig, TrainConfig
 from harness.key_value_cache import KeyValueCache
-from harness.loss import lean_next_token_loss, next_token_loss
+from harness.loss import Objective, next_token_loss
 from harness.optim import guarded_step, make_optimizer
 from harness.plan import Plan
 from harness.run_folder import RunFolder
@@ -106,7 +106,7 @@ def build_arrangement(shape: Shape, device: torch.device, techniques: Techniques
     optimizer = make_optimizer(model, config, device)
     if not techniques.device_side_step:
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.1, fused=False)
-    objective = LeanObjective(model) if techniques.lean_loss else PlainObjective(model)
+    objective = Objective(model) if techniques.lean_loss else PlainObjective(model)
     forward = torch.compile(objective) if techniques.compiled else objective
     batches = shape.microbatches()
 
@@ -144,18 +144,6 @@ class PlainObjective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
         return next_token_loss(self.model(tokens), targets)
-
-
-class LeanObjective(nn.Module):
-    """The loss from a few logits at a time."""
-
-    def __init__(self, model: GPTModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
-        return lean_next_token_loss(self.model.hidden_states(tokens), self.model.head_weight(), targets)
 
 
 def prepared_model(shape: Shape, device: torch.device, techniques: Techniques) -> GPTModel:

@@ -66,15 +66,20 @@ def test_sigterm_to_one_rank_stops_all_at_one_step(
     assert_same_run(folder, whole_by_two)
 
 
-@pytest.mark.fault("F24")
-def test_a_terminal_that_is_closed_stops_the_run_saved(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
-    folder = write_demanding(tmp_path / "runs" / "hung-up")
+def stop_inside_step_7(folder: Path, datasets_dir: Path, number: signal.Signals) -> None:
+    """Send a signal while a backward pass of step 7 runs; assert that the run stops after the step, saved."""
     with workers(folder, datasets_dir, fault="step.backward@7:sleep:0.7") as (worker,):
         wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 6)
         time.sleep(0.7)
-        worker.send(signal.SIGHUP)
+        worker.send(number)
         assert worker.wait() == 75
     assert_stopped_after(folder, 7)
+
+
+@pytest.mark.fault("F24")
+def test_a_terminal_that_is_closed_stops_the_run_saved(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
+    folder = write_demanding(tmp_path / "runs" / "hung-up")
+    stop_inside_step_7(folder, datasets_dir, signal.SIGHUP)
     train_in_fork(folder, datasets_dir)
     assert_same_run(folder, whole)
 
@@ -82,12 +87,7 @@ def test_a_terminal_that_is_closed_stops_the_run_saved(whole: Path, tmp_path: Pa
 @pytest.mark.fault("F26")
 def test_one_sigint_saves_and_a_second_ends_at_once(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
     folder = write_demanding(tmp_path / "runs" / "interrupted")
-    with workers(folder, datasets_dir, fault="step.backward@7:sleep:0.7") as (worker,):
-        wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 6)
-        time.sleep(0.7)
-        worker.send(signal.SIGINT)
-        assert worker.wait() == 75
-    assert_stopped_after(folder, 7)
+    stop_inside_step_7(folder, datasets_dir, signal.SIGINT)
     with workers(folder, datasets_dir, fault="step.backward@12:sleep:60") as (worker,):
         wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 11)
         time.sleep(0.7)

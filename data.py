@@ -19,12 +19,12 @@ from huggingface_hub import HfApi, snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harness import faults
-from harness.config import ModelConfig, TrainConfig
-from harness.errors import DataError, as_harness_error, hub_reason
-from harness.plan import Plan, make_plan, validation_sequences
-from harness.randomness import Permutation, order_permutation
-from harness.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.engine.failpoints import failpoint
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.errors import DataError, hub_errors
+from harness.run.plan import Plan, make_plan, validation_sequences
+from harness.tokens.randomness import Permutation, order_permutation
+from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
 
 CHECK_CHUNK_TOKENS = 2**24
 FINGERPRINT_TOKENS = 2**20
@@ -109,8 +109,8 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
 
     if not missing():
         return
-    try:
-        faults.reach("download")
+    with hub_errors(f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded", DataError):
+        failpoint("download")
         datasets_dir.mkdir(parents=True, exist_ok=True)
         # Beside the folder, because the Hub client takes a folder that is there for a finished download.
         with FileLock(datasets_dir / f".{dataset.replace('/', '--')}.lock"):
@@ -119,13 +119,6 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
                 snapshot_download(
                     dataset, repo_type="dataset", revision=commit, allow_patterns=names, local_dir=folder
                 )
-    except Exception as error:
-        if (known := as_harness_error(error)) is not None:
-            raise known from None
-        # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
-        raise DataError(
-            f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded ({hub_reason(error)})"
-        ) from None
     if absent := missing():
         raise DataError(f"dataset {dataset}: the Hub has no {' and no '.join(absent)} in it")
 
@@ -165,7 +158,7 @@ class TrainData:
         return digest.hexdigest()
 
 
-class MadeUpData:
+class SyntheticData:
     """Random tokens in place of a dataset, the same for every step: for trials and benchmarks."""
 
     def __init__(self, plan: Plan, vocab_size: int) -> None:
@@ -197,7 +190,7 @@ class Splits:
     """The data of a run, cut by its plan; `checks` are those of the process that read through it."""
 
     plan: Plan
-    train: TrainData | MadeUpData
+    train: TrainData | SyntheticData
     validation: TokenFile | None
     checks: list[TokenCheck]
     fingerprint: str

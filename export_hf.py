@@ -20,22 +20,21 @@ from exchange import parity
 from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE, config_document, to_hugging_face
 from exchange.model_card import CHART, Publication, Score, model_card
 from exchange.vocabulary import tokenizer_files
-from harness.checkpoint import MANIFEST_FILE, save_tensors
-from harness.errors import CheckpointError, ConfigError, StorageError, exit_status_of, hub_reason
-from harness.run_folder import (
-    RunFolder,
-    file_sha256,
-    open_run,
-    read_json,
-    whole_folder,
-    write_json,
-    write_text,
+from harness.engine.checkpoint import MANIFEST_FILE, save_tensors
+from harness.run.errors import CheckpointError, ConfigError, StorageError, exit_status_of, hub_errors
+from harness.run.files import RUNS, atomic_folder, file_sha256, read_json, write_json, write_text
+from harness.run.run_folder import RunFolder, open_run
+from harness.tokens.tokenizer import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    MERGES,
+    VOCAB_SIZE,
+    gpt2_encoding,
+    printable_vocabulary,
 )
-from harness.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, MERGES, VOCAB_SIZE, gpt2_encoding, printable_vocabulary
 from model import GPTModel, load_model
 from study.statistics import clustered_mean
 
-ROOT = Path(__file__).parent
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 # Each of these breaks a tokenizer that cuts text, counts spaces or spells bytes in another way.
@@ -60,7 +59,7 @@ def main() -> None:
     vocab_size, context_length = model.config.vocab_size, model.config.context_length
     is_gpt2 = read_json(folder.imported / "source.json").get("tokenizer_is_gpt2") is not False
     has_tokenizer = vocab_size == VOCAB_SIZE and is_gpt2
-    with whole_folder(arguments.out_dir) as path:
+    with atomic_folder(arguments.out_dir) as path:
         write_model(path, model, has_tokenizer)
         write_card(path, folder, step, arguments, has_tokenizer)
         if arguments.check:
@@ -85,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run, or RUN/checkpoints/NAME (latest, best or a step's folder)")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a folder that is new or empty")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs", help="where runs live (default: runs)")
+    parser.add_argument("--runs-dir", type=Path, default=RUNS, help="where runs live (default: runs)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub, privately")
     parser.add_argument("--public", action="store_true", help="with --push: a new repository is public")
     parser.add_argument("--license", metavar="ID", help="for the model card, such as apache-2.0 or mit")
@@ -189,15 +188,10 @@ def scores_of(folder: RunFolder, step: int) -> list[Score]:
 def push(path: Path, repository: str, is_public: bool) -> None:
     """Upload an export to the Hub; raises StorageError in one line, without the token."""
     api = huggingface_hub.HfApi()
-    try:
+    what, after = f"--push: {repository} could not be uploaded", f"; {path} is whole: hf upload {repository} {path}"
+    with hub_errors(what, StorageError, after, secret=huggingface_hub.get_token()):
         url = api.create_repo(repository, private=not is_public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=path, commit_message="Upload model")
-    except Exception as error:
-        # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
-        reason = hub_reason(error).replace(huggingface_hub.get_token() or "\0", "***")
-        raise StorageError(
-            f"--push: {repository} could not be uploaded ({reason}); {path} is whole: hf upload {repository} {path}"
-        ) from None
     print(f"Pushed to {url}")
 
 

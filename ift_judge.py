@@ -17,13 +17,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from harness.config import hash_of_json
-from harness.errors import ConfigError, DataError, StopRequestedError, exit_status_of
-from harness.run_folder import utc_now, write_json, write_text
+from harness.run.errors import ConfigError, DataError, StopRequestedError, exit_status_of
+from harness.run.files import utc_now, write_json, write_text
+from harness.run.recipe import hash_of_json
 from instruction.answers import ModelAnswers, load_answers, require_comparable
 from instruction.client import Endpoint
 from instruction.journal import Journal, held
-from instruction.judging import Caps, Collector, Replies, Settings, Showing, plan_showings
+from instruction.judging import Caps, Collector, JudgePrompt, Replies, Settings, plan_showings
 from instruction.page import as_json, as_text, page
 from instruction.prompt import MOST_SHOWN
 from instruction.ranking import Ranking, rank
@@ -151,7 +151,7 @@ def caps_of(arguments: argparse.Namespace) -> Caps:
     )
 
 
-def collect(collector: Collector, showings: Sequence[Showing], replies: Replies, caps: Caps) -> str:
+def collect(collector: Collector, showings: Sequence[JudgePrompt], replies: Replies, caps: Caps) -> str:
     """Ask for the replies that are missing, with a progress bar; gives why it stopped early, or nothing."""
     missing = replies.missing(showings, caps.tries)
     with tqdm(total=len(missing), unit="reply", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:

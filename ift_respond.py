@@ -19,24 +19,26 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from harness import checkpoint, resume
-from harness.distributed import Launch, choose_device, device_name, set_up_kernels
-from harness.errors import CheckpointError, ConfigError, DataError, exit_status_of
-from harness.run_folder import RunFolder, git_state, open_run, read_json, utc_now, write_json
-from harness.sampling import require_gpt2_ids
+from harness.engine import checkpoint, resume
+from harness.engine.distributed import Launch, choose_device, device_name, set_up_kernels
+from harness.engine.sampling import require_gpt2_ids
+from harness.run.errors import CheckpointError, ConfigError, DataError, exit_status_of
+from harness.run.files import ROOT, RUNS, read_json, utc_now, write_json
+from harness.run.provenance import git_state
+from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
+from harness.run.score import describe_checkpoint
 from instruction.answers import ModelAnswers, require_comparable
 from instruction.examples import encode_items
-from instruction.items import OWN_SET, load_items, split_items
+from instruction.items import BUILTIN_SET, load_items, split_items
 from instruction.journal import held
 from instruction.measures import HEADINGS, LOSS, measure, measures_as_json, measures_as_rows
 from instruction.recipe import DEFAULT_RECIPE, Recipe, differences, load_recipe
-from instruction.respondent import Questions, Respondent, respond
-from model import empty_model, fingerprint, load_weights, read_weights
-from stage import give_initial_weights
+from instruction.respondent import EvalSet, EvaluatedModel, respond
+from model import fingerprint, load_weights, read_weights, uninitialized_model
 from study.tables import aligned
 from study.verdicts import MARGIN
+from training.context import give_initial_weights
 
-ROOT = Path(__file__).parent
 UNTRAINED = "untrained"
 
 
@@ -68,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         "--margin", type=_positive, default=MARGIN, help="smallest loss difference that matters (0.01)"
     )
     parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs", help="(default: runs)")
+    parser.add_argument("--runs-dir", type=Path, default=RUNS, help="(default: runs)")
     arguments = parser.parse_args()
     if len(set(arguments.runs)) < len(arguments.runs):
         parser.error("RUN: found one twice, wanted each model once")
@@ -85,12 +87,12 @@ def _positive(text: str) -> float:
     return value
 
 
-def settle(arguments: argparse.Namespace) -> tuple[Questions, dict[str, object]]:
+def settle(arguments: argparse.Namespace) -> tuple[EvalSet, dict[str, object]]:
     """Read recipe and items, hold them against those that the output folder was begun with, describe the items."""
     recipe_json, data_json = arguments.out / "recipe.json", arguments.out / "data.json"
     recipe = load_recipe(arguments.recipe or (recipe_json if recipe_json.is_file() else DEFAULT_RECIPE))
     begun_with = read_json(data_json)
-    data = load_items(arguments.data or begun_with.get("source", OWN_SET))
+    data = load_items(arguments.data or begun_with.get("source", BUILTIN_SET))
     if recipe_json.is_file() and (other := differences(recipe, load_recipe(recipe_json))):
         raise ConfigError(
             f"{recipe_json}: found another {', '.join(other)}, wanted one recipe for all models of a folder "
@@ -109,10 +111,10 @@ def settle(arguments: argparse.Namespace) -> tuple[Questions, dict[str, object]]
     unanswered = f", {data.without_answer:,} for want of an answer" if data.without_answer else ""
     print(f"{data.source}: {len(train):,} items to train on, {len(test):,} to ask, "
           f"{left_out:,} left out for more than {recipe.max_tokens} tokens{unanswered}")  # fmt: skip
-    return Questions(recipe, data.sha256, train, test), description
+    return EvalSet(recipe, data.sha256, train, test), description
 
 
-def open_respondent(runs_dir: Path, name: str, recipe: Recipe, device: torch.device) -> Respondent:
+def open_respondent(runs_dir: Path, name: str, recipe: Recipe, device: torch.device) -> EvaluatedModel:
     """Find a model and check it, before any work is done; raises ConfigError and CheckpointError."""
     run, _, inside = name.partition("/")
     folder = open_run(runs_dir, run)
@@ -126,9 +128,9 @@ def open_respondent(runs_dir: Path, name: str, recipe: Recipe, device: torch.dev
     found = None if inside == UNTRAINED else find_checkpoint(folder, inside, train.initial_weights is not None)
 
     def opened(weights: Path | None) -> nn.Module:
-        model = empty_model(replace(config, drop_rate=recipe.drop_rate))
+        model = uninitialized_model(replace(config, drop_rate=recipe.drop_rate))
         if weights is None and found is not None:
-            weights = found / checkpoint.MODEL_FILE
+            weights = found / MODEL_FILE
         if weights is None:
             give_initial_weights(model, folder, train)
         else:
@@ -138,10 +140,10 @@ def open_respondent(runs_dir: Path, name: str, recipe: Recipe, device: torch.dev
     if found is None:
         # Imported weights have seen tokens too, but nobody here knows how many.
         seen = 0 if train.initial_weights is None else None
-        return Respondent(name, {"sha256": fingerprint(opened(None)), "step": None, "tokens_seen": seen}, opened)
+        return EvaluatedModel(name, {"sha256": fingerprint(opened(None)), "step": None, "tokens_seen": seen}, opened)
     manifest, step = read_json(found / checkpoint.MANIFEST_FILE), int(found.name.removeprefix("step-"))
-    sha256 = manifest["files"][checkpoint.MODEL_FILE]["sha256"]
-    return Respondent(name, {"sha256": sha256, "step": step, **folder.evidence(step)}, opened)
+    sha256 = manifest["files"][MODEL_FILE]["sha256"]
+    return EvaluatedModel(name, {"sha256": sha256, "step": step, **describe_checkpoint(folder, step)}, opened)
 
 
 def find_checkpoint(folder: RunFolder, inside: str, is_imported: bool) -> Path | None:
@@ -171,7 +173,7 @@ def with_progress(words: str, things: Iterable[Any]) -> Iterator[Any]:
 
 
 def report(
-    arguments: argparse.Namespace, questions: Questions, models: list[ModelAnswers], device: torch.device
+    arguments: argparse.Namespace, questions: EvalSet, models: list[ModelAnswers], device: torch.device
 ) -> None:
     """Print the comparison and write results.json."""
     require_comparable(models)

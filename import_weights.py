@@ -30,22 +30,14 @@ from exchange.hugging_face import (
     weight_files,
 )
 from exchange.published import config_of
-from harness.checkpoint import save_tensors
-from harness.config import ModelConfig
-from harness.errors import CheckpointError, ConfigError, DataError, as_harness_error, exit_status_of, hub_reason
-from harness.run_folder import (
-    RUN_NAME,
-    RunFolder,
-    file_sha256,
-    replace_link,
-    utc_now,
-    whole_folder,
-    write_json,
-)
-from harness.tokenizer import VOCAB_SIZE, printable_vocabulary
-from model import STORED_MASK, empty_model, load_weights, read_weights
+from harness.engine.checkpoint import save_tensors
+from harness.run.config import ModelConfig
+from harness.run.errors import CheckpointError, ConfigError, DataError, exit_status_of, hub_errors
+from harness.run.files import RUNS, atomic_folder, file_sha256, replace_link, utc_now, write_json
+from harness.run.run_folder import RUN_NAME, RunFolder
+from harness.tokens.tokenizer import VOCAB_SIZE, printable_vocabulary
+from model import STORED_MASK, load_weights, read_weights, uninitialized_model
 
-ROOT = Path(__file__).parent
 DATASET_TO_NAME = "name-your-dataset"
 # Gentle settings for training on: a tenth of a usual peak, because the weights are no longer anywhere.
 TRAIN: dict[str, Any] = {
@@ -86,7 +78,7 @@ def main() -> None:
     weights = read_source(arguments)
     for remark in weights.remarks:
         print(remark)
-    model = empty_model(weights.config)
+    model = uninitialized_model(weights.config)
     load_weights(model, weights.tensors, arguments.source)
     require_numbers(model.state_dict(), arguments.source)
     origin = {**weights.origin, "time": utc_now(), "logit_parity": None}
@@ -110,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="hf:OWNER/NAME, a folder, or a .safetensors file")
     parser.add_argument("run", metavar="RUN", help="name of the run folder to make")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs", help="where runs live (default: runs)")
+    parser.add_argument("--runs-dir", type=Path, default=RUNS, help="where runs live (default: runs)")
     parser.add_argument("--revision", help="commit, branch or tag of an hf: source (default: the newest)")
     parser.add_argument("--n-heads", type=_positive, metavar="N", help="of a .safetensors file (default: width / 64)")
     parser.add_argument(
@@ -158,7 +150,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
 
     Raises DataError. Nothing but JSON and safetensors is asked for.
     """
-    try:
+    with hub_errors(f"hf:{repository}: could not be downloaded", DataError):
         info = HfApi().model_info(repository, revision=revision)
         names = {item.rfilename for item in info.siblings or []}
         wanted = {CONFIG_FILE, *TOKENIZER_FILES, WEIGHTS_FILE if WEIGHTS_FILE in names else INDEX_FILE} & names
@@ -169,11 +161,6 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
         folder = Path(snapshot_download(repository, revision=commit, allow_patterns=sorted(wanted)))
         if INDEX_FILE in wanted:
             snapshot_download(repository, revision=commit, allow_patterns=files_of_index(folder / INDEX_FILE))
-    except Exception as error:
-        if (known := as_harness_error(error)) is not None:
-            raise known from None
-        # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
-        raise DataError(f"hf:{repository}: could not be downloaded ({hub_reason(error)})") from None
     return folder, commit
 
 
@@ -235,7 +222,7 @@ def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
 def write_run(target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], origin: dict[str, Any]) -> None:
     """Write the run folder, which appears whole: both files, and the weights where training would begin."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(target) as path:
+    with atomic_folder(target) as path:
         folder = RunFolder(path)
         folder.imported.mkdir()
         folder.checkpoints.mkdir()

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from harness.config import ModelConfig, load_model_config
-from harness.errors import CheckpointError
-from harness.key_value_cache import KeyValueCache
-from harness.randomness import initial_normal
+from harness.engine.key_value_cache import KeyValueCache
+from harness.run.config import ModelConfig, load_model_config
+from harness.run.errors import CheckpointError
+from harness.tokens.randomness import initial_normal
 
 INITIAL_STD = 0.02  # GPT-2's; small enough that a tied head starts at a loss near ln(V)
 HEAD = "out_head.weight"
@@ -116,7 +116,7 @@ class Block(nn.Module):
 class GPTModel(nn.Module):
     """A GPT-2-style language model.
 
-    Its parameters' values are `initialise`'s or `load_weights`'s to give; see `empty_model`.
+    Its parameters' values are `initialise`'s or `load_weights`'s to give; see `uninitialized_model`.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
@@ -155,7 +155,7 @@ class GPTModel(nn.Module):
         return normalised
 
 
-def empty_model(config: ModelConfig, activation_checkpointing: bool = False) -> GPTModel:
+def uninitialized_model(config: ModelConfig, activation_checkpointing: bool = False) -> GPTModel:
     """Make a model on the CPU whose parameters have no values yet, without the time to draw PyTorch's defaults."""
     with torch.device("meta"):
         model = GPTModel(config, activation_checkpointing)
@@ -244,6 +244,6 @@ def load_model(model_json: str | Path, safetensors_file: str | Path, device: tor
 
     Raises ConfigError for the configuration and CheckpointError for the weights.
     """
-    model = empty_model(load_model_config(model_json))
+    model = uninitialized_model(load_model_config(model_json))
     load_weights(model, read_weights(safetensors_file), safetensors_file)
     return model.to(device).eval()

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from harness.errors import exit_status_of
+from harness.run.errors import exit_status_of
 from preparation.prepare import Outcome, prepare, verify
 from preparation.settings import Settings
 

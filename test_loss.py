@@ -5,33 +5,53 @@
 Without options this is the published test set: 19,660,800 tokens of FineWeb from token 50,000,000 on.
 """
 
-import argparse
 import math
 import os
 import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
-from harness.config import ModelConfig, load_model_config
-from harness.distributed import Launch, choose_device, set_up_kernels
-from harness.errors import ConfigError, DataError, StorageError, exit_status_of
-from harness.evaluate import Bucket, LossTally, token_loss_batches
-from harness.run_folder import file_sha256, json_number, run_of_model_file, utc_now, write_json
-from harness.token_files import SPLITS, TokenFile, open_split, split_files
-from harness.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
+from harness.engine.distributed import Launch, choose_device, set_up_kernels
+from harness.engine.evaluate import Bucket, LossTally, token_loss_batches
+from harness.run.arguments import add_device, parse_into, parser_of, whole_number
+from harness.run.config import ModelConfig, load_model_config
+from harness.run.console import progress_bar
+from harness.run.errors import ConfigError, DataError, StorageError, exit_status_of
+from harness.run.files import file_sha256, json_number, utc_now
+from harness.run.run_folder import run_of_model_file
+from harness.run.score import Score, describe_model, perplexity_of, score_path
+from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
 from model import load_model
 
 FREQUENCY_TOKENS = 2**27  # of the train split, enough to know how often an id occurs
 SEQUENCES_PER_BATCH = 6  # of the published test set, whatever --batch-size the machine can hold
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """The command line."""
+
+    datasets_dir: Path
+    model_json: Path
+    model_safetensors: Path
+    dataset: str
+    split: str
+    start_token: int
+    batches: int
+    batch_size: int
+    device: str
+    dtype: str
+    output: Path | None
 
 
 def main() -> None:
@@ -48,67 +68,60 @@ def main() -> None:
     tally = LossTally(length, model.config.vocab_size)
     dtype = getattr(torch, arguments.dtype)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-        score(model, with_progress(batches, sequences), device, tally)
+        tally_losses(model, with_progress(batches, sequences), device, tally)
     losses = tally.sequence_losses()
     loss = float(losses.mean())
     text_bytes = target_bytes(file, arguments.start_token + 1, check.count - 1)
     bits_per_byte = json_number(loss * sequences * length / math.log(2) / text_bytes) if text_bytes else None
-    result = {
-        "dataset": arguments.dataset,
-        "split": arguments.split,
-        "start_token": arguments.start_token,
-        "tokens": sequences * length,
-        "sequences": sequences,
-        "tokens_sha256": check.sha256,
-        "loss": json_number(loss),
-        "perplexity": perplexity(loss),
-        "bits_per_byte": bits_per_byte,
-        "by_position": described(tally.by_position()),
-        "by_training_frequency_per_million": by_frequency(arguments, tally, model.config.vocab_size),
-        "dtype": arguments.dtype,
-        "device": device.type,
-        **origin(arguments),
-        "time": utc_now(),
-    }
+    score = Score(
+        dataset=arguments.dataset,
+        split=arguments.split,
+        start_token=arguments.start_token,
+        tokens=sequences * length,
+        sequences=sequences,
+        tokens_sha256=check.sha256,
+        loss=json_number(loss),
+        perplexity=perplexity_of(loss),
+        bits_per_byte=bits_per_byte,
+        by_position=described(tally.by_position()),
+        by_training_frequency_per_million=by_frequency(arguments, tally, model.config.vocab_size),
+        dtype=arguments.dtype,
+        device=device.type,
+        time=utc_now(),
+        model=describe_model(arguments.model_safetensors, file_sha256(arguments.model_safetensors)),
+        path=output,
+    )
     print(f"Scored {sequences:,} sequences of {length:,} tokens; one loss for each goes to {output}")
-    for name, value in (("Perplexity", result["perplexity"]), ("Bits per byte", bits_per_byte)):
+    for name, value in (("Perplexity", score.perplexity), ("Bits per byte", bits_per_byte)):
         if value is not None:
             print(f"{name}: {value:.6f}")
     print(f"Loss against our test dataset: {loss:.6f}", flush=True)  # even if it cannot be stored
-    store(output, result, losses, first_documents(file, arguments.start_token, sequences, length))
+    documents = first_documents(file, arguments.start_token, sequences, length)
+    score.write(losses, np.arange(sequences) if documents is None else documents)  # each its own where unknown
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> ScoreArguments:
     """Read the command line; bad usage exits with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("datasets_dir", metavar="DATASETS_DIR", type=Path)
     parser.add_argument("model_json", metavar="MODEL_JSON", type=Path)
     parser.add_argument("model_safetensors", metavar="MODEL_SAFETENSORS", type=Path)
     parser.add_argument("--dataset", default="gpjt/fineweb-gpt2-tokens", help="folder in DATASETS_DIR, or Hub id")
     parser.add_argument("--split", choices=SPLITS, default="validation")
-    parser.add_argument("--start-token", type=_at_least(0), default=50_000_000, help="default 50,000,000")
+    parser.add_argument("--start-token", type=whole_number(0), default=50_000_000, help="default 50,000,000")
     parser.add_argument(
-        "--batches", type=_at_least(1), default=3200, help=f"of {SEQUENCES_PER_BATCH} sequences (default 3200)"
+        "--batches", type=whole_number(), default=3200, help=f"of {SEQUENCES_PER_BATCH} sequences (default 3200)"
     )
     parser.add_argument(
-        "--batch-size", type=_at_least(1), default=6, help="sequences at a time; changes memory, not the loss"
+        "--batch-size", type=whole_number(), default=6, help="sequences at a time; changes memory, not the loss"
     )
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
+    add_device(parser)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON result goes (and .npz beside it)")
-    return parser.parse_args()
+    return parse_into(ScoreArguments, parser)
 
 
-def _at_least(lowest: int):  # type: ignore[no-untyped-def]
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number of at least {lowest}")
-        return int(text)
-
-    return number
-
-
-def open_test_tokens(arguments: argparse.Namespace, model: ModelConfig) -> tuple[TokenFile, data.TokenCheck]:
+def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> tuple[TokenFile, data.TokenCheck]:
     """Find the test tokens, downloading them if need be, and check all of them; raises DataError."""
     data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
     file = open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
@@ -123,7 +136,9 @@ def open_test_tokens(arguments: argparse.Namespace, model: ModelConfig) -> tuple
     return file, data.check_tokens(file, arguments.start_token, needed, model.vocab_size)
 
 
-def score(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, tally: LossTally) -> None:
+def tally_losses(
+    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, tally: LossTally
+) -> None:
     """Add every batch's token losses to the tally; waits for the device once a batch."""
     seen: deque[Tensor] = deque()  # targets of the batches whose losses are still to come
 
@@ -138,15 +153,10 @@ def score(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], device: to
 
 def with_progress(batches: Iterator[tuple[Tensor, Tensor]], sequences: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Show a progress bar over sequences on stderr; a log file gets few lines."""
-    with tqdm(total=sequences, unit="sequence", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+    with progress_bar(sequences, "sequence") as bar:
         for tokens, targets in batches:
             yield tokens, targets
             bar.update(len(tokens))
-
-
-def perplexity(loss: float) -> float | None:
-    """Give exp(loss), or None where that is too large for a number."""
-    return math.exp(loss) if loss < 700 else None
 
 
 def target_bytes(file: TokenFile, start: int, count: int) -> int | None:
@@ -178,7 +188,7 @@ def first_documents(file: TokenFile, start: int, sequences: int, length: int) ->
     return np.searchsorted(np.concatenate(ends), np.arange(sequences) * length).astype(np.int64)
 
 
-def by_frequency(arguments: argparse.Namespace, tally: LossTally, vocab_size: int) -> list[dict[str, object]] | None:
+def by_frequency(arguments: ScoreArguments, tally: LossTally, vocab_size: int) -> list[dict[str, object]] | None:
     """Give losses by how often the target occurs in the dataset's train split; None where that is not on disk."""
     if not split_files(arguments.datasets_dir / arguments.dataset, "train"):
         return None
@@ -198,45 +208,25 @@ def described(buckets: list[Bucket]) -> list[dict[str, object]]:
     ]
 
 
-def origin(arguments: argparse.Namespace) -> dict[str, object]:
-    """Say which model was scored: the file, its SHA-256 and, for a run's checkpoint, which run had seen what."""
-    path = arguments.model_safetensors
-    found = {"model_file": path.name, "model_sha256": file_sha256(path)}
-    owner = run_of_model_file(path)
-    if owner is None:
-        return found
-    folder, step = owner
-    return {**found, "run": folder.path.name, "step": step, **folder.evidence(step)}
-
-
-def output_file(arguments: argparse.Namespace) -> Path:
+def output_file(arguments: ScoreArguments) -> Path:
     """Give where the result goes: as asked, into the run's evals folder, or beside a loose model file.
 
     Makes the folder, so that one that cannot be written is known before the work is done.
     """
-    path: Path | None = arguments.output
+    path = arguments.output
     if path is None:
         owner = run_of_model_file(arguments.model_safetensors)
         place = owner[0].evals if owner else arguments.model_safetensors.parent / "evals"
         model = owner[0].checkpoint(owner[1]).name if owner else arguments.model_safetensors.stem
         sequences = arguments.batches * SEQUENCES_PER_BATCH
         length = load_model_config(arguments.model_json).context_length
-        path = place / f"loss-{arguments.split}-{arguments.start_token}-{sequences * length}-{model}.json"
+        path = score_path(place, arguments.split, arguments.start_token, sequences * length, model)
     elif path.suffix != ".json" or path.is_dir():
         raise ConfigError(f"--output: found {path}, wanted the name of a .json file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise StorageError(f"{path.parent}: cannot be written; --output FILE stores the result elsewhere")
     return path
-
-
-def store(
-    path: Path, result: dict[str, object], losses: NDArray[np.float64], documents: NDArray[np.int64] | None
-) -> None:
-    """Write the result as JSON, and every sequence's loss and document beside it (its own number where unknown)."""
-    clusters = np.arange(len(losses)) if documents is None else documents
-    np.savez(path.with_suffix(".npz"), sequence_losses=losses, sequence_documents=clusters)
-    write_json(path, result)
 
 
 if __name__ == "__main__":

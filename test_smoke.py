@@ -4,21 +4,37 @@ python test_smoke.py runs/NAME/model.json runs/NAME/checkpoints/best/model.safet
 python test_smoke.py --timeline NAME      the same sample from every kept checkpoint of a run
 """
 
-import argparse
 import json
 import secrets
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from harness.distributed import Launch, choose_device, set_up_kernels
-from harness.errors import CheckpointError, exit_status_of
-from harness.run_folder import IMPORTED, IMPORTED_STEP, open_run, run_of_model_file, utc_now
-from harness.sampling import SampleSettings, continue_text
+from harness.engine.distributed import Launch, choose_device, set_up_kernels
+from harness.engine.sampling import SampleSettings, continue_text
+from harness.run.arguments import add_device, add_runs_dir, parse_into, parser_of, positive_or_zero, whole_number
+from harness.run.errors import CheckpointError, exit_status_of
+from harness.run.files import utc_now
+from harness.run.run_folder import IMPORTED, IMPORTED_STEP, open_run, run_of_model_file
 from model import load_model
 
-ROOT = Path(__file__).parent
+
+@dataclass(frozen=True)
+class SmokeArguments:
+    """The command line."""
+
+    model_json: Path | None
+    model_safetensors: Path | None
+    timeline: str | None
+    runs_dir: Path
+    prompt: str
+    num_tokens: int
+    temperature: float
+    top_k: int
+    seed: int
+    device: str
 
 
 def main() -> None:
@@ -27,6 +43,8 @@ def main() -> None:
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
     if arguments.timeline is None:
+        assert arguments.model_json is not None
+        assert arguments.model_safetensors is not None
         print(sample(arguments, arguments.model_json, arguments.model_safetensors, device))
         return
     folder = open_run(arguments.runs_dir, arguments.timeline)
@@ -34,37 +52,33 @@ def main() -> None:
     if not steps:
         raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted at least one")
     for step in steps:
-        weights = folder.checkpoint(step) / "model.safetensors"
+        weights = folder.weights(step)
         label = IMPORTED if step == IMPORTED_STEP else f"step {step:,}"
         print(f"{label}: {sample(arguments, folder.model_json, weights, device)}", flush=True)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> SmokeArguments:
     """Read the command line; bad usage exits with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("model_json", metavar="MODEL_JSON", type=Path, nargs="?")
     parser.add_argument("model_safetensors", metavar="MODEL_SAFETENSORS", type=Path, nargs="?")
     parser.add_argument("--timeline", metavar="RUN", help="sample every kept checkpoint of a run")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs", help="with --timeline (default: runs)")
+    add_runs_dir(parser, "with --timeline (default: runs)")
     parser.add_argument("--prompt", default="Every effort moves you")
-    parser.add_argument("--num-tokens", type=int, default=20, metavar="N")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
-    parser.add_argument("--top-k", type=int, default=25, metavar="K", help="0 considers all tokens (default 25)")
-    parser.add_argument("--seed", type=int, help="makes the sample repeatable")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
-    arguments = parser.parse_args()
+    parser.add_argument("--num-tokens", type=whole_number(0), default=20, metavar="N")
+    parser.add_argument(
+        "--temperature", type=positive_or_zero, default=1.0, help="0: the likeliest token (default 1)"
+    )
+    parser.add_argument("--top-k", type=whole_number(0), default=25, metavar="K", help="0: all tokens (default 25)")
+    parser.add_argument("--seed", type=whole_number(0), default=secrets.randbelow(2**63), help="repeats a sample")
+    add_device(parser)
+    arguments = parse_into(SmokeArguments, parser)
     if (arguments.timeline is None) == (arguments.model_safetensors is None):
         parser.error("found neither or both, wanted MODEL_JSON MODEL_SAFETENSORS, or --timeline RUN")
-    for name in ("num_tokens", "top_k", "temperature", "seed"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 <= value < 2**63:
-            parser.error(f"--{name.replace('_', '-')}: found {value}, wanted 0 or more")
-    if arguments.seed is None:
-        arguments.seed = secrets.randbelow(2**63)  # chosen here, so that it can be recorded
     return arguments
 
 
-def sample(arguments: argparse.Namespace, model_json: Path, weights: Path, device: torch.device) -> str:
+def sample(arguments: SmokeArguments, model_json: Path, weights: Path, device: torch.device) -> str:
     """Give one model's text, and keep it in evals/smoke.jsonl where the model is a run's checkpoint."""
     model = load_model(model_json, weights, device)
     settings = SampleSettings(arguments.num_tokens, arguments.temperature, arguments.top_k or None, arguments.seed)

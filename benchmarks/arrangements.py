@@ -4,7 +4,6 @@ Every arrangement is made by `build(shape, device)`, which gives a function that
 nothing but what the arrangement itself waits for. A contender from outside is a Python file with the same function.
 """
 
-import argparse
 import ctypes
 import math
 import os
@@ -18,17 +17,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
 import ddp_train
-from data import MadeUpData
-from harness import distributed
-from harness.command_line import Request
-from harness.config import ModelConfig, TrainConfig
-from harness.key_value_cache import KeyValueCache
-from harness.loss import Objective, next_token_loss
-from harness.optim import guarded_step, make_optimizer
-from harness.plan import Plan
-from harness.run_folder import RunFolder
-from model import Attention, GPTModel, LayerNorm, empty_model, initialise
-from stage import rehearse
+from data import SyntheticData
+from harness.engine import distributed
+from harness.engine.key_value_cache import KeyValueCache
+from harness.engine.loss import Objective, next_token_loss
+from harness.engine.optimizers import make_optimizer
+from harness.engine.step import guarded_step
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.plan import Plan
+from harness.run.run_folder import RunFolder
+from model import Attention, GPTModel, LayerNorm, initialise, uninitialized_model
+from training.arguments import RunRequest, parse_arguments
+from training.context import synthetic_context
 
 Step = Callable[[], None]
 
@@ -49,7 +49,7 @@ class Shape:
     def microbatches(self) -> list[tuple[Tensor, Tensor]]:
         """Give the same random tokens and targets, each (B, T), to every arrangement."""
         plan = Plan(1, self.microbatch_size, self.accumulation_steps, self.model.context_length, 1)
-        made_up = MadeUpData(plan, self.model.vocab_size)
+        made_up = SyntheticData(plan, self.model.vocab_size)
         return [made_up.microbatch(0, step, 0) for step in range(self.accumulation_steps)]
 
 
@@ -148,7 +148,7 @@ class PlainObjective(nn.Module):
 
 def prepared_model(shape: Shape, device: torch.device, techniques: Techniques) -> GPTModel:
     """Make the model with its initial weights, and the plain modules in place of those not yet wanted."""
-    model = empty_model(shape.model)
+    model = uninitialized_model(shape.model)
     initialise(model, 42)
     replace_modules(model, techniques)
     return model.to(device)
@@ -168,13 +168,15 @@ def build_default(shape: Shape, device: torch.device) -> Step:
     config = train_config(shape)
     plan = Plan(1, shape.microbatch_size, shape.accumulation_steps, shape.model.context_length, 10**6)
     distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=False)
-    request = Request(argparse.Namespace(), RunFolder(Path(os.devnull)), shape.model, config)
-    stage = rehearse(request, plan, device)
+    request = RunRequest(
+        parse_arguments(None, ["made-up", "datasets"]), RunFolder(Path(os.devnull)), shape.model, config
+    )
+    context = synthetic_context(request, plan, device)
 
     def step() -> None:
         keep_freed_memory(True)
-        ddp_train.accumulate_gradients(stage, 0)
-        guarded_step(stage.trainee.optimizer, stage.trainee.scaler, config.learning_rate, config.clipping_max_norm)
+        ddp_train.accumulate_gradients(context, 0)
+        guarded_step(context.optimizer, context.scaler, config.learning_rate, config.clipping_max_norm)
 
     return step
 

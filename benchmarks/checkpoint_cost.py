@@ -20,16 +20,16 @@ from statistics import median
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from harness import checkpoint, distributed
-from harness.config import load_run_configs
-from harness.optim import make_optimizer
-from harness.run_folder import RunFolder, write_json
-from harness.train_state import TrainState
-from model import empty_model, initialise
+from harness.engine import checkpoint, distributed
+from harness.engine.identity import ResumeIdentity
+from harness.engine.optimizers import make_optimizer
+from harness.run.files import RUNS, write_json
+from harness.run.run_folder import RunFolder
+from harness.run.train_state import TrainState
+from model import initialise, uninitialized_model
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "checkpoint_cost.json"
-RUN = ROOT / "runs" / "8xa100m40-baseline"
+RUN = RunFolder(RUNS / "8xa100m40-baseline")
 INTERVAL_STEPS, TOKENS_PER_STEP = 617, 98_304
 TAKE, WRITE, VERIFY = "take (training waits)", "write, flush and hash (beside training)", "verify (at a resume)"
 PUBLISHED = {"8x A100 40 GB, published": 285_420, "RTX 3090, published": 22_285}
@@ -44,11 +44,13 @@ def main() -> None:
     parser.add_argument("--tokens-per-second", type=float, action="append", default=[])
     arguments = parser.parse_args()
     device = distributed.choose_device(arguments.device, distributed.launch_from_environment())
-    model_config, config = load_run_configs(RUN / "model.json", RUN / "train.json")
-    model = empty_model(model_config).to(device)
+    model_config, config = RUN.read_configs()
+    model = uninitialized_model(model_config).to(device)
     initialise(model, 42)
-    trainee = checkpoint.Trainee(model, make_optimizer(model, config, device), GradScaler(device.type, enabled=False))
-    trainee.optimizer_tensors()
+    optimizer, scaler = make_optimizer(model, config, device), GradScaler(device.type, enabled=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # now it has its state
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         folder = RunFolder(Path(place))
         seconds: dict[str, list[float]] = {TAKE: [], WRITE: [], VERIFY: []}
@@ -57,9 +59,9 @@ def main() -> None:
             snapshots: list[checkpoint.Snapshot] = []
             actions: dict[str, Callable[[], object]] = {
                 TAKE: lambda state=state, taken=snapshots: taken.append(
-                    checkpoint.take(trainee, state, checkpoint.Basis({}))
+                    checkpoint.snapshot(model, optimizer, scaler, state, ResumeIdentity({}))
                 ),
-                WRITE: lambda taken=snapshots: checkpoint.publish(folder, taken[0], 2, False),
+                WRITE: lambda taken=snapshots: checkpoint.save(folder, taken[0], 2, False),
                 VERIFY: partial(checkpoint.verify, folder.checkpoint(step)),
             }
             for name, action in actions.items():

@@ -20,10 +20,10 @@ from statistics import median
 import torch
 
 from data import TrainData
-from harness.plan import Plan
-from harness.randomness import order_permutation
-from harness.run_folder import write_json
-from harness.token_files import open_split
+from harness.run.files import write_json
+from harness.run.plan import Plan
+from harness.tokens.randomness import order_permutation
+from harness.tokens.token_files import open_split
 
 RESULTS = Path(__file__).parent / "results"
 FILE_TOKENS = 10**10

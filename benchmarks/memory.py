@@ -28,10 +28,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.arrangements import Techniques, replace_modules
 from benchmarks.throughput import GPT2
-from harness.config import ModelConfig
-from harness.loss import _LeanLoss, next_token_loss
-from harness.plan import GIB, STATE_BYTES_PER_PARAMETER, count_parameters
-from harness.run_folder import write_json
+from harness.engine.costs import GIB
+from harness.engine.loss import ChunkedLinearCrossEntropy, next_token_loss
+from harness.run.config import ModelConfig
+from harness.run.files import write_json
+from harness.run.model_size import count_parameters
+from harness.run.plan import STATE_BYTES_PER_PARAMETER
 from model import GPTModel
 
 RESULTS = Path(__file__).parent / "results"
@@ -196,7 +198,9 @@ def _plain_loss(model: GPTModel, tokens: Tensor) -> Tensor:
 def _lean_loss(model: GPTModel, tokens: Tensor) -> Tensor:
     hidden = model.hidden_states(tokens)
     with torch._C.DisableTorchFunction():
-        loss: Tensor = _LeanLoss.apply(hidden.flatten(0, 1), model.head_weight(), tokens.flatten(), HALF)  # type: ignore[no-untyped-call]
+        loss: Tensor = ChunkedLinearCrossEntropy.apply(
+            hidden.flatten(0, 1), model.head_weight(), tokens.flatten(), HALF
+        )  # type: ignore[no-untyped-call]
     return loss
 
 

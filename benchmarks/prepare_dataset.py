@@ -23,17 +23,16 @@ from importlib.metadata import version
 from pathlib import Path
 from pydoc_data import topics
 
-from harness.run_folder import utc_now, write_json
-from harness.token_files import SPLITS, open_split
+from harness.run.files import ROOT, utc_now, write_json
+from harness.tokens.token_files import SPLITS, open_split
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "prepare_dataset.json"
 
 PLAIN_LOOP = """
 import json, sys
 import numpy as np
 from safetensors.numpy import save_file
-from harness.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 
 encoding, tokens = gpt2_encoding(), []
 for line in open(sys.argv[1], encoding="utf-8"):

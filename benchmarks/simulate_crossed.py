@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.run_folder import write_json
+from harness.run.files import write_json
 from instruction.compare import Cells, Metric, compare
 from study.statistics import Floats
 from study.verdicts import HELPS, HURTS

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.run_folder import write_json
+from harness.run.files import write_json
 from study import verdicts
-from study.results import Evidence, Group, Result
+from study.results import Group, Result, RunMetadata
 from study.statistics import detectable
 from study.verdicts import HELPS, HURTS, LEANS_BETTER, Judgement, judge
 
@@ -134,15 +134,15 @@ def make_group(
     results = []
     for number, loss in enumerate(losses.tolist()):
         seed = str(number) if has_seeds else ""
-        evidence = None if sequences is None else make_evidence(recipe, loss + sequences)
-        total = loss if evidence is None else float(evidence.sequence_losses.mean())
-        results.append(Result(f"{recipe}-{number}", recipe, seed, seed, total, evidence))
+        metadata = None if sequences is None else make_metadata(recipe, loss + sequences)
+        total = loss if metadata is None else float(metadata.sequence_losses.mean())
+        results.append(Result(f"{recipe}-{number}", recipe, seed, seed, total, metadata))
     return Group(recipe, tuple(results))
 
 
-def make_evidence(recipe: str, sequence_losses: NDArray[np.float64]) -> Evidence:
+def make_metadata(recipe: str, sequence_losses: NDArray[np.float64]) -> RunMetadata:
     """Make what a run folder would know, of which only the sequences matter here."""
-    return Evidence(
+    return RunMetadata(
         recipe={},
         recipe_hash=recipe,
         parameters=1,

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
+from harness.run.files import ROOT
 from tests.helpers import final_bits, status, workers, write_run, write_toy_dataset
 
-ROOT = Path(__file__).parent.parent
 STEPS = 80
 INTERVAL = 5
 # All that could make a resumed run differ: dropout, accumulation, float16 with its scaler, a schedule, shuffling.

@@ -26,10 +26,11 @@ from statistics import median
 import torch
 
 from benchmarks.arrangements import Shape, Step, Techniques, build_arrangement, build_default
-from harness import distributed
-from harness.config import ModelConfig
-from harness.plan import GIB, count_parameters, flops_per_token, peak_flops_per_second
-from harness.run_folder import write_json
+from harness.engine import distributed
+from harness.engine.costs import GIB, peak_flops_per_second
+from harness.run.config import ModelConfig
+from harness.run.files import write_json
+from harness.run.model_size import count_parameters, flops_per_token
 
 RESULTS = Path(__file__).parent / "results"
 GPT2 = ModelConfig(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.config import ModelConfig, config_from, read_strict_json
-from harness.errors import CheckpointError, ConfigError
+from harness.run.config import ModelConfig, config_from
+from harness.run.errors import CheckpointError, ConfigError
+from harness.run.strict_json import read_strict_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

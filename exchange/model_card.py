@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.plan import count_parameters
-from harness.run_folder import RunFolder, read_json
+from harness.run.files import read_json
+from harness.run.model_size import count_parameters
+from harness.run.provenance import RunRecord
+from harness.run.run_folder import RunFolder
 
 CHART = "loss.png"
 LOADING = """\
@@ -111,7 +113,7 @@ def _was_trained(folder: RunFolder) -> bool:
 
 def _ran(folder: RunFolder) -> dict[str, Any]:
     """Give the training configuration that ran, or that would run, without what is not set: a valid train.json."""
-    written = read_json(folder.run_json).get("train") or asdict(folder.read_configs()[1])
+    written = RunRecord.read(folder.run_json).train or asdict(folder.read_configs()[1])
     unused = {"gradient_accumulation_steps"} if written.get("global_batch_size") else set()
     return {key: value for key, value in written.items() if value is not None and key not in unused}
 
@@ -120,15 +122,14 @@ def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
     """Give what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
     if not _was_trained(folder):
         return []
-    run, ran = read_json(folder.run_json), _ran(folder)
-    state = read_json(folder.checkpoint(step) / "state.json").get("train_state", {})
-    plan = run.get("plan", {})
-    line = next((line for line in folder.read_metrics() if line.get("step") == step), {})
+    run, ran = RunRecord.read(folder.run_json), _ran(folder)
+    state, plan = read_json(folder.state_json(step)).get("train_state", {}), run.plan
+    line: dict[str, Any] = next((line for line in folder.metrics.read() if line.get("step") == step), {})
     revision = f" at `{ran['dataset_revision']}`" if "dataset_revision" in ran else ""
     rows = [("Data", f"`{ran['dataset']}`{revision}" if "dataset" in ran else "")]
     rows += [
         ("Train split", f"{check['count']:,} tokens from token {check['start']:,}, SHA-256 `{check['sha256']}`")
-        for check in run.get("dataset", [])[:1]
+        for check in run.dataset[:1]
     ]
     if state:
         batch = f" of {plan['global_batch']:,} sequences" if "global_batch" in plan else ""
@@ -151,8 +152,8 @@ def _duration(seconds: float) -> str:
 def _hardware(folder: RunFolder) -> str:
     """Name the devices of every start that had others than the one before."""
     found: list[str] = []
-    for start in folder.read_starts():
-        devices = start.get("devices", []) if isinstance(start, dict) else []
+    for start in RunRecord.read(folder.run_json).starts:
+        devices = start.get("devices", [])
         named = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
         if named and named not in found:
             found.append(named)
@@ -160,8 +161,8 @@ def _hardware(folder: RunFolder) -> str:
 
 
 def _software(folder: RunFolder) -> str:
-    starts = folder.read_starts()
-    last = starts[-1] if starts and isinstance(starts[-1], dict) else {}
+    starts = RunRecord.read(folder.run_json).starts
+    last = starts[-1] if starts else {}
     versions = last.get("versions") or {}
     named = [f"{name} {versions[name]}" for name in ("python", "torch") if name in versions]
     commit = (last.get("code") or {}).get("commit")

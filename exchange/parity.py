@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.errors import CheckpointError, ConfigError
+from harness.run.errors import CheckpointError, ConfigError
 
 SEED = 20260101
 TOLERANCE = 1e-4

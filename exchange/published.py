@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from harness.config import ModelConfig, config_from
-from harness.errors import CheckpointError, ConfigError
+from harness.run.config import ModelConfig, config_from
+from harness.run.errors import CheckpointError, ConfigError
 
 HEAD_SIZE = 64  # channels a head, as in every GPT-2
 BLOCK = re.compile(r"trf_blocks\.(\d+)\.")

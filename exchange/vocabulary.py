@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.config import read_strict_json
-from harness.errors import ConfigError
+from harness.run.errors import ConfigError
+from harness.run.strict_json import read_strict_json
 
 MAX_JSON_BYTES = 2**28
 EMBEDDINGS = ("tok_emb.weight", "out_head.weight")

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from harness.config import STRICT
-from harness.errors import ConfigError, DataError
+from harness.run.config import STRICT
+from harness.run.errors import ConfigError, DataError
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

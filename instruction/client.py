@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from harness.errors import ConfigError
+from harness.run.errors import ConfigError
 
 DEFAULT_URL = "https://api.openai.com/v1"
 RETRIED = {408, 409, 425, 429}

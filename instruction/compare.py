@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.run_folder import json_number
+from harness.run.files import json_number
 from study.statistics import Estimate, Floats, clustered_mean, holm
 from study.verdicts import CANNOT_TELL, add_evaluation, explain, verdict_of
 

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from harness.errors import NonFiniteError
-from harness.loss import token_losses
-from harness.optim import guarded_step, learning_rate_at, make_optimizer
-from harness.randomness import order_permutation, seed_dropout
-from harness.tokenizer import END_OF_TEXT_ID
+from harness.engine.loss import token_losses
+from harness.engine.optimizers import make_optimizer
+from harness.engine.schedules import learning_rate_at
+from harness.engine.step import guarded_step
+from harness.run.errors import NonFiniteError
+from harness.tokens.randomness import order_permutation, seed_dropout
+from harness.tokens.tokenizer import END_OF_TEXT_ID
 from instruction.examples import Example
 from instruction.recipe import Recipe
 

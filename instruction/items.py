@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import DATASET_NAME, hash_of_json
-from harness.errors import DataError, as_harness_error, hub_reason
+from harness.run.config import DATASET_NAME
+from harness.run.errors import DataError, hub_errors
+from harness.run.files import ROOT
+from harness.run.recipe import hash_of_json
 from instruction.recipe import Recipe
 
-ROOT = Path(__file__).parent.parent
-OWN_SET = "assets/instructions/instructions.json"  # from the project's root, wherever a command is run
+BUILTIN_SET = "assets/instructions/instructions.json"  # from the project's root, wherever a command is run
 SUFFIXES = (".json", ".jsonl", ".parquet")
 KEYS = ("instruction", "input", "output")
 HUB_NAME = re.compile(rf"({DATASET_NAME.strip('^$')})" r"((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
@@ -83,7 +84,7 @@ def load_items(source: str) -> ItemSet:
 def _files(source: str) -> list[Path]:
     if source.startswith(HUB_PREFIX):
         return _download(source.removeprefix(HUB_PREFIX))
-    path = ROOT / OWN_SET if source == OWN_SET else Path(source)
+    path = ROOT / BUILTIN_SET if source == BUILTIN_SET else Path(source)
     if not path.is_file():
         raise DataError(f"{source}: found no such file, wanted a {_listed()} file, or hf:OWNER/NAME")
     if path.suffix not in SUFFIXES:
@@ -104,13 +105,8 @@ def _download(name: str) -> list[Path]:
         raise DataError(f"--data: found {name[:80]!r}, wanted hf:OWNER/NAME, hf:OWNER/NAME/PATH or ...@REVISION")
     dataset, inside, revision = found[1], found[3].strip("/"), found[4]
     patterns = [f"{inside}*{suffix}" for suffix in SUFFIXES] + [inside] * bool(inside)
-    try:
+    with hub_errors(f"dataset {dataset}: could not be downloaded", DataError):
         folder = snapshot_download(dataset, repo_type="dataset", revision=revision, allow_patterns=patterns)
-    except Exception as error:
-        if (known := as_harness_error(error)) is not None:
-            raise known from None
-        # The Hub client raises many types of its own and of its HTTP library; all mean the same to the user.
-        raise DataError(f"dataset {dataset}: could not be downloaded ({hub_reason(error)})") from None
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix in SUFFIXES and path.name != HUB_CARD]
     # The cache may hold files that an earlier call asked for.
     wanted = [path for path in paths if path.relative_to(folder).as_posix().startswith(inside)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness.errors import DataError, RunLockedError
+from harness.run.errors import DataError, RunLockedError
 
 
 class Journal:

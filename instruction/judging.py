@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from harness.config import hash_of_json
-from harness.errors import ConfigError, DataError
-from harness.run_folder import utc_now
+from harness.run.errors import ConfigError, DataError
+from harness.run.files import utc_now
+from harness.run.recipe import hash_of_json
 from instruction.answers import Answer, ModelAnswers
 from instruction.client import Endpoint, RefusedError, Reply, UnavailableError
 from instruction.journal import Journal
@@ -56,7 +56,7 @@ class Caps:
 
 
 @dataclass(frozen=True)
-class Showing:
+class JudgePrompt:
     """Some models' answers to one item after one fine-tuning, shown to one judge in one order."""
 
     judge: str
@@ -87,14 +87,14 @@ State = Literal["read", "unreadable", "refused", "open"]
 class Outcome:
     """What came of a showing; scores by model where the reply could be read."""
 
-    showing: Showing
+    showing: JudgePrompt
     state: State
     scores: Mapping[str, float]
     reason: str = ""
     """Why the endpoint refused."""
 
 
-def plan_showings(models: Sequence[ModelAnswers], settings: Settings) -> list[Showing]:
+def plan_showings(models: Sequence[ModelAnswers], settings: Settings) -> list[JudgePrompt]:
     """List all showings, each followed by the same in reverse; items come in an order keyed by the seed.
 
     So a judging that is stopped has judged a random part of the items, whole.
@@ -114,7 +114,7 @@ def plan_showings(models: Sequence[ModelAnswers], settings: Settings) -> list[Sh
             for is_reversed in (False, True):
                 shown = mixed[::-1] if is_reversed else mixed
                 request = _request(settings, judge, [answers[name][item, seed] for name in shown], [*place, shown])
-                showings.append(Showing(judge, item, seed, repeat, is_reversed, shown, request))
+                showings.append(JudgePrompt(judge, item, seed, repeat, is_reversed, shown, request))
     return showings
 
 
@@ -168,7 +168,7 @@ class Replies:
             self._reserved += tokens
             return True
 
-    def add(self, showing: Showing, reserved: int, line: Mapping[str, object]) -> None:
+    def add(self, showing: JudgePrompt, reserved: int, line: Mapping[str, object]) -> None:
         """Put what came of a request on disk, and give back what was set aside for it."""
         whole = {"key": showing.key, "judge": showing.judge, "time": utc_now(), "request": showing.request, **line}
         try:
@@ -178,7 +178,7 @@ class Replies:
                 self._reserved -= reserved
                 self._count(whole)
 
-    def outcome(self, showing: Showing, tries: int) -> Outcome:
+    def outcome(self, showing: JudgePrompt, tries: int) -> Outcome:
         """Say what came of a showing: the first reply that can be read counts, and `tries` that cannot end it."""
         labels, unreadable, refusal = labels_of(len(showing.shown)), 0, None
         for line in self._by_key.get(showing.key, []):
@@ -194,7 +194,7 @@ class Replies:
             return Outcome(showing, "unreadable", {})
         return Outcome(showing, "open", {}) if refusal is None else Outcome(showing, "refused", {}, refusal)
 
-    def missing(self, showings: Sequence[Showing], tries: int) -> list[Showing]:
+    def missing(self, showings: Sequence[JudgePrompt], tries: int) -> list[JudgePrompt]:
         """Give the showings to ask for: those without an outcome, then those refused, which get another chance.
 
         A refusal may be the request's fault, or that of an account or a server that has been put right since.
@@ -216,7 +216,7 @@ class Collector:
         self.reason = ""
         """Why it stopped early; empty where it did not."""
 
-    def collect(self, showings: Sequence[Showing], progress: Callable[[], object]) -> None:
+    def collect(self, showings: Sequence[JudgePrompt], progress: Callable[[], object]) -> None:
         """Ask until every showing has an outcome or a cap is reached; `progress` is called after each showing.
 
         Raises what no further request could mend (ConfigError, an error of the disk). An interrupt waits for the
@@ -236,7 +236,7 @@ class Collector:
             self.reason = self.reason or reason
         self._stop.set()
 
-    def _settle(self, showing: Showing, progress: Callable[[], object]) -> None:
+    def _settle(self, showing: JudgePrompt, progress: Callable[[], object]) -> None:
         """Ask for one showing until its outcome is known, the endpoint fails too often, or asking stops."""
         failures, is_second_chance = 0, self._state_of(showing) == "refused"
         while not self._stop.is_set() and (is_second_chance or self._state_of(showing) == "open"):
@@ -264,7 +264,7 @@ class Collector:
             is_second_chance = False
         progress()
 
-    def _state_of(self, showing: Showing) -> State:
+    def _state_of(self, showing: JudgePrompt) -> State:
         return self._replies.outcome(showing, self._caps.tries).state
 
     def _answered(self) -> None:
@@ -279,7 +279,7 @@ class Collector:
         if is_down:
             self._halt(f"the endpoint does not answer ({failure})")
 
-    def _refused(self, showing: Showing, refusal: RefusedError) -> None:
+    def _refused(self, showing: JudgePrompt, refusal: RefusedError) -> None:
         """Halt where one item after the other is refused: then it is not the items' fault."""
         with self._lock:
             self._refused_in_a_row.add(showing.item)
@@ -287,7 +287,7 @@ class Collector:
         if is_hopeless:
             self._halt(f"the endpoint refuses every request ({refusal})")
 
-    def _ask(self, showing: Showing, reserved: int) -> UnavailableError | RefusedError | None:
+    def _ask(self, showing: JudgePrompt, reserved: int) -> UnavailableError | RefusedError | None:
         """Send one request and keep what came of it; gives the failure where there was no reply."""
         line: dict[str, object] = {"endpoint": self._endpoint.name, "text": None, "tokens": 0}
         failure: UnavailableError | RefusedError | None = None

@@ -5,12 +5,12 @@ import string
 from collections.abc import Sequence
 from html import escape
 
-from harness.run_folder import json_number, utc_now
+from harness.report.svg import Interval, forest
+from harness.run.files import ASSETS, json_number, utc_now
 from instruction.answers import Answer, ModelAnswers
 from instruction.compare import Row
 from instruction.ranking import HEADINGS, JudgeReport, Ranking
-from study.drawing import Interval, forest
-from study.page import ASSETS, style, table, verdict_mark
+from study.page import style, table, verdict_mark
 from study.tables import aligned
 
 ITEMS_SHOWN = 30

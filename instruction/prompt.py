@@ -11,7 +11,7 @@ from string import ascii_uppercase
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from harness.config import hash_of_json
+from harness.run.recipe import hash_of_json
 from instruction.answers import Answer
 
 MOST_SHOWN = len(ascii_uppercase)

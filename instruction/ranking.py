@@ -9,10 +9,10 @@ from typing import get_args
 
 import numpy as np
 
-from harness.errors import DataError
+from harness.run.errors import DataError
+from instruction.bradley_terry import Preferences, Strengths, alpha_of, bradley_terry
 from instruction.compare import Cells, Metric, Row, compare
 from instruction.judging import Outcome, State
-from instruction.strength import Preferences, Strengths, alpha_of, bradley_terry
 from study.statistics import Estimate, clustered_mean
 
 STATES: tuple[State, ...] = get_args(State)

@@ -6,8 +6,10 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from harness.config import STRICT, TrainConfig, hash_of_json, read_strict_json
-from harness.errors import ConfigError
+from harness.run.config import STRICT, TrainConfig
+from harness.run.errors import ConfigError
+from harness.run.recipe import hash_of_json
+from harness.run.strict_json import read_strict_json
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "assets" / "instructions" / "recipe.json"
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from harness.errors import CheckpointError
-from harness.key_value_cache import KeyValueCache
-from harness.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
+from harness.engine.key_value_cache import KeyValueCache
+from harness.run.errors import CheckpointError
+from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
 
 
 @dataclass(frozen=True)
-class Written:
+class Completion:
     """What a model wrote after a prompt, without the document end; whether it ended by itself."""
 
     tokens: tuple[int, ...]
@@ -25,7 +25,7 @@ class Written:
 
 
 @torch.no_grad()
-def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Written]:
+def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
     """Continue every prompt with the likeliest tokens, up to a document end or `max_tokens` with the prompt.
 
     `model` takes ids (B, T) and a KeyValueCache. Every token waits for the device once. Raises CheckpointError
@@ -65,9 +65,9 @@ def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens
     return [_cut(row, max_tokens - len(prompt)) for row, prompt in zip(written, prompts, strict=True)]
 
 
-def _cut(tokens: list[int], room: int) -> Written:
+def _cut(tokens: list[int], room: int) -> Completion:
     """End a row's tokens at its first document end, or where its room ends."""
     tokens = tokens[:room]
     if END_OF_TEXT_ID in tokens:
-        return Written(tuple(tokens[: tokens.index(END_OF_TEXT_ID)]), True)
-    return Written(tuple(tokens), False)
+        return Completion(tuple(tokens[: tokens.index(END_OF_TEXT_ID)]), True)
+    return Completion(tuple(tokens), False)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.checkpoint import save_tensors
-from harness.errors import ConfigError
-from harness.run_folder import write_json
+from harness.engine.checkpoint import save_tensors
+from harness.run.errors import ConfigError
+from harness.run.files import write_json
 from instruction.answers import Answer, ModelAnswers, load_answers
 from instruction.examples import Example, in_batches
 from instruction.finetune import fine_tune, response_losses
@@ -29,7 +29,7 @@ Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class Respondent:
+class EvaluatedModel:
     """A model to fine-tune and ask; `open` gives it fresh, on its device, with the recipe's dropout.
 
     `open` takes the file to read the weights from, or None for those of the checkpoint.
@@ -46,7 +46,7 @@ class Respondent:
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalSet:
     """What every model of an evaluation gets: the recipe, and examples to train on and to ask."""
 
     recipe: Recipe
@@ -55,7 +55,7 @@ class Questions:
     test: Sequence[Example]
 
 
-def respond(respondent: Respondent, questions: Questions, out: Path, progress: Progress) -> ModelAnswers:
+def respond(respondent: EvaluatedModel, questions: EvalSet, out: Path, progress: Progress) -> ModelAnswers:
     """Fine-tune and ask one model on every seed, and write OUT/answers/LABEL.json; what is there is not done again.
 
     `progress(words, things)` goes through things while showing how far it is. Raises ConfigError where the folder
@@ -86,7 +86,7 @@ def respond(respondent: Respondent, questions: Questions, out: Path, progress: P
     return whole
 
 
-def _files(respondent: Respondent, seed: int, partial: Path) -> tuple[Path, Path]:
+def _files(respondent: EvaluatedModel, seed: int, partial: Path) -> tuple[Path, Path]:
     """Name the answers so far and the fine-tuned weights of one seed."""
     stem = partial / f"{respondent.file_stem}-seed-{seed}"
     return stem.with_name(f"{stem.name}.jsonl"), stem.with_name(f"{stem.name}.safetensors")
@@ -101,7 +101,7 @@ def _require_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> 
 
 
 def _respond_once(
-    respondent: Respondent, questions: Questions, seed: int, identity: dict[str, Any], partial: Path,
+    respondent: EvaluatedModel, questions: EvalSet, seed: int, identity: dict[str, Any], partial: Path,
     progress: Progress,
 ) -> list[Answer]:  # fmt: skip
     """Fine-tune with one seed and ask everything that was not answered before."""
@@ -127,7 +127,7 @@ def _respond_once(
 
 
 def _fine_tuned(
-    respondent: Respondent, questions: Questions, seed: int, weights: Path, progress: Progress
+    respondent: EvaluatedModel, questions: EvalSet, seed: int, weights: Path, progress: Progress
 ) -> nn.Module:
     """Give the model fine-tuned with one seed, from disk where an earlier start got as far as that."""
     if weights.is_file():

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import DataError
-from harness.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.run.errors import DataError
+from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from preparation.readers import Batch
 from preparation.settings import Settings, content_digest
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
-from harness.errors import ConfigError, DataError, as_harness_error, hub_reason
+from harness.run.errors import ConfigError, DataError, hub_errors
 from preparation.sources import WANTED, SourceFile, kind_of
 
 PREFIX = "hf:"
@@ -27,7 +27,7 @@ def dataset_of(source: str) -> tuple[str, str | None]:
 def commit_of(source: str, revision: str | None) -> str:
     """Ask the Hub for the commit that a revision (None: the newest) stands for; raises DataError."""
     dataset, _ = dataset_of(source)
-    with _hub_errors(source):
+    with hub_errors(f"{source}: cannot be had from the Hub", DataError):
         return str(HfApi().dataset_info(dataset, revision=revision).sha)
 
 
@@ -39,7 +39,7 @@ def hub_files(source: str, commit: str) -> list[SourceFile]:
     dataset, place = dataset_of(source)
     is_file = place is not None and kind_of(place)[0] is not None
     folder = str(PurePosixPath(place).parent) if place and is_file else place
-    with _hub_errors(source):
+    with hub_errors(f"{source}: cannot be had from the Hub", DataError):
         entries = HfApi().list_repo_tree(
             dataset,
             None if folder == "." else folder,
@@ -72,19 +72,8 @@ def fetched(source: str, commit: str, file: SourceFile, folder: Path) -> Iterato
             shutil.rmtree(other)
         elif other.is_file():  # unpacked from what was fetched
             other.unlink()
-    with _hub_errors(source):
+    with hub_errors(f"{source}: cannot be had from the Hub", DataError):
         dataset, _ = dataset_of(source)
         path = hf_hub_download(dataset, file.name, repo_type="dataset", revision=commit, local_dir=home)
     yield replace(file, path=Path(path))
     shutil.rmtree(home)
-
-
-@contextmanager
-def _hub_errors(source: str) -> Iterator[None]:
-    """Turn what the Hub client raises, many types of its own and of its HTTP library, into one line."""
-    try:
-        yield
-    except Exception as error:
-        if (known := as_harness_error(error)) is not None:
-            raise known from None
-        raise DataError(f"{source}: cannot be had from the Hub ({hub_reason(error)})") from None

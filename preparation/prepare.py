@@ -18,9 +18,9 @@ from typing import Never
 import numpy as np
 from tqdm import tqdm
 
-from harness.errors import ConfigError, DataError
-from harness.token_files import SPLITS, TokenFile, open_split, split_files
-from harness.tokenizer import gpt2_encoding
+from harness.run.errors import ConfigError, DataError
+from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.tokens.tokenizer import gpt2_encoding
 from preparation.encoding import EncodedBatch, encode_batch
 from preparation.hub import PREFIX, commit_of, fetched, hub_files
 from preparation.readers import Batch, read_batches

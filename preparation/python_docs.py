@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from harness.run.files import ROOT
+
 # Folders whose docstrings are written for test runners, not readers.
 TEST_FOLDERS = {"test", "tests", "testing", "_tests", "idle_test", "site-packages", "__pycache__"}
 

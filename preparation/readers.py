@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from harness.errors import ConfigError, DataError, first_line
+from harness.run.errors import ConfigError, DataError, first_line
 from preparation.python_docs import python_docs
 from preparation.settings import Settings, content_digest
 from preparation.sources import SourceFile, kind_of

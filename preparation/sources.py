@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.errors import ConfigError, DataError, StorageError
+from harness.run.errors import ConfigError, DataError, StorageError
 
 Kind = Literal["text", "jsonl", "parquet", "python-docs"]
 KINDS: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}

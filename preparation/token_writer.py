@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from harness.errors import DataError
-from harness.tokenizer import END_OF_TEXT_ID, bytes_per_token
+from harness.run.errors import DataError
+from harness.tokens.tokenizer import END_OF_TEXT_ID, bytes_per_token
 
 HEADER_BYTES = 4096  # of the safetensors file, padded with spaces because its content is known only at the end
 CHUNK_TOKENS = 2**22

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from harness.errors import ConfigError, RunLockedError
-from harness.run_folder import fsync_folder, read_json, write_json
-from harness.token_files import SPLITS
+from harness.run.errors import ConfigError, RunLockedError
+from harness.run.files import fsync_folder, read_json, write_json
+from harness.tokens.token_files import SPLITS
 from preparation.duplicates import SeenDocuments
 from preparation.settings import Settings
 from preparation.sources import WORK_FOLDER, SourceFile

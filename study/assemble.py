@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.errors import ConfigError
-from harness.run_folder import RunFolder, open_run
+from harness.run.errors import ConfigError
+from harness.run.run_folder import RunFolder, open_run
 from study.designs import BASELINE, STACK
 from study.effects import Finding, factorial_findings, stack_findings
-from study.experiment import Experiment, load_experiment
-from study.ledger import Scale, find_noise, load_ledger
+from study.experiment import Experiment, find_experiment, load_experiment
+from study.ledger import LEDGER, Scale, find_noise, load_ledger
 from study.results import (
     CheckpointRule,
     Group,
@@ -23,19 +23,18 @@ from study.results import (
 from study.statistics import Noise
 from study.verdicts import MARGIN, Judgement, common_noise, judge
 
-LEDGER = "noise-ledger.json"
-
 
 @dataclass(frozen=True)
-class Request:
-    """What to judge: named runs, a table of losses, or the runs of a plan; and how."""
+class ComparisonRequest:
+    """What to judge: named runs, a table of losses, or the runs of an experiment; and how."""
 
     runs_dir: Path
     names: tuple[str, ...] = ()
-    """Runs, or recipes of a table or a plan; none means all."""
+    """Runs, or recipes of a table or arms of an experiment; none means all."""
     baseline: str | None = None
     losses: Path | None = None
-    plan: Path | None = None
+    experiment: str | None = None
+    """Its name in `runs_dir`, or its path."""
     checkpoint: CheckpointRule = "last"
     only_named: bool = False
     margin: float = MARGIN
@@ -44,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Study:
-    """Judged results; `findings` are what a plan's design says beyond the table, with where their noise is from."""
+    """Judged results; `findings` are what a design says beyond the table, with where their noise is from."""
 
     groups: tuple[Group, ...]
     judgement: Judgement
@@ -52,16 +51,17 @@ class Study:
     effects_noise: str = ""
     experiment: Experiment | None = None
     left_out: tuple[int, ...] = ()
-    """Seeds of a plan on which not every arm is scored yet."""
+    """Seeds of an experiment on which not every arm is scored yet."""
 
 
-def gather(request: Request) -> tuple[list[Group], Experiment | None]:
+def gather(request: ComparisonRequest) -> tuple[list[Group], Experiment | None]:
     """Read all results that are asked for, in groups of replicates; raises ConfigError."""
     if request.losses is not None:
         return group_results(read_losses(request.losses)), None
-    if request.plan is not None:
-        experiment = load_experiment(request.plan)
-        folders = {run: open_run(request.runs_dir, run.run) for run in experiment.runs}
+    if request.experiment is not None:
+        path = find_experiment(request.runs_dir, request.experiment)
+        experiment = load_experiment(path)
+        folders = {run: open_run(path.resolve().parent.parent, run.run) for run in experiment.runs}
         open_seeds = {run.seed for run, folder in folders.items() if not is_scored(folder, request.checkpoint)}
         if open_seeds < set(experiment.seeds):  # else the error names what is missing
             folders = {run: folder for run, folder in folders.items() if run.seed not in open_seeds}
@@ -75,11 +75,11 @@ def gather(request: Request) -> tuple[list[Group], Experiment | None]:
     return group_results(read_runs(named_folders, request.checkpoint)), None
 
 
-def _replicates(named: Sequence[RunFolder], request: Request) -> list[RunFolder]:
+def _replicates(named: Sequence[RunFolder], request: ComparisonRequest) -> list[RunFolder]:
     return find_replicates(named, request.runs_dir, request.checkpoint, everything=not request.names)
 
 
-def assemble(request: Request) -> Study:
+def assemble(request: ComparisonRequest) -> Study:
     """Read, choose the baseline, and judge; raises ConfigError where a comparison is impossible or unfair."""
     groups, experiment = gather(request)
     baseline = choose_baseline(groups, request, experiment)
@@ -121,8 +121,8 @@ def assemble(request: Request) -> Study:
     return Study(tuple(groups), judgement, tuple(found), experiment=experiment, left_out=left_out)
 
 
-def choose_baseline(groups: Sequence[Group], request: Request, experiment: Experiment | None) -> Group:
-    """Give the baseline that was asked for, else that of the plan, the first named run, or the most replicated."""
+def choose_baseline(groups: Sequence[Group], request: ComparisonRequest, experiment: Experiment | None) -> Group:
+    """Return the baseline that was asked for, else the experiment's, the first named run, or the most replicated."""
     if request.baseline is not None:
         return find_group(groups, request.baseline, "--baseline")
     if experiment is not None:
@@ -149,9 +149,9 @@ def find_group(groups: Sequence[Group], name: str, argument: str) -> Group:
 
 def borrowed_noise(ledger: Path, group: Group) -> tuple[Noise, str] | None:
     """Look a baseline's noise up in the ledger, and say where it comes from."""
-    if not group.evidence:
+    if not group.metadata:
         return None
-    first = group.evidence[0]
+    first = group.metadata[0]
     scale = Scale(first.parameters, first.tokens_seen, first.hardware)
     found = find_noise(load_ledger(ledger), first.recipe_hash, scale)
     if found is None:

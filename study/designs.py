@@ -12,12 +12,13 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness.config import read_strict_json
-from harness.errors import ConfigError
+from harness.run.errors import ConfigError
+from harness.run.strict_json import read_strict_json
 
 DesignName = Literal["one-at-a-time", "leave-one-out", "full-factorial", "fraction", "replicates"]
 DESIGNS: tuple[DesignName, ...] = get_args(DesignName)
-RESOLUTIONS = {"III": 3, "IV": 4, "V": 5}
+Resolution = Literal["III", "IV", "V"]
+RESOLUTIONS: dict[Resolution, int] = {"III": 3, "IV": 4, "V": 5}
 ROMAN = {1: "I", 2: "II", 3: "III", 4: "IV", 5: "V", 6: "VI", 7: "VII", 8: "VIII"}
 BASELINE, STACK = "baseline", "stack"
 MAX_FACTORS = 8
@@ -128,7 +129,7 @@ def load_interventions(path: Path) -> list[Intervention]:
 
 
 def make_design(
-    name: DesignName, factors: Sequence[str], resolution: str = "V", generators: Sequence[str] = ()
+    name: DesignName, factors: Sequence[str], resolution: Resolution = "V", generators: Sequence[str] = ()
 ) -> Design:
     """Make a design over named factors; raises ConfigError where it is impossible, saying what is possible."""
     count = len(factors)
@@ -179,7 +180,7 @@ def defining_relation(generators: Sequence[Word]) -> list[Word]:
     return words
 
 
-def best_generators(factors: int, resolution: str) -> tuple[Word, ...]:
+def best_generators(factors: int, resolution: Resolution) -> tuple[Word, ...]:
     """Find the smallest fraction of at least a resolution, with the fewest short words among its size.
 
     Raises ConfigError where only the full factorial has it.

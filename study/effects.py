@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.errors import ConfigError
+from harness.run.errors import ConfigError
 from study.designs import STACK, Design, Word
 from study.results import Group
 from study.statistics import Estimate, Floats, additivity, compare_means, factorial_effects, holm, lenth_noise

@@ -1,4 +1,4 @@
-"""An experiment on disk: a plan.json, and a run folder for every arm and seed."""
+"""An experiment on disk: an experiment.json, and a run folder for every arm and seed."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from harness.config import (
-    SEED_KEYS,
-    ModelConfig,
-    TrainConfig,
-    config_from,
-    read_strict_json,
-)
-from harness.errors import ConfigError
-from harness.plan import GIB, STATE_BYTES_PER_PARAMETER, Plan, count_parameters, make_plan, microbatch_gib
-from harness.run_folder import IMPORTED, RUN_NAME, RunFolder, replace_link, write_json
+from harness.engine.costs import RunCost, cost_of
+from harness.run.config import ModelConfig, TrainConfig, config_from
+from harness.run.errors import ConfigError
+from harness.run.files import replace_link, write_json
+from harness.run.keys import Part, keys_of
+from harness.run.plan import make_plan
+from harness.run.run_folder import RUN_NAME, RunFolder
+from harness.run.strict_json import read_strict_json
 from study.designs import Arm, Design, DesignName, Intervention, Word, factorial_arms
 
-FILES = ("model.json", "train.json")
-MAX_PLAN_BYTES = 2**22
+EXPERIMENT_FILE, EARLIER_FILE = "experiment.json", "plan.json"
+MAX_EXPERIMENT_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What plan.json holds."""
+    """What experiment.json holds."""
 
     name: str
     base: str
@@ -98,17 +96,16 @@ def make_experiment(
 
 
 def documents_of(experiment: Experiment, runs_dir: Path, run: PlannedRun) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give a run's model.json and train.json: the base's, patched by what is on, with the run's seed.
+    """Return a run's model.json and train.json: the base's, patched by what is on, with the run's seed.
 
     Raises ConfigError where two interventions that are on set one key to different values.
     """
-    documents = {
-        "model": read_strict_json(runs_dir / experiment.base / "model.json"),
-        "train": read_strict_json(runs_dir / experiment.base / "train.json"),
-    }
-    for key in SEED_KEYS:
+    base = RunFolder(runs_dir / experiment.base)
+    documents = {"model": read_strict_json(base.model_json), "train": read_strict_json(base.train_json)}
+    seed_keys = keys_of(TrainConfig, Part.SEED)
+    for key in seed_keys:
         documents["train"].pop(key, None)
-    set_by: dict[tuple[str, str], str] = dict.fromkeys((("train", key) for key in SEED_KEYS), "the plan's seeds")
+    set_by = {("train", key): "the experiment's seeds" for key in seed_keys}
     for name in run.on:
         for part, patch in experiment.interventions[name].items():
             for key, value in patch.items():
@@ -122,70 +119,93 @@ def documents_of(experiment: Experiment, runs_dir: Path, run: PlannedRun) -> tup
     return documents["model"], documents["train"]
 
 
+def configs_of(experiment: Experiment, runs_dir: Path, run: PlannedRun) -> tuple[ModelConfig, TrainConfig]:
+    """Return a run's configuration, validated; raises ConfigError with every error in it."""
+    folder = RunFolder(runs_dir / run.run)
+    model, train = documents_of(experiment, runs_dir, run)
+    return config_from(ModelConfig, model, folder.model_json), config_from(TrainConfig, train, folder.train_json)
+
+
 def write_runs(experiment: Experiment, runs_dir: Path) -> Path:
-    """Write plan.json and every run folder, after checking all of them; gives plan.json's path.
+    """Write experiment.json and every run folder, after checking all of them; return experiment.json's path.
 
     Nothing is overwritten: folders that exist must already hold the same configuration. Raises ConfigError.
     """
-    documents = {run.run: documents_of(experiment, runs_dir, run) for run in experiment.runs}
-    target = plan_path(runs_dir, experiment.name)
-    text = {"plan": asdict(experiment)}
-    if target.exists() and read_strict_json(target, MAX_PLAN_BYTES) != json.loads(json.dumps(text)):
-        raise ConfigError(f"{target}: found another plan of this name, wanted a new --name")
-    problems = []
-    for name, pair in documents.items():
-        for file, value, config_class in zip(FILES, pair, (ModelConfig, TrainConfig), strict=True):
-            path = runs_dir / name / file
-            if path.exists() and read_strict_json(path) != value:
-                problems.append(f"{path}: found another configuration, wanted a new --name")
-            try:
-                config_from(config_class, value, path)
-            except ConfigError as error:
-                problems += error.lines
+    target = runs_dir / experiment.name / EXPERIMENT_FILE
+    document = {"experiment": asdict(experiment)}
+    if target.exists() and read_strict_json(target, MAX_EXPERIMENT_BYTES) != json.loads(json.dumps(document)):
+        raise ConfigError(f"{target}: found another experiment of this name, wanted a new --name")
+    documents: dict[Path, dict[str, Any]] = {}
+    problems: list[str] = []
+    for run in experiment.runs:
+        folder = RunFolder(runs_dir / run.run)
+        pair = zip((folder.model_json, folder.train_json), documents_of(experiment, runs_dir, run), strict=True)
+        documents.update(pair)
+        try:
+            configs_of(experiment, runs_dir, run)
+        except ConfigError as error:
+            problems += error.lines
+    problems += [
+        f"{path}: found another configuration, wanted a new --name"
+        for path, value in documents.items()
+        if path.exists() and read_strict_json(path) != value
+    ]
     if problems:
         raise ConfigError(*problems)
-    for name, pair in documents.items():
-        (runs_dir / name).mkdir(parents=True, exist_ok=True)
-        for file, value in zip(FILES, pair, strict=True):
-            write_json(runs_dir / name / file, value)
-        # Runs of an imported base start from its weights, of which one copy is enough.
-        if RunFolder(runs_dir / experiment.base).imported.is_dir() and name != experiment.base:
-            replace_link(runs_dir / name / IMPORTED, f"../{experiment.base}/{IMPORTED}")
+    for path, value in documents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, value)
+    _link_imported_weights(experiment, runs_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, text)
+    write_json(target, document)
     return target
 
 
-def plan_path(runs_dir: Path, name: str) -> Path:
-    """Give where an experiment's plan lies."""
-    return runs_dir / name / "plan.json"
+def _link_imported_weights(experiment: Experiment, runs_dir: Path) -> None:
+    """Let all runs of an imported base start from its weights, of which one copy is enough."""
+    base = RunFolder(runs_dir / experiment.base)
+    for run in experiment.runs if base.imported.is_dir() else ():
+        if run.run != experiment.base:
+            replace_link(RunFolder(runs_dir / run.run).imported, f"../{experiment.base}/{base.imported.name}")
+
+
+def find_experiment(runs_dir: Path, name: str) -> Path:
+    """Find an experiment's file by its name in `runs_dir`, or by the path of its folder or file; raises ConfigError.
+
+    What earlier versions wrote as plan.json is an experiment too.
+    """
+    for place in (runs_dir / name, Path(name)):
+        for path in (place / EXPERIMENT_FILE, place / EARLIER_FILE, place):
+            if path.is_file():
+                return path
+    raise ConfigError(f"EXPERIMENT: found no {runs_dir / name / EXPERIMENT_FILE}, wanted what `plan` has written")
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Read a plan.json; raises ConfigError."""
-    document = read_strict_json(path, MAX_PLAN_BYTES)
+    """Read an experiment; raises ConfigError."""
+    document = read_strict_json(path, MAX_EXPERIMENT_BYTES)
     try:
-        plan = document["plan"]
+        found = document["experiment"] if "experiment" in document else document["plan"]
         experiment = Experiment(
             **{
-                **plan,
-                "factors": tuple(plan["factors"]),
-                "generators": tuple(tuple(word) for word in plan["generators"]),
-                "seeds": tuple(plan["seeds"]),
-                "test_set": TestSet(**plan["test_set"]),
-                "runs": tuple(PlannedRun(**{**run, "on": tuple(run["on"])}) for run in plan["runs"]),
+                **found,
+                "factors": tuple(found["factors"]),
+                "generators": tuple(tuple(word) for word in found["generators"]),
+                "seeds": tuple(found["seeds"]),
+                "test_set": TestSet(**found["test_set"]),
+                "runs": tuple(PlannedRun(**{**run, "on": tuple(run["on"])}) for run in found["runs"]),
             }
         )
         if experiment.design not in get_args(DesignName) or not experiment.runs:
             raise ValueError("no design or no runs")
         _check_runs(experiment)
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a plan ({error!r}), wanted one of plan_runs.py") from None
+        raise ConfigError(f"{path}: cannot be read as an experiment ({error!r})") from None
     return experiment
 
 
 def _check_runs(experiment: Experiment) -> None:
-    """Raise ValueError where a plan's runs are not those of its design: its effects would be nonsense."""
+    """Raise ValueError where an experiment's runs are not those of its design: its effects would be nonsense."""
     names = [run.run for run in experiment.runs]
     if not all(isinstance(value, str) for run in experiment.runs for value in (run.run, run.arm, *run.on)):
         raise ValueError("a run, an arm or an intervention that is not a name")
@@ -198,40 +218,6 @@ def _check_runs(experiment: Experiment) -> None:
         raise ValueError("arms that are not those of the design")
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What one run of an experiment takes; hours and price are None where speed or price are not known."""
-
-    plan: Plan
-    parameters: int
-    tokens_per_second: float | None
-    price_per_hour: float | None
-    currency: str
-    peak_gib: float
-
-    def hours(self, runs: int) -> float | None:
-        """Give hours of the whole machine for so many runs, one after the other."""
-        if self.tokens_per_second is None:
-            return None
-        return runs * self.plan.train_tokens / self.tokens_per_second / 3600
-
-    def cost(self, runs: int) -> float | None:
-        """Give the price of so many runs."""
-        hours = self.hours(runs)
-        return None if hours is None or self.price_per_hour is None else hours * self.price_per_hour
-
-
-def budget_of(base: RunFolder, model: ModelConfig, train: TrainConfig, world_size: int) -> Budget:
-    """Work out what one run of the base takes; the speed is the base's own, measured or else as configured."""
-    plan = make_plan(model, train, world_size)
-    parameters = count_parameters(model).total
-    lines = base.read_metrics()
-    measured = lines[-1]["tokens"] / lines[-1]["elapsed"] if lines and lines[-1]["elapsed"] else None
-    return Budget(
-        plan=plan,
-        parameters=parameters,
-        tokens_per_second=measured or train.expected_tokens_per_second,
-        price_per_hour=train.price_per_hour,
-        currency=train.currency or "",
-        peak_gib=parameters * STATE_BYTES_PER_PARAMETER / GIB + microbatch_gib(model, train),
-    )
+def cost_of_base(base: RunFolder, model: ModelConfig, train: TrainConfig, world_size: int) -> RunCost:
+    """Return what one run of the base takes; the speed is the base's own, measured or else as configured."""
+    return cost_of(model, train, make_plan(model, train, world_size), base.metrics.tokens_per_second())

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from harness.errors import ConfigError
-from harness.run_folder import write_json
+from harness.run.errors import ConfigError
+from harness.run.files import write_json
 from study.statistics import Noise
 
 Component = Literal["init", "order", "dropout", "all"]
+LEDGER = "noise-ledger.json"
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 

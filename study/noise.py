@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 
-from harness.config import PURPOSES
-from study.ledger import Component, Entry
-from study.results import Group, Result
+from harness.run.config import PURPOSES
+from harness.run.errors import ConfigError
+from harness.run.run_folder import open_run
+from study.ledger import LEDGER, Component, Entry, load_ledger, record
+from study.results import CheckpointRule, Group, Result, find_replicates, group_results, read_runs
 from study.statistics import Noise, pooled_noise
 
 
@@ -15,7 +18,7 @@ def learn_noise(group: Group) -> list[Entry]:
     A purpose's noise is pooled over sets of runs that share the other seeds. Runs that diverged have no loss, and the
     ledger is silent about them.
     """
-    results = [result for result in group.results if result.loss is not None and result.evidence is not None]
+    results = [result for result in group.results if result.loss is not None and result.metadata is not None]
     if len(results) < 2:
         return []
     entries = []
@@ -48,7 +51,7 @@ def _sets_that_vary(results: Sequence[Result], component: str) -> list[list[Resu
 
 
 def _entry(group: Group, component: Component, noise: Noise, results: Sequence[Result]) -> Entry:
-    first = results[0].evidence
+    first = results[0].metadata
     assert first is not None
     return Entry(
         component=component,
@@ -61,3 +64,30 @@ def _entry(group: Group, component: Component, noise: Noise, results: Sequence[R
         df=int(noise.df),
         runs=tuple(sorted(result.run for result in results)),
     )
+
+
+def learn(runs_dir: Path, baseline: str, rule: CheckpointRule) -> None:
+    """Write the noise of a run's replicates into the ledger, and print it; raises ConfigError without any."""
+    named = [open_run(runs_dir, baseline)]
+    folders = [*named, *find_replicates(named, runs_dir, rule, everything=False)]
+    learned = [entry for group in group_results(read_runs(folders, rule)) for entry in learn_noise(group)]
+    if not learned:
+        raise ConfigError("--baseline: found no replicates of it, wanted runs that differ in seeds only")
+    path = runs_dir / LEDGER
+    record(path, learned)
+    _print_entries(learned)
+    print(f"Wrote {path}")
+
+
+def show_ledger(runs_dir: Path) -> None:
+    """Print what the ledger knows; raises ConfigError where there is none."""
+    path = runs_dir / LEDGER
+    entries = load_ledger(path)
+    if not entries:
+        raise ConfigError(f"{path}: found nothing in the ledger, wanted --baseline RUN to learn from its replicates")
+    _print_entries(entries)
+
+
+def _print_entries(entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        print(f"{entry.recipe}: {entry.component} seeds: sd {entry.sd:.6f} on {entry.df} df, {len(entry.runs)} runs")

@@ -7,17 +7,15 @@ import math
 import string
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
-from harness.run_folder import utc_now
+from harness.report.svg import COLOURS, Curve, Interval, curve_of, curves, forest, tone_of
+from harness.run.files import ASSETS, utc_now
 from study.assemble import Study
-from study.drawing import COLOURS, Curve, Interval, curve_of, curves, forest, tone_of
 from study.effects import Finding
 from study.results import Group
 from study.statistics import Estimate
 from study.tables import notes_of, rows_of, without_empty_columns
 
-ASSETS = Path(__file__).parent.parent / "assets"
 LEFT_TO_WORDS = {"se train", "se eval", "t", "df", "p", "changes"}
 NUMBER_HEADINGS = {"n", "test loss", "Δ", "Holm p", "tok/s", "cost", "worth"}
 
@@ -55,10 +53,10 @@ def style() -> str:
 def _subtitle(study: Study) -> str:
     groups = study.groups
     runs = sum(len(group.results) for group in groups)
-    evidence = [item for group in groups for item in group.evidence]
-    hours = sum(item.tokens_seen / item.tokens_per_second / 3600 for item in evidence if item.tokens_per_second)
-    costs = [item.cost for item in evidence if item.cost is not None]
-    currency = next((item.currency for item in evidence), "")
+    metadata = [item for group in groups for item in group.metadata]
+    hours = sum(item.tokens_seen / item.tokens_per_second / 3600 for item in metadata if item.tokens_per_second)
+    costs = [item.cost for item in metadata if item.cost is not None]
+    currency = next((item.currency for item in metadata), "")
     parts = [f"{runs} runs of {len(groups)} recipes", f"baseline {study.judgement.baseline.recipe}"]
     if hours:
         parts.append(f"{hours:,.1f} hours of training")
@@ -121,7 +119,7 @@ def _findings(findings: Sequence[Finding]) -> str:
 
 
 def _curve(group: Group) -> Curve | None:
-    return curve_of(group.recipe, [item.curve for item in group.evidence])
+    return curve_of(group.recipe, [item.curve for item in group.metadata])
 
 
 def _legend(drawn: Sequence[Curve]) -> str:
@@ -134,7 +132,7 @@ def _legend(drawn: Sequence[Curve]) -> str:
 
 def _differences(groups: Sequence[Group]) -> str:
     """Write the keys that are not the same in all recipes; what equals the baseline is grey."""
-    recipes = {group.recipe: group.evidence[0].recipe for group in groups if group.evidence}
+    recipes = {group.recipe: group.metadata[0].recipe for group in groups if group.metadata}
     if not recipes:
         return "<p>Known for runs in folders only.</p>"
     first = next(iter(recipes.values()))
@@ -155,7 +153,7 @@ def _setting(value: object, is_same: bool) -> str:
 def _samples(groups: Sequence[Group]) -> str:
     """Write the samples of each recipe's first run, side by side, with a slider over steps."""
     texts = {
-        group.recipe: group.evidence[0].samples for group in groups if group.evidence and group.evidence[0].samples
+        group.recipe: group.metadata[0].samples for group in groups if group.metadata and group.metadata[0].samples
     }
     steps = sorted({step for samples in texts.values() for step, _ in samples})
     if not steps:

@@ -1,4 +1,4 @@
-"""What runs came to: test losses with their evidence, from run folders or from a table of numbers."""
+"""What runs came to: test losses with their metadata, from run folders or from a table of numbers."""
 
 import csv
 import math
@@ -13,10 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.config import ModelConfig, TrainConfig, recipe, recipe_hash, run_hash
-from harness.errors import ConfigError, NonFiniteError
-from harness.plan import count_parameters
-from harness.run_folder import IMPORTED_STEP, RunFolder, read_json
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.errors import ConfigError
+from harness.run.model_size import count_parameters
+from harness.run.provenance import RunRecord
+from harness.run.recipe import recipe, recipe_hash, run_hash
+from harness.run.run_folder import IMPORTED_STEP, STEP_FOLDER, RunFolder
+from harness.run.score import Score
+from harness.run.status import Status
 from study.experiment import Experiment
 
 CheckpointRule = Literal["last", "best"]
@@ -25,7 +29,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RunMetadata:
     """What a run folder knows besides the loss."""
 
     recipe: dict[str, object]
@@ -55,7 +59,7 @@ class Result:
     init_seed: str
     train_seed: str
     loss: float | None
-    evidence: Evidence | None = None
+    metadata: RunMetadata | None = None
 
     @property
     def seeds(self) -> tuple[str, str]:
@@ -81,15 +85,15 @@ class Group:
         return [result.run for result in self.results if result.loss is None]
 
     @property
-    def evidence(self) -> list[Evidence]:
+    def metadata(self) -> list[RunMetadata]:
         """What is known of the runs that lie in folders."""
-        return [result.evidence for result in self.results if result.evidence is not None]
+        return [result.metadata for result in self.results if result.metadata is not None]
 
     def mean_sequence_losses(self) -> Floats | None:
         """Give every test sequence's loss averaged over the runs; None where a run has none."""
-        if len(self.evidence) < len(self.results) or not self.evidence:
+        if len(self.metadata) < len(self.results) or not self.metadata:
             return None
-        mean: Floats = np.mean([item.sequence_losses for item in self.evidence], axis=0)
+        mean: Floats = np.mean([item.sequence_losses for item in self.metadata], axis=0)
         return mean
 
 
@@ -126,22 +130,17 @@ def read_losses(path: Path) -> list[Result]:
     return results
 
 
-def scores_of(folder: RunFolder, rule: CheckpointRule) -> dict[str, dict[str, Any]]:
-    """Give the stored scores of the checkpoint that the rule names, by the SHA-256 of the test tokens.
+def scores_of(folder: RunFolder, rule: CheckpointRule) -> dict[str, Score]:
+    """Return the stored scores of the checkpoint that the rule names, by the SHA-256 of the test tokens.
 
     `last` is the last step of the whole plan, `best` the checkpoint that looked best while training. Raises
     ConfigError where there is no score.
     """
-    step = read_json(folder.run_json).get("plan", {}).get("global_steps", 0) - 1
-    if rule == "best" and (match := re.fullmatch(r"step-(\d+)", _target(folder.checkpoints / "best"))):
-        step = int(match[1])
     # An imported run that was never trained has no plan, and so step -1: that of its imported weights.
-    paths = sorted(folder.evals.glob(f"loss-*-{folder.checkpoint(step).name}.json"))
-    scores = {}
-    for path in paths:
-        score = read_json(path)
-        if "tokens_sha256" in score and path.with_suffix(".npz").is_file():
-            scores[str(score["tokens_sha256"])] = {**score, "npz": path.with_suffix(".npz")}
+    step = (RunRecord.read(folder.run_json).global_steps or 0) - 1
+    if rule == "best" and (match := STEP_FOLDER.fullmatch(_target(folder.checkpoints / "best"))):
+        step = int(match[1])
+    scores = {score.tokens_sha256: score for score in Score.of_checkpoint(folder, step)}
     if not scores:
         raise ConfigError(f"{folder.path}: found no score of its {rule} checkpoint, wanted one of test_loss.py")
     return scores
@@ -153,7 +152,7 @@ def _target(link: Path) -> str:
 
 def is_diverged(folder: RunFolder) -> bool:
     """Say whether a run ended because its gradients were not finite for too long."""
-    return folder.read_status().get("exit_code") == NonFiniteError.exit_status
+    return Status.read(folder.status_json).has_diverged
 
 
 def read_runs(folders: Sequence[RunFolder], rule: CheckpointRule) -> list[Result]:
@@ -162,7 +161,7 @@ def read_runs(folders: Sequence[RunFolder], rule: CheckpointRule) -> list[Result
     Raises ConfigError where a run has no score, or where there are no tokens that all share.
     """
     problems: list[str] = []
-    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    scores: dict[str, dict[str, Score]] = {}
     for folder in folders:
         if not is_diverged(folder):
             try:
@@ -177,8 +176,8 @@ def read_runs(folders: Sequence[RunFolder], rule: CheckpointRule) -> list[Result
             *(f"{run}: scored on {_tests(found)}" for run, found in scores.items()),
             "these runs were not all scored on the same test tokens, so their losses cannot be compared",
         )
-    first = next(iter(scores.values()), {})
-    chosen = max(shared, key=lambda sha: (first[sha]["tokens"], sha), default="")
+    first: dict[str, Score] = next(iter(scores.values()), {})
+    chosen = max(shared, key=lambda sha: (first[sha].tokens, sha), default="")
     return [_result(folder, scores.get(folder.path.name, {}).get(chosen)) for folder in folders]
 
 
@@ -190,14 +189,11 @@ def is_scored(folder: RunFolder, rule: CheckpointRule) -> bool:
         return False
 
 
-def _tests(found: dict[str, dict[str, Any]]) -> str:
-    return ", ".join(
-        f"{score['dataset']} {score['split']} from token {score['start_token']:,} ({score['tokens']:,} tokens)"
-        for score in found.values()
-    )
+def _tests(found: dict[str, Score]) -> str:
+    return ", ".join(score.test_in_words() for score in found.values())
 
 
-def _result(folder: RunFolder, score: dict[str, Any] | None) -> Result:
+def _result(folder: RunFolder, score: Score | None) -> Result:
     """Put a run's result together; without a score it diverged. Raises ConfigError where its files changed since."""
     model, train = folder.read_configs()
     seeds = train.seeds()
@@ -208,36 +204,36 @@ def _result(folder: RunFolder, score: dict[str, Any] | None) -> Result:
         train_seed=f"{seeds['order_seed']}/{seeds['dropout_seed']}",
         loss=None,
     )
-    if score is None or score["loss"] is None:
+    if score is None or score.loss is None:
         return result
-    if score.get("run_hash") != run_hash(model, train):
+    if score.model.run_hash != run_hash(model, train):
         raise ConfigError(f"{folder.path}: scored with another model.json or train.json, wanted a new score")
-    if score["step"] == IMPORTED_STEP:
+    if score.model.step == IMPORTED_STEP:
         raise ConfigError(
             f"{folder.path}: found imported weights, which nobody knows to have seen as many tokens as another run, "
             "wanted a run trained here (--losses compares numbers alone)"
         )
-    return replace(result, loss=float(score["loss"]), evidence=_evidence(folder, model, train, score))
+    return replace(result, loss=float(score.loss), metadata=_metadata(folder, model, train, score))
 
 
-def _evidence(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: dict[str, Any]) -> Evidence:
-    with np.load(score["npz"], allow_pickle=False) as arrays:
-        losses, documents = arrays["sequence_losses"], arrays["sequence_documents"]
-    lines = folder.read_metrics()
+def _metadata(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: Score) -> RunMetadata:
+    step, tokens_seen = score.model.step, score.model.tokens_seen
+    if step is None or tokens_seen is None:
+        raise ConfigError(f"{score.path}: does not say what the model had seen, wanted a new score")
+    losses, documents = score.read_losses()
+    lines = folder.metrics.read()
     last: dict[str, Any] = lines[-1] if lines else {}
-    starts = folder.read_starts()
-    devices = starts[-1].get("devices", []) if starts else []
-    return Evidence(
+    return RunMetadata(
         recipe=recipe(model, train),
         recipe_hash=recipe_hash(model, train),
         parameters=count_parameters(model).total,
-        step=score["step"],
-        tokens_seen=score["tokens_seen"],
-        hardware=f"{len(devices)}x {devices[0]}" if devices else "unknown",
-        tokens_per_second=last["tokens"] / last["elapsed"] if last.get("elapsed") else None,
+        step=step,
+        tokens_seen=tokens_seen,
+        hardware=RunRecord.read(folder.run_json).hardware,
+        tokens_per_second=folder.metrics.tokens_per_second(),
         cost=last.get("cost"),
         currency=train.currency or "",
-        tokens_sha256=score["tokens_sha256"],
+        tokens_sha256=score.tokens_sha256,
         sequence_losses=losses,
         documents=documents,
         curve=(
@@ -256,10 +252,10 @@ def group_results(results: Iterable[Result]) -> list[Group]:
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         same = (other for other in groups[result.recipe] if other.seeds == result.seeds and "" not in result.seeds)
-        if result.evidence is None or next(same, None) is None:
+        if result.metadata is None or next(same, None) is None:
             groups[result.recipe].append(result)
     names = {
-        key: recipe_name(found) if any(result.evidence for result in found) else key for key, found in groups.items()
+        key: recipe_name(found) if any(result.metadata for result in found) else key for key, found in groups.items()
     }
     taken = list(names.values())
     for key, found in groups.items():
@@ -287,9 +283,9 @@ def name_arms(results: Sequence[Result], experiment: Experiment) -> list[Group]:
 
 def difference_in_words(group: Group, baseline: Group) -> str:
     """Say which keys of the recipe differ from the baseline's; empty where there are no folders to read."""
-    if not group.evidence or not baseline.evidence:
+    if not group.metadata or not baseline.metadata:
         return ""
-    mine, theirs = group.evidence[0].recipe, baseline.evidence[0].recipe
+    mine, theirs = group.metadata[0].recipe, baseline.metadata[0].recipe
     return ", ".join(f"{key} {_shown(theirs[key])}→{_shown(mine[key])}" for key in mine if mine[key] != theirs[key])
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from harness.run_folder import json_number
+from harness.run.files import json_number
 from study.assemble import Study
 from study.results import Group, difference_in_words
 from study.statistics import Estimate, sample_sd
@@ -76,8 +76,8 @@ def _arm_as_json(item: Judged, baseline: Group) -> dict[str, Any]:
         "se_evaluation": None if item.evaluation is None else json_number(item.evaluation.se),
         "seed_correlation": json_number(item.correlation),
         "tokens_factor": item.tokens_factor,
-        "tokens_per_second": _average([evidence.tokens_per_second for evidence in item.group.evidence]),
-        "cost": _average([evidence.cost for evidence in item.group.evidence]),
+        "tokens_per_second": _average([metadata.tokens_per_second for metadata in item.group.metadata]),
+        "cost": _average([metadata.cost for metadata in item.group.metadata]),
         "changes": difference_in_words(item.group, baseline),
         "runs": [result.run for result in item.group.results],
         "sentence": item.sentence,
@@ -119,12 +119,12 @@ def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
     """Give headings and one row of text for the baseline and each arm."""
     document, judgement = as_json(study), study.judgement
     baseline = document["baseline"]
-    currency = next((item.currency for item in judgement.baseline.evidence), "")
+    currency = next((item.currency for item in judgement.baseline.metadata), "")
     rows = [[baseline["recipe"], str(baseline["n"]), _text(baseline["mean"], "{:.6f}")]]
     rows[0] += [""] * (len(HEADINGS) - 3) + _extras(
         {
-            "tokens_per_second": _average([item.tokens_per_second for item in judgement.baseline.evidence]),
-            "cost": _average([item.cost for item in judgement.baseline.evidence]),
+            "tokens_per_second": _average([item.tokens_per_second for item in judgement.baseline.metadata]),
+            "cost": _average([item.cost for item in judgement.baseline.metadata]),
             "tokens_factor": None,
             "changes": "",
         },

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from harness.errors import ConfigError
+from harness.run.errors import ConfigError
 from study.results import Group
 from study.statistics import (
     ALPHA,
@@ -105,17 +105,17 @@ def judge(
 
 def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:
     """Raise ConfigError, with every reason, where arms did not see as many tokens, or other test sequences."""
-    counts = {len(item.sequence_losses) for group in (baseline, *arms) for item in group.evidence}
+    counts = {len(item.sequence_losses) for group in (baseline, *arms) for item in group.metadata}
     if len(counts) > 1:
         raise ConfigError(f"found scores of {_listed(counts)} sequences, wanted the same test sequences for all runs")
-    seen = {item.tokens_seen for item in baseline.evidence}
+    seen = {item.tokens_seen for item in baseline.metadata}
     if len(seen) > 1:
         raise ConfigError(f"{baseline.recipe}: its replicates saw {_listed(seen)} tokens, wanted the same for all")
     problems = [
-        f"{arm.recipe}: saw {_listed({item.tokens_seen for item in arm.evidence})} tokens and {baseline.recipe} "
+        f"{arm.recipe}: saw {_listed({item.tokens_seen for item in arm.metadata})} tokens and {baseline.recipe} "
         f"{_listed(seen)}, so a difference would not be the change's"
         for arm in arms
-        if arm.evidence and seen and {item.tokens_seen for item in arm.evidence} != seen
+        if arm.metadata and seen and {item.tokens_seen for item in arm.metadata} != seen
     ]
     if problems:
         raise ConfigError(*problems)
@@ -212,17 +212,17 @@ def evaluation_estimate(baseline: Group, arm: Group) -> Estimate | None:
     mine, theirs = arm.mean_sequence_losses(), baseline.mean_sequence_losses()
     if mine is None or theirs is None:
         return None
-    return clustered_mean(mine - theirs, arm.evidence[0].documents)
+    return clustered_mean(mine - theirs, arm.metadata[0].documents)
 
 
 def _warnings(baseline: Group, arm: Group, training: Training | None) -> list[str]:
     found = []
     if training is not None and "borrowed" in training.source:
         found.append(f"noise {training.source}")
-    hardware = {item.hardware for item in (*baseline.evidence, *arm.evidence)}
+    hardware = {item.hardware for item in (*baseline.metadata, *arm.metadata)}
     if len(hardware) > 1:
         found.append(f"other hardware: {', '.join(sorted(hardware))}")
-    sizes = [group.evidence[0].parameters for group in (baseline, arm) if group.evidence]
+    sizes = [group.metadata[0].parameters for group in (baseline, arm) if group.metadata]
     if len(set(sizes)) > 1:
         found.append(f"{sizes[1] - sizes[0]:+,} parameters")
     return found
@@ -230,7 +230,7 @@ def _warnings(baseline: Group, arm: Group, training: Training | None) -> list[st
 
 def _slope(baseline: Group) -> float | None:
     """Give the mean slope of the baseline's curves, by ln(tokens)."""
-    slopes = [loss_slope(*item.curve) for item in baseline.evidence]
+    slopes = [loss_slope(*item.curve) for item in baseline.metadata]
     known = [slope for slope in slopes if slope is not None]
     return float(np.mean(known)) if known else None
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from harness.charts import ChartPainter
-from harness.errors import exit_status_of
+from harness.observers.charts import ChartPainter
+from harness.run.errors import exit_status_of
 from tests.helpers import train_in_fork, write_demanding, write_run, write_toy_dataset
 
 # A shell ignores SIGINT for what it runs in the background, and nohup SIGHUP; what is started there would do so too.

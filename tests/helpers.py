@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from harness import checkpoint
+from harness.engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -226,7 +226,7 @@ def _train_in_fork(
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what was printed outlives a kill
     os.environ.update({**OFFLINE, **environment})
     import ddp_train
-    from harness.charts import ChartPainter
+    from harness.observers.charts import ChartPainter
 
     ddp_train.parent = os.getppid()  # the fork's, not that of the process that imported it
     if launched:

@@ -71,17 +71,23 @@ HIGHEST_TIER_OF_ROOM = {"examples": 1, "finetune": 2, "respond": 1, "respondent"
 BELOW = {"instruction": {"study"}}
 JUDGING = ["journal", "answers", "compare", "prompt", "client", "judging", "strength", "ranking", "page"]
 PACKAGES = ["harness", *ROOMS]
-TORCH_FREE = ["harness.config", "harness.plan", "harness.run_folder", "harness.errors", "harness.charts"]
-TORCH_FREE += ["harness.loggers", "harness.messages"]
+TORCH_FREE = [
+    "harness.run.config",
+    "harness.run.plan",
+    "harness.run.run_folder",
+    "harness.run.errors",
+    "harness.observers.charts",
+]
+TORCH_FREE += ["harness.observers.loggers", "harness.observers.notifications"]
 TORCH_FREE += [f"{package}.{room}" for package in ("study", "preparation") for room in ROOMS[package]]
-TORCH_FREE += ["harness.token_files", "plan_runs", "compare_runs", "report", "prepare_dataset"]
+TORCH_FREE += ["harness.tokens.token_files", "plan_runs", "compare_runs", "report", "prepare_dataset"]
 TORCH_FREE += [f"instruction.{room}" for room in JUDGING] + ["ift_judge"]
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))])
 LONGEST = {"main": 80, "train": 70}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Give the project's own modules that a file imports, as `model` or `harness.plan`."""
+    """Give the project's own modules that a file imports, as `model` or `harness.run.plan`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -15,9 +15,9 @@ from benchmarks.arrangements import (
     build_default,
     replace_modules,
 )
-from harness.config import ModelConfig
-from harness.loss import Objective
-from model import GPTModel, empty_model, initialise
+from harness.engine.loss import Objective
+from harness.run.config import ModelConfig
+from model import GPTModel, initialise, uninitialized_model
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(vocab_size=97, context_length=16, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
@@ -25,7 +25,7 @@ FUSED = Techniques(fused_attention=True, fused_layer_norm=True)
 
 
 def model_with(techniques: Techniques) -> GPTModel:
-    model = empty_model(TINY)
+    model = uninitialized_model(TINY)
     initialise(model, 3)
     replace_modules(model, techniques)
     return model

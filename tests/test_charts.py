@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.charts import ChartPainter, draw, smoothed
-from harness.run_folder import RunFolder
+from harness.observers.charts import ChartPainter, draw, smoothed
+from harness.run.run_folder import RunFolder
 from tests.helpers import status, train
 
 HOSTILE = "</td><script>document.title = 'broken into'</script><img src=x onerror=alert(1)>"

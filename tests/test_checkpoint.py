@@ -11,11 +11,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import ddp_train
-from harness import checkpoint
-from harness.checkpoint import TrainState
-from harness.errors import CheckpointError, StorageError
-from harness.optim import make_optimizer
-from harness.run_folder import RunFolder
+from harness.engine import checkpoint
+from harness.engine.checkpoint import TrainState
+from harness.engine.optimizers import make_optimizer
+from harness.run.errors import CheckpointError, StorageError
+from harness.run.run_folder import RunFolder
 from model import GPTModel
 from tests.conftest import Called
 
@@ -162,7 +162,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoints_and_no_litter(
     model_config, config = folder.read_configs()
     model = GPTModel(model_config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    trainee = checkpoint.Trainee(model, make_optimizer(model, config, torch.device("cpu")), scaler)
+    trainee = checkpoint.TraineeGone(model, make_optimizer(model, config, torch.device("cpu")), scaler)
     contents = checkpoint.read_contents(folder.checkpoint(19))
     state = TrainState(**{**vars(contents.state), "next_step": 26})
     snapshot = checkpoint.take(trainee, state, contents.basis)
@@ -236,12 +236,12 @@ def test_links_are_never_missing_while_they_are_replaced(tmp_path: Path) -> None
     """Read in one process what another replaces as fast as it can."""
     import subprocess
 
-    from harness.run_folder import replace_link
+    from harness.run.files import replace_link
 
     link = tmp_path / "latest"
     replace_link(link, "a")
     code = (
-        "import sys; from pathlib import Path; from harness.run_folder import replace_link\n"
+        "import sys; from pathlib import Path; from harness.run.run_folder import replace_link\n"
         "for n in range(3000): replace_link(Path(sys.argv[1]), 'ab'[n % 2])"
     )
     root = Path(__file__).parent.parent

@@ -8,16 +8,9 @@ from typing import Any
 
 import pytest
 
-from harness.config import (
-    ModelConfig,
-    TrainConfig,
-    load_model_config,
-    load_run_configs,
-    load_train_config,
-    recipe_hash,
-    reference,
-    schema_of,
-)
+from harness.run.config import ModelConfig, TrainConfig, load_model_config, load_run_configs, load_train_config
+from harness.run.recipe import recipe_hash
+from harness.run.reference import reference, schema_of
 from tests.helpers import REQUIRED_TRAIN as TRAIN
 from tests.helpers import ROOT, write
 from tests.helpers import TINY_MODEL as MODEL

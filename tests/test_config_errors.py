@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from harness.config import load_model_config, load_run_configs, load_train_config
-from harness.errors import ConfigError, exit_status_of
+from harness.run.config import load_model_config, load_run_configs, load_train_config
+from harness.run.errors import ConfigError, exit_status_of
 from tests.helpers import REQUIRED_TRAIN as TRAIN
 from tests.helpers import TINY_MODEL as MODEL
 from tests.helpers import write

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 import data
 from data import TokenFile, as_sequences, check_tokens, evaluation_batches, open_split, open_splits, train_data
-from harness.config import ModelConfig, TrainConfig
-from harness.errors import DataError
-from harness.plan import Plan, make_plan
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.errors import DataError
+from harness.run.plan import Plan, make_plan
 
 LENGTH = 8  # tokens in a sequence
 MODEL = ModelConfig(

@@ -19,8 +19,8 @@ import pytest
 from safetensors.numpy import save
 
 import data
-from harness.config import TrainConfig
-from harness.errors import DataError
+from harness.run.config import TrainConfig
+from harness.run.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 DATASET = "owner/toy-tokens"
@@ -135,8 +135,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from data import ensure_dataset
-from harness.config import TrainConfig
-from harness.errors import exit_status_of
+from harness.run.config import TrainConfig
+from harness.run.errors import exit_status_of
 
 config = TrainConfig(**json.loads(sys.argv[2]))
 sys.exit(exit_status_of(lambda: ensure_dataset(Path(sys.argv[1]), config)))

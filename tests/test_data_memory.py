@@ -14,8 +14,8 @@ READ_EVERYWHERE = """
 import resource, sys
 from pathlib import Path
 from data import open_split, train_data
-from harness.config import TrainConfig
-from harness.plan import Plan
+from harness.run.config import TrainConfig
+from harness.run.plan import Plan
 
 def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

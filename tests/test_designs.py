@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from harness.config import ModelConfig, TrainConfig, config_from, recipe_hash
-from harness.errors import ConfigError
+from harness.run.config import ModelConfig, TrainConfig, config_from
+from harness.run.errors import ConfigError
+from harness.run.recipe import recipe_hash
 from study.designs import (
     BASELINE,
     DESIGNS,
@@ -467,7 +468,7 @@ def test_what_is_written_is_what_is_read(runs_dir: Path) -> None:
     design = make_design("fraction", [item.name for item in interventions], "IV")
     experiment = make_experiment("study", "base", design, interventions, [4, 5], Scored(16, 3))
     path = write_runs(experiment, runs_dir)
-    assert path == runs_dir / "study" / "plan.json"
+    assert path == runs_dir / "study" / "experiment.json"
     read = load_experiment(path)
     assert read == experiment
     assert read.as_design() == design
@@ -542,7 +543,7 @@ def test_names_that_can_be_no_run_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": {}}', '{"plan": []}', '{"plan": {"name": "x"}}', "\x00"])
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "plan.json"
+    path = tmp_path / "experiment.json"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_experiment(path)

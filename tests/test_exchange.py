@@ -16,10 +16,10 @@ from torch import Tensor
 
 from exchange import hugging_face, published, vocabulary
 from exchange.parity import Parity
-from harness.config import ModelConfig
-from harness.errors import CheckpointError, ConfigError, HarnessError
-from harness.plan import count_parameters
-from harness.tokenizer import END_OF_TEXT, MERGES, VOCAB_SIZE, gpt2_encoding, printable_vocabulary
+from harness.run.config import ModelConfig
+from harness.run.errors import CheckpointError, ConfigError, HarnessError
+from harness.run.model_size import count_parameters
+from harness.tokens.tokenizer import END_OF_TEXT, MERGES, VOCAB_SIZE, gpt2_encoding, printable_vocabulary
 from model import GPTModel, load_weights
 from tests.test_model import TINY, TOGGLES, random_model
 

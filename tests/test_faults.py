@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import ddp_train
-from harness import faults
-from harness.errors import ConfigError
-from harness.run_folder import RunFolder
+from harness.engine import failpoints as faults
+from harness.run.errors import ConfigError
+from harness.run.run_folder import RunFolder
 from tests.conftest import Called
 from tests.helpers import ROOT, assert_same_run, final_bits, metrics, train_in_fork, write_demanding
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import ddp_train
-from harness.charts import ChartPainter
+from harness.observers.charts import ChartPainter
 from tests.helpers import metrics, write_run, write_toy_dataset
 
 RECORD = Path(__file__).parent / "golden" / "tiny-20-steps.json"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.config import ModelConfig, TrainConfig
-from harness.loss import Objective, first_loss_warning, next_token_loss, token_losses
+from harness.engine.loss import Objective, first_loss_warning, next_token_loss, token_losses
+from harness.run.config import ModelConfig, TrainConfig
 from model import GPTModel, initialise
 
 BASE = ModelConfig(vocab_size=61, context_length=12, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.1, qkv_bias=False)

@@ -17,21 +17,21 @@ import torch
 from safetensors.torch import save_file
 
 import ift_respond
-from harness.config import load_model_config
-from harness.errors import ConfigError, DataError, NonFiniteError
-from harness.run_folder import write_json
-from harness.tokenizer import END_OF_TEXT_ID, gpt2_encoding
-from instruction import own_set
+from assets.instructions import builtin_set
+from harness.run.config import load_model_config
+from harness.run.errors import ConfigError, DataError, NonFiniteError
+from harness.run.files import write_json
+from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from instruction.answers import load_answers
 from instruction.compare import Cells, Metric, compare, ratio_cells
 from instruction.examples import Example, encode_items, in_batches
 from instruction.finetune import batch_at, fine_tune, response_losses, steps_of
-from instruction.items import OWN_SET, Item, load_items, prompt_of, split_items
+from instruction.items import BUILTIN_SET, Item, load_items, prompt_of, split_items
 from instruction.journal import Journal
 from instruction.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from instruction.respond import write_answers
 from instruction.scores import exact_match, token_f1
-from model import GPTModel, empty_model, fingerprint, initialise
+from model import GPTModel, fingerprint, initialise, uninitialized_model
 from tests.conftest import Called
 from tests.helpers import ROOT, wait_for, write, write_run
 from tests.test_data_download import COMMITS, DATASET, Hub
@@ -71,7 +71,7 @@ def recipe() -> Recipe:
 def model(tmp_path_factory: pytest.TempPathFactory) -> GPTModel:
     """A small model whose weights are large enough that its answers differ, with a likely document end."""
     config = load_model_config(write_run(tmp_path_factory.mktemp("model") / "run", MODEL, {}) / "model.json")
-    made = empty_model(config)
+    made = uninitialized_model(config)
     initialise(made, 5)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -111,7 +111,7 @@ def test_cached_answers_are_the_uncached_ones_whatever_the_batch(model: GPTModel
 
 
 def test_cached_logits_are_those_of_the_whole_text(model: GPTModel) -> None:
-    from harness.key_value_cache import KeyValueCache
+    from harness.engine.key_value_cache import KeyValueCache
 
     tokens = torch.randint(0, 50257, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -162,7 +162,7 @@ def weights_of(model: GPTModel) -> str:
 
 
 def tuned(recipe: Recipe, seed: int, examples: list[Example], config: Any) -> tuple[str, GPTModel]:
-    made = empty_model(replace(config, drop_rate=recipe.drop_rate))
+    made = uninitialized_model(replace(config, drop_rate=recipe.drop_rate))
     initialise(made, 1)
     torch.rand(3)  # what was drawn before must not matter
     fine_tune(made, examples, recipe, seed)
@@ -181,7 +181,7 @@ def test_fine_tuning_follows_the_seed_and_nothing_else(recipe: Recipe, model: GP
 
 
 def test_fine_tuning_that_diverges_is_an_error(recipe: Recipe, model: GPTModel) -> None:
-    made = empty_model(model.config)
+    made = uninitialized_model(model.config)
     initialise(made, 1)
     with torch.no_grad():
         made.tok_emb.weight[:, 0] = float("inf")
@@ -193,9 +193,9 @@ def test_fine_tuning_that_diverges_is_an_error(recipe: Recipe, model: GPTModel) 
 
 
 def test_the_shipped_set_is_what_its_rules_write(recipe: Recipe) -> None:
-    text = (ROOT / OWN_SET).read_text()
-    assert text == own_set.text()
-    items = load_items(OWN_SET).items
+    text = (ROOT / BUILTIN_SET).read_text()
+    assert text == builtin_set.text()
+    items = load_items(BUILTIN_SET).items
     assert len(items) == len(json.loads(text)) >= 300
     assert len({item["kind"] for item in json.loads(text)}) > 20
     split = split_items(items, load_recipe(DEFAULT_RECIPE))
@@ -209,7 +209,7 @@ def test_the_shipped_set_is_what_its_rules_write(recipe: Recipe) -> None:
 
 def test_references_can_be_checked() -> None:
     checked = 0
-    for item in json.loads((ROOT / OWN_SET).read_text()):
+    for item in json.loads((ROOT / BUILTIN_SET).read_text()):
         given, output = item["input"], item["output"]
         if item["kind"] == "code_result":
             assert repr(eval(given)) == output
@@ -227,7 +227,7 @@ def test_references_can_be_checked() -> None:
 
 
 def test_no_question_is_on_both_sides_and_a_longer_file_moves_none(recipe: Recipe) -> None:
-    items = load_items(OWN_SET).items
+    items = load_items(BUILTIN_SET).items
     whole, part = split_items(items, recipe), split_items(items[:200], recipe)
     assert not {item.key for item in whole.train} & {item.key for item in whole.test}
     assert set(part.test) <= set(whole.test)
@@ -291,7 +291,7 @@ def test_bad_sources_are_one_line(name: str) -> None:
 
 HUB_SCRIPT = """
 import sys
-from harness.errors import exit_status_of
+from harness.run.errors import exit_status_of
 from instruction.items import load_items
 
 sys.exit(exit_status_of(lambda: print(*(len(load_items(name).items) for name in sys.argv[1:]))))
@@ -448,7 +448,7 @@ def ready(tmp_path: Path, any_kernels: None) -> tuple[Path, tuple[object, ...]]:
 
 def save_checkpoint(folder: Path, seed: int) -> None:
     """Write a run's checkpoint 7 as training would, with keyed weights."""
-    made = empty_model(load_model_config(folder / "model.json"))
+    made = uninitialized_model(load_model_config(folder / "model.json"))
     initialise(made, seed + 100)
     place = folder / "checkpoints" / "step-00000007"
     place.mkdir(parents=True)
@@ -519,7 +519,7 @@ def test_imported_weights_are_asked_and_never_replaced_by_drawn_ones(
     """A run folder as import_weights.py leaves it: by name, by its `latest`, and as its own untrained self."""
     folder, words = ready
     run = write_run(folder / "runs" / "gpt2", MODEL, {"learning_rate": 0.001})
-    made = empty_model(load_model_config(run / "model.json"))
+    made = uninitialized_model(load_model_config(run / "model.json"))
     initialise(made, 999)
     for name in ("imported", "checkpoints"):
         (run / name).mkdir()

@@ -19,7 +19,7 @@ import pytest
 import ift_judge
 from instruction.answers import Answer, ModelAnswers
 from instruction.client import retry_after
-from instruction.judging import Outcome, Showing
+from instruction.judging import JudgePrompt, Outcome
 from instruction.prompt import messages_for, read_reply
 from instruction.ranking import rank
 from tests.conftest import Called
@@ -62,7 +62,7 @@ def judged_fairly(models: list[ModelAnswers]) -> list[Outcome]:
     shown = tuple(model.model for model in models)
     return [
         Outcome(
-            Showing("judge", *answer.cell, 0, is_reversed, shown[::-1] if is_reversed else shown, {}),
+            JudgePrompt("judge", *answer.cell, 0, is_reversed, shown[::-1] if is_reversed else shown, {}),
             "read",
             {name: merit[name, answer.cell] for name in shown},
         )

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness import evaluate, loss
-from harness.config import load_model_config
-from harness.evaluate import sequence_losses
-from harness.loss import Objective, lean_next_token_loss, next_token_loss
-from model import GPTModel, empty_model, initialise
+from harness.engine import evaluate, loss
+from harness.engine.evaluate import sequence_losses
+from harness.engine.loss import Objective, chunked_next_token_loss, next_token_loss
+from harness.run.config import load_model_config
+from model import GPTModel, initialise, uninitialized_model
 from tests.helpers import TINY_MODEL, write
 
 Pair = tuple[Tensor, tuple[Tensor, ...]]
@@ -32,7 +32,7 @@ def both(amp_dtype: torch.dtype | None) -> tuple[Pair, Pair]:
     results = []
     for function in (
         lambda: next_token_loss(F.linear(hidden, head), targets),
-        lambda: lean_next_token_loss(hidden, head, targets),
+        lambda: chunked_next_token_loss(hidden, head, targets),
     ):
         with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
             value = function()
@@ -62,7 +62,7 @@ def test_small_gradients_survive_float16() -> None:
 
 
 def make_objective(tmp_path: Path, seed: int = 1) -> tuple[GPTModel, Objective]:
-    model = empty_model(load_model_config(write(tmp_path / "model.json", {**TINY_MODEL, "drop_rate": 0.0})))
+    model = uninitialized_model(load_model_config(write(tmp_path / "model.json", {**TINY_MODEL, "drop_rate": 0.0})))
     initialise(model, seed)
     return model, Objective(model)
 
@@ -99,9 +99,9 @@ def test_evaluation_cuts_batches_with_large_logits(tmp_path: Path, monkeypatch: 
 def test_compiler_takes_it_whole() -> None:
     hidden, head = torch.randn(2, 64, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
     targets = torch.randint(0, 97, (2, 64))
-    compiled = torch.compile(lean_next_token_loss, fullgraph=True)
+    compiled = torch.compile(chunked_next_token_loss, fullgraph=True)
     value = compiled(hidden, head, targets)
-    wanted = lean_next_token_loss(hidden, head, targets)
+    wanted = chunked_next_token_loss(hidden, head, targets)
     torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
     found = torch.autograd.grad(value, (hidden, head))
     for gradient, plain in zip(found, torch.autograd.grad(wanted, (hidden, head)), strict=True):

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.config import ModelConfig
-from harness.errors import CheckpointError, ConfigError
-from model import GPTModel, empty_model, fingerprint, initialise, load_model, load_weights
+from harness.run.config import ModelConfig
+from harness.run.errors import CheckpointError, ConfigError
+from model import GPTModel, fingerprint, initialise, load_model, load_weights, uninitialized_model
 
 TINY = ModelConfig(vocab_size=61, context_length=12, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=False)
 TOGGLES: list[dict[str, Any]] = [
@@ -405,7 +405,7 @@ def test_bad_configuration_is_refused_before_the_weights(tmp_path: Path, model_j
 
 
 def test_empty_model_is_complete_once_it_is_initialised() -> None:
-    empty, plain = empty_model(TINY), GPTModel(TINY)
+    empty, plain = uninitialized_model(TINY), GPTModel(TINY)
     for model in (empty, plain):
         initialise(model, 42)
     assert fingerprint(empty) == fingerprint(plain)

@@ -11,8 +11,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from harness.config import ModelConfig, TrainConfig
-from harness.optim import StepOutcome, guarded_step, learning_rate_at, make_optimizer, require_gradients
+from harness.engine.optimizers import make_optimizer
+from harness.engine.schedules import learning_rate_at
+from harness.engine.step import StepOutcome, guarded_step, require_gradients
+from harness.run.config import ModelConfig, TrainConfig
 from model import GPTModel
 
 CPU = torch.device("cpu")
@@ -113,7 +115,7 @@ def test_parameter_without_a_gradient_is_named() -> None:
 # --- the guarded step ----------------------------------------------------------------------------------------
 
 
-class Trainee:
+class Toy:
     """Two layers with an optimizer and a scaler, stepped with gradients that the test chooses."""
 
     def __init__(self, scaler: str, device: torch.device = CPU, **values: Any) -> None:
@@ -139,7 +141,7 @@ class Trainee:
 
 
 def random_gradients(seed: int, norm: float = 2.0) -> list[Tensor]:
-    """Gradients for `Trainee`, of the given global norm."""
+    """Gradients for `Toy`, of the given global norm."""
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(shape, generator=generator) for shape in ((5, 6), (5,), (2, 5), (2,))]
     total = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
@@ -153,15 +155,13 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(params=["fused", "fused, scaler", "not fused", "not fused, scaler"])
-def trainee(request: pytest.FixtureRequest) -> Trainee:
-    return Trainee(
-        "scaler" if "scaler" in request.param else "no scaler", NOT_FUSED if "not" in request.param else CPU
-    )
+def toy(request: pytest.FixtureRequest) -> Toy:
+    return Toy("scaler" if "scaler" in request.param else "no scaler", NOT_FUSED if "not" in request.param else CPU)
 
 
-def test_steps_are_those_of_plain_adamw_with_clipping(trainee: Trainee) -> None:
+def test_steps_are_those_of_plain_adamw_with_clipping(toy: Toy) -> None:
     """Twenty steps, of which about half are clipped, with a rate that changes."""
-    model = copy.deepcopy(trainee.model)
+    model = copy.deepcopy(toy.model)
     vectors = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim == 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -169,7 +169,7 @@ def test_steps_are_those_of_plain_adamw_with_clipping(trainee: Trainee) -> None:
     for number in range(20):
         gradients = random_gradients(number, norm=0.5 + 0.3 * number)
         rate = 0.01 / (1 + number)
-        outcome = trainee.step(gradients, rate, max_norm=3.5)
+        outcome = toy.step(gradients, rate, max_norm=3.5)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient.clone()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 3.5)
@@ -178,22 +178,20 @@ def test_steps_are_those_of_plain_adamw_with_clipping(trainee: Trainee) -> None:
         plain.step()
         assert bool(outcome.is_finite)
         torch.testing.assert_close(outcome.grad_norm, norm)
-    for ours, theirs in zip(trainee.model.parameters(), model.parameters(), strict=True):
+    for ours, theirs in zip(toy.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("norm", "max_norm", "expected"), [(7.0, 3.5, 3.5), (2.0, 3.5, 2.0), (7.0, None, 7.0), (500.0, 3.5, 3.5)]
 )
-def test_clipping_acts_on_unscaled_gradients(
-    trainee: Trainee, norm: float, max_norm: float | None, expected: float
-) -> None:
+def test_clipping_acts_on_unscaled_gradients(toy: Toy, norm: float, max_norm: float | None, expected: float) -> None:
     gradients = random_gradients(1, norm)
-    outcome = trainee.step(gradients, max_norm=max_norm)
+    outcome = toy.step(gradients, max_norm=max_norm)
     assert outcome.grad_norm.item() == pytest.approx(norm, rel=1e-5)  # before clipping, without the scale
     # The first moment after one step is a tenth of the gradient that arrived.
-    for parameter, gradient in zip(trainee.model.parameters(), gradients, strict=True):
-        arrived = trainee.optimizer.state[parameter]["exp_avg"] * 10
+    for parameter, gradient in zip(toy.model.parameters(), gradients, strict=True):
+        arrived = toy.optimizer.state[parameter]["exp_avg"] * 10
         torch.testing.assert_close(arrived, gradient * (expected / norm), rtol=1e-5, atol=1e-7)
 
 
@@ -202,90 +200,90 @@ def test_clipping_acts_on_unscaled_gradients(
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 @pytest.mark.parametrize("max_norm", [None, 3.5])
 def test_one_non_finite_gradient_skips_every_parameter(
-    trainee: Trainee, value: float, place: int, max_norm: float | None
+    toy: Toy, value: float, place: int, max_norm: float | None
 ) -> None:
-    trainee.step(random_gradients(1))
-    before, scale = trainee.state(), trainee.scaler.get_scale()
+    toy.step(random_gradients(1))
+    before, scale = toy.state(), toy.scaler.get_scale()
     gradients = random_gradients(2)
     gradients[place].view(-1)[-1] = value
-    outcome = trainee.step(gradients, learning_rate=0.5, max_norm=max_norm)
+    outcome = toy.step(gradients, learning_rate=0.5, max_norm=max_norm)
     assert not bool(outcome.is_finite)
     assert not math.isfinite(outcome.grad_norm.item())
-    assert_same(trainee.state(), before)
-    assert trainee.scaler.get_scale() == (scale / 2 if trainee.scaler.is_enabled() else scale)
+    assert_same(toy.state(), before)
+    assert toy.scaler.get_scale() == (scale / 2 if toy.scaler.is_enabled() else scale)
 
 
-def test_first_step_can_be_the_skipped_one(trainee: Trainee) -> None:
-    weights = [parameter.detach().clone() for parameter in trainee.model.parameters()]
+def test_first_step_can_be_the_skipped_one(toy: Toy) -> None:
+    weights = [parameter.detach().clone() for parameter in toy.model.parameters()]
     broken = random_gradients(1)
     broken[0][0, 0] = float("nan")
-    assert not bool(trainee.step(broken).is_finite)
-    assert all(torch.equal(a, b) for a, b in zip(weights, trainee.model.parameters(), strict=True))
+    assert not bool(toy.step(broken).is_finite)
+    assert all(torch.equal(a, b) for a, b in zip(weights, toy.model.parameters(), strict=True))
     # What follows is as if it had never been.
-    other = Trainee(
-        "scaler" if trainee.scaler.is_enabled() else "no scaler",
-        CPU if trainee.optimizer.defaults["fused"] else NOT_FUSED,
+    other = Toy(
+        "scaler" if toy.scaler.is_enabled() else "no scaler",
+        CPU if toy.optimizer.defaults["fused"] else NOT_FUSED,
     )
     for seed in (2, 3):
-        assert bool(trainee.step(random_gradients(seed)).is_finite)
+        assert bool(toy.step(random_gradients(seed)).is_finite)
         other.step(random_gradients(seed))
-    assert_same(trainee.state(), other.state())
+    assert_same(toy.state(), other.state())
 
 
-def test_skipped_step_leaves_no_trace_in_the_steps_after_it(trainee: Trainee) -> None:
-    other = copy.deepcopy(trainee)
+def test_skipped_step_leaves_no_trace_in_the_steps_after_it(toy: Toy) -> None:
+    other = copy.deepcopy(toy)
     broken = random_gradients(9)
     broken[2][0, 0] = float("inf")
     for seed in (1, 2, 3):
-        trainee.step(random_gradients(seed), max_norm=1.0)
+        toy.step(random_gradients(seed), max_norm=1.0)
         other.step(random_gradients(seed), max_norm=1.0)
         other.step(broken, max_norm=1.0)
-    assert_same(trainee.state(), other.state())
+    assert_same(toy.state(), other.state())
 
 
-def test_gradients_whose_norm_overflows_are_skipped(trainee: Trainee) -> None:
+def test_gradients_whose_norm_overflows_are_skipped(toy: Toy) -> None:
     """Each is finite, their norm is not: the step says so and must do as it says."""
-    trainee.step(random_gradients(1))
-    before = trainee.state()
-    outcome = trainee.step([gradient * 1e30 for gradient in random_gradients(2)], max_norm=3.5)
+    toy.step(random_gradients(1))
+    before = toy.state()
+    outcome = toy.step([gradient * 1e30 for gradient in random_gradients(2)], max_norm=3.5)
     assert not bool(outcome.is_finite)
-    assert_same(trainee.state(), before)
+    assert_same(toy.state(), before)
 
 
-def test_learning_rate_is_the_one_given(trainee: Trainee) -> None:
+def test_learning_rate_is_the_one_given(toy: Toy) -> None:
     for rate in (0.0, 0.25):
-        before = [parameter.detach().clone() for parameter in trainee.model.parameters()]
-        trainee.step(random_gradients(1), learning_rate=rate)
-        moved = max((a - b).abs().max().item() for a, b in zip(before, trainee.model.parameters(), strict=True))
+        before = [parameter.detach().clone() for parameter in toy.model.parameters()]
+        toy.step(random_gradients(1), learning_rate=rate)
+        moved = max((a - b).abs().max().item() for a, b in zip(before, toy.model.parameters(), strict=True))
         # AdamW's first steps along one direction are as long as the rate, and the decay adds a tenth of it.
         assert moved == pytest.approx(rate, rel=0.15, abs=1e-9)
 
 
-def test_vectors_are_not_decayed(trainee: Trainee) -> None:
-    before = [parameter.detach().clone() for parameter in trainee.model.parameters()]
-    trainee.step([torch.zeros_like(parameter) for parameter in trainee.model.parameters()], learning_rate=0.5)
-    for old, new in zip(before, trainee.model.parameters(), strict=True):
+def test_vectors_are_not_decayed(toy: Toy) -> None:
+    before = [parameter.detach().clone() for parameter in toy.model.parameters()]
+    toy.step([torch.zeros_like(parameter) for parameter in toy.model.parameters()], learning_rate=0.5)
+    for old, new in zip(before, toy.model.parameters(), strict=True):
         torch.testing.assert_close(new, old * (1 - 0.5 * 0.1) if old.ndim == 2 else old)
 
 
-def test_gradients_are_gone_after_the_step(trainee: Trainee) -> None:
-    trainee.step(random_gradients(1))
-    assert all(parameter.grad is None for parameter in trainee.model.parameters())
+def test_gradients_are_gone_after_the_step(toy: Toy) -> None:
+    toy.step(random_gradients(1))
+    assert all(parameter.grad is None for parameter in toy.model.parameters())
 
 
-def test_result_stays_on_the_device_as_scalars(trainee: Trainee) -> None:
-    outcome = trainee.step(random_gradients(1))
+def test_result_stays_on_the_device_as_scalars(toy: Toy) -> None:
+    outcome = toy.step(random_gradients(1))
     assert outcome.grad_norm.shape == outcome.is_finite.shape == ()
     assert outcome.is_finite.dtype == torch.bool
 
 
 def test_scale_grows_again_after_finite_steps() -> None:
-    trainee = Trainee("scaler")
-    trainee.scaler.set_growth_interval(3)
+    toy = Toy("scaler")
+    toy.scaler.set_growth_interval(3)
     scales = []
     for seed in range(6):
-        trainee.step(random_gradients(seed))
-        scales.append(trainee.scaler.get_scale())
+        toy.step(random_gradients(seed))
+        scales.append(toy.scaler.get_scale())
     assert scales == [1024, 1024, 2048, 2048, 2048, 4096]
 
 

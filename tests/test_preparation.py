@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from tiktoken_ext import openai_public
 
 import prepare_dataset
-from harness import tokenizer
+from harness.tokens import tokenizer
 from preparation import encoding, readers, sources
 from preparation.duplicates import SeenDocuments
 from preparation.token_writer import TokenWriter

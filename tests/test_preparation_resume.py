@@ -34,7 +34,7 @@ import sys
 from preparation import readers, work
 work.SAVE_SECONDS = 0
 readers.BATCH_BYTES = readers.PIECE_CHARACTERS = int(sys.argv.pop(1))
-from harness.errors import exit_status_of
+from harness.run.errors import exit_status_of
 import prepare_dataset
 sys.exit(exit_status_of(prepare_dataset.main))
 """

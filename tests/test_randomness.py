@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.randomness import Permutation, initial_normal, order_permutation, seed_dropout, stream_seed
+from harness.tokens.randomness import Permutation, initial_normal, order_permutation, seed_dropout, stream_seed
 
 # --- keys ----------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ import pytest
 
 import ddp_train
 import test_smoke
-from harness import resume
-from harness.errors import CheckpointError, ConfigError
-from harness.run_folder import RunFolder, open_run
+from harness.engine import resume
+from harness.run.errors import CheckpointError, ConfigError
+from harness.run.run_folder import RunFolder, open_run
 from tests.conftest import Called
 from tests.helpers import ROOT, TINY_MODEL, train_in_fork, write_demanding
 

@@ -21,8 +21,8 @@ from safetensors.torch import save
 
 import data
 import ddp_train
-from harness.charts import ChartPainter
-from harness.config import ModelConfig, TrainConfig
+from harness.observers.charts import ChartPainter
+from harness.run.config import ModelConfig, TrainConfig
 from model import Block, GPTModel, initialise
 from tests.helpers import TINY_MODEL, metrics
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from data import check_tokens, ensure_dataset, open_splits
-from harness.config import load_run_configs
-from harness.errors import DataError
-from harness.token_files import TokenFile, open_split
+from harness.run.config import load_run_configs
+from harness.run.errors import DataError
+from harness.tokens.token_files import TokenFile, open_split
 from tests.helpers import TINY_MODEL
 
 TOKENS = (np.arange(5000) % 97).astype(np.uint16)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import regex
 
-from harness import tokenizer
-from harness.errors import DataError
-from harness.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token, gpt2_encoding
+from harness.run.errors import DataError
+from harness.tokens import tokenizer
+from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token, gpt2_encoding
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,7 +180,7 @@ def no_name(*arguments, **named):
     raise AssertionError("a name was looked up")
 
 socket.getaddrinfo = socket.create_connection = no_name
-from harness.tokenizer import bytes_per_token, gpt2_encoding
+from harness.tokens.tokenizer import bytes_per_token, gpt2_encoding
 
 print(gpt2_encoding().encode("Every effort moves you"), len(bytes_per_token()))
 """

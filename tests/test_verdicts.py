@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from benchmarks.simulate_verdicts import CASES, Case, simulate
-from harness.config import load_run_configs, recipe_hash
-from harness.errors import ConfigError
+from harness.run.config import load_run_configs
+from harness.run.errors import ConfigError
+from harness.run.recipe import recipe_hash
 from study.ledger import Entry, Scale, find_noise, load_ledger, record
 from study.noise import learn_noise
-from study.results import Evidence, Group, Result, group_results, read_losses
+from study.results import Group, Result, RunMetadata, group_results, read_losses
 from study.statistics import Estimate, Noise, block_noise, clustered_mean, compare_means, seeds_to_see
 from study.verdicts import (
     CANNOT_TELL,
@@ -40,7 +41,7 @@ def seeds(*numbers: int) -> Seeds:
     return [(str(number), f"{number}/{number}") for number in numbers]
 
 
-def make_evidence(**changes: Any) -> Evidence:
+def make_metadata(**changes: Any) -> RunMetadata:
     """Make what a run folder knows, with a test set of 6 documents of 2 sequences."""
     defaults: dict[str, Any] = {
         "recipe": {},
@@ -58,13 +59,13 @@ def make_evidence(**changes: Any) -> Evidence:
         "curve": (np.empty(0), np.empty(0)),
         "samples": (),
     }
-    return Evidence(**{**defaults, **changes})
+    return RunMetadata(**{**defaults, **changes})
 
 
-def make_group(recipe: str, losses: Sequence[float | None], of_seeds: Seeds | None = None, **evidence: Any) -> Group:
-    """Make the replicates of a recipe; with `evidence` as if they lay in run folders."""
+def make_group(recipe: str, losses: Sequence[float | None], of_seeds: Seeds | None = None, **metadata: Any) -> Group:
+    """Make the replicates of a recipe; with `metadata` as if they lay in run folders."""
     pairs = [("", "")] * len(losses) if of_seeds is None else of_seeds
-    found = [make_evidence(**evidence) if evidence and loss is not None else None for loss in losses]
+    found = [make_metadata(**metadata) if metadata and loss is not None else None for loss in losses]
     return Group(
         recipe,
         tuple(
@@ -393,7 +394,7 @@ def test_loss_that_is_not_finite_is_a_diverged_run(tmp_path: Path) -> None:
 def test_the_same_seed_run_again_in_another_folder_is_no_replicate() -> None:
     def result(run: str, recipe: str, seed: int, loss: float) -> Result:
         (pair,) = seeds(seed)
-        return Result(run, recipe, *pair, loss, make_evidence(recipe_hash=recipe))
+        return Result(run, recipe, *pair, loss, make_metadata(recipe_hash=recipe))
 
     found = group_results(
         [
@@ -445,7 +446,7 @@ HERE = Scale(1000, 5000, "1x cpu")
 
 def learned_from(runs: Sequence[tuple[str, str, float | None]]) -> dict[str, Entry]:
     results = tuple(
-        Result(f"run{n}", "h", init, train, loss, None if loss is None else make_evidence(recipe_hash="h"))
+        Result(f"run{n}", "h", init, train, loss, None if loss is None else make_metadata(recipe_hash="h"))
         for n, (init, train, loss) in enumerate(runs)
     )
     return {entry.component: entry for entry in learn_noise(Group("base", results))}

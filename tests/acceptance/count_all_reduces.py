@@ -6,12 +6,12 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from harness import distributed
+from harness.engine import distributed
 
 
 def count_all_reduces() -> None:
     """Have DDP print a line for every all-reduce."""
-    distribute = distributed.distribute
+    wrap_ddp = distributed.wrap_ddp
     sizes: list[int] = []
 
     def counting(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -20,9 +20,9 @@ def count_all_reduces() -> None:
         return allreduce_hook(dist.group.WORLD, bucket)
 
     def distribute_and_count(*arguments: object) -> nn.Module:
-        wrapped = distribute(*arguments)  # type: ignore[arg-type]
+        wrapped = wrap_ddp(*arguments)  # type: ignore[arg-type]
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.register_comm_hook(None, counting)
         return wrapped
 
-    distributed.distribute = distribute_and_count
+    distributed.wrap_ddp = distribute_and_count

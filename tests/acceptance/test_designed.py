@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import compare_runs
-import plan_runs
+import experiment
 from tests.acceptance.test_report import write_scored_run
 from tests.conftest import Called
 from tests.helpers import TINY_MODEL, TINY_TRAIN, write, write_run
@@ -33,9 +32,9 @@ def planned(tmp_path: Path, call: Callable[..., Called]) -> Callable[..., Path]:
         names = list(CHANGES)[:count]
         changes = write(tmp_path / "changes.json", {name: CHANGES[name] for name in names})
         place = ("--runs-dir", tmp_path / "runs", "--name", "study")
-        done = call(plan_runs.main, "base", changes, *words, *place)
+        done = call(experiment.main, "plan", "base", changes, *words, *place)
         assert done.status == 0, done.stderr
-        plan = tmp_path / "runs" / "study" / "plan.json"
+        plan = tmp_path / "runs" / "study" / "experiment.json"
         for number, run in enumerate(json.loads(plan.read_text())["plan"]["runs"]):
             loss = 4.0 + SEED_LUCK[run["seed"]] - sum(GAINS[name] for name in run["on"])
             loss += interaction if {"drop", "bias"} <= set(run["on"]) else 0.0
@@ -58,7 +57,7 @@ def score_as_planned(folder: Path, loss: float) -> None:
 
 
 def findings(call: Callable[..., Called], plan: Path) -> dict[str, dict[str, object]]:
-    done = call(compare_runs.main, "--plan", plan, "--format", "json")
+    done = call(experiment.main, "compare", "--experiment", plan, "--format", "json")
     assert done.status == 0, done.stderr
     return {item["name"]: item for item in json.loads(done.stdout)["findings"]}
 
@@ -94,7 +93,7 @@ def test_a_fraction_names_what_it_cannot_tell_apart(
 
 def test_without_replicates_lenth_judges(planned: Callable[..., Path], call: Callable[..., Called]) -> None:
     plan = planned(5, "--design", "fraction", "--resolution", "V", "--seeds", "3")
-    done = call(compare_runs.main, "--plan", plan)
+    done = call(experiment.main, "compare", "--experiment", plan)
     assert "Lenth" in done.stdout
     found = findings(call, plan)
     assert len(found) == 15
@@ -123,16 +122,16 @@ def test_a_plan_is_judged_on_the_seeds_that_are_done(
 ) -> None:
     plan = planned(2, "--seeds", "1,2,3")
     shutil.rmtree(plan.parent.parent / "study-bias-s3" / "evals")
-    done = call(compare_runs.main, "--plan", plan, "--format", "json")
+    done = call(experiment.main, "compare", "--experiment", plan, "--format", "json")
     assert [arm["n"] for arm in json.loads(done.stdout)["arms"]] == [2, 2]
-    assert "seeds 3" in call(compare_runs.main, "--plan", plan).stdout
+    assert "seeds 3" in call(experiment.main, "compare", "--experiment", plan).stdout
 
 
 def test_leaving_one_out_is_judged_against_the_stack(
     planned: Callable[..., Path], call: Callable[..., Called]
 ) -> None:
     plan = planned(2, "--design", "leave-one-out", "--seeds", "1,2,3")
-    judged = json.loads(call(compare_runs.main, "--plan", plan, "--format", "json").stdout)
+    judged = json.loads(call(experiment.main, "compare", "--experiment", plan, "--format", "json").stdout)
     assert judged["baseline"]["recipe"] == "stack"
     arms = {arm["recipe"]: arm for arm in judged["arms"]}
     assert arms["without-drop"]["difference"] == pytest.approx(0.1, abs=0.004)
@@ -145,7 +144,7 @@ def test_a_plan_says_what_it_costs_and_sees(tmp_path: Path, call: Callable[..., 
     write_run(tmp_path / "runs" / "base", {}, priced)
     changes = write(tmp_path / "changes.json", CHANGES)
     place = ("--runs-dir", tmp_path / "runs", "--design", "fraction", "--seeds", "1")
-    done = call(plan_runs.main, "base", changes, *place, "--dry-run")
+    done = call(experiment.main, "plan", "base", changes, *place, "--dry-run")
     assert done.status == 0, done.stderr
     for expected in ("16 arms x 1 seeds = 16 runs", "Tokens:            40,960", "0.16 EUR", "E=ABCD (resolution V)"):
         assert expected in done.stdout
@@ -157,7 +156,7 @@ def test_a_plan_says_what_it_costs_and_sees(tmp_path: Path, call: Callable[..., 
         "hardware": "1x cpu", "sd": 0.0123, "df": 6, "runs": ["a", "b"],
     }  # fmt: skip
     (tmp_path / "runs" / "noise-ledger.json").write_text(json.dumps({"entries": [entry]}))
-    done = call(plan_runs.main, "base", changes, *place, "--dry-run")
+    done = call(experiment.main, "plan", "base", changes, *place, "--dry-run")
     assert "borrowed from another recipe (base)" in done.stdout
     assert "0.50 sigma = 0.0062 nats per token" in done.stdout
 
@@ -180,7 +179,7 @@ def test_a_plan_that_cannot_be_is_refused_whole(
 ) -> None:
     write_run(tmp_path / "runs" / "base", {}, {})
     file = write(tmp_path / "changes.json", changes)
-    done = call(plan_runs.main, "base", file, *words, "--runs-dir", tmp_path / "runs", "--seeds", "1")
+    done = call(experiment.main, "plan", "base", file, *words, "--runs-dir", tmp_path / "runs", "--seeds", "1")
     assert done.status == 2
     assert complaint in done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["base"]

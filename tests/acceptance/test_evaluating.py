@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 import prepare_dataset
 import test_loss
 import test_smoke
-from harness.config import load_model_config, load_run_configs, recipe_hash, run_hash
-from harness.evaluate import LossTally
-from harness.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.engine.evaluate import LossTally
+from harness.run.config import load_model_config, load_run_configs
+from harness.run.recipe import recipe_hash, run_hash
+from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from model import GPTModel, initialise
 from preparation.python_docs import docstrings, documented_modules
 from tests.conftest import Called

@@ -23,9 +23,9 @@ import export_hf
 import import_weights
 import test_loss
 from exchange import parity
-from harness.charts import ChartPainter
-from harness.config import ModelConfig, TrainConfig, config_from, load_model_config, load_run_configs
-from harness.sampling import SampleSettings, continue_text
+from harness.engine.sampling import SampleSettings, continue_text
+from harness.observers.charts import ChartPainter
+from harness.run.config import ModelConfig, TrainConfig, config_from, load_model_config, load_run_configs
 from model import load_model
 from study.statistics import clustered_mean
 from tests.conftest import Called

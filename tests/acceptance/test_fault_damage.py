@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import checkpoint, resume
-from harness.errors import CheckpointError
-from harness.run_folder import RunFolder, file_sha256, write_json
+from harness.engine import checkpoint, resume
+from harness.run.errors import CheckpointError
+from harness.run.files import file_sha256, write_json
+from harness.run.run_folder import RunFolder
 from tests.helpers import train_in_fork, write
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -129,7 +130,7 @@ def test_links_are_hints_and_are_repaired(trained: Path, name: str, put: Callabl
     contents = checkpoint.read_contents(folder.checkpoint(19))
     (folder.checkpoints / name).unlink()
     put(folder.checkpoints / name)
-    start = resume.choose_start(folder, resume.Wish(), contents.basis)
+    start = resume.choose_start(folder, resume.ResumeRequest(), contents.basis)
     assert start.path == folder.checkpoint(19)
     assert start.state.best_loss == contents.state.best_loss
     assert {link: (folder.checkpoints / link).readlink() for link in links} == links

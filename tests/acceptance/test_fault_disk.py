@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import ddp_train
-from harness import checkpoint
-from harness.run_folder import RunFolder
+from harness.engine import checkpoint
+from harness.run.run_folder import RunFolder
 from tests.helpers import (
     FORKS,
     assert_same_run,

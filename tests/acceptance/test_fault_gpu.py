@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from harness import checkpoint
-from harness.config import ModelConfig, TrainConfig
-from harness.optim import make_optimizer
-from harness.run_folder import RunFolder
-from harness.train_state import TrainState
-from model import empty_model, initialise
+from harness.engine import checkpoint
+from harness.engine.optimizers import make_optimizer
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.run_folder import RunFolder
+from harness.run.train_state import TrainState
+from model import initialise, uninitialized_model
 from tests.acceptance.test_fault_kill import lines_in, needs_proc, rank_processes
 from tests.helpers import (
     REQUIRED_TRAIN,
@@ -73,14 +73,14 @@ def test_a_checkpoint_of_gpt2_small_is_saved_and_verified_in_seconds(tmp_path: P
     config = ModelConfig(
         vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1, qkv_bias=False
     )
-    model = empty_model(config)
+    model = uninitialized_model(config)
     initialise(model, 1)
     device = torch.device("cuda")
     model.to(device)
     optimizer = make_optimizer(model, TrainConfig(**REQUIRED_TRAIN), device)
-    trainee = checkpoint.Trainee(model, optimizer, torch.amp.GradScaler("cuda"))
+    trainee = checkpoint.TraineeGone(model, optimizer, torch.amp.GradScaler("cuda"))
     began = time.monotonic()
-    snapshot = checkpoint.take(trainee, TrainState(next_step=1), checkpoint.Basis({}))
+    snapshot = checkpoint.take(trainee, TrainState(next_step=1), checkpoint.ResumeIdentity({}))
     taken = time.monotonic()
     saved = checkpoint.write(RunFolder(tmp_path), snapshot)
     written = time.monotonic()

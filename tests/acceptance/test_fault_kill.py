@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import checkpoint
-from harness.run_folder import RunFolder
+from harness.engine import checkpoint
+from harness.run.run_folder import RunFolder
 from tests.helpers import (
     DEMANDING,
     LAST_STEP,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from harness.run_folder import RunFolder
-from harness.tokenizer import VOCAB_SIZE
+from harness.run.run_folder import RunFolder
+from harness.tokens.tokenizer import VOCAB_SIZE
 from tests.helpers import assert_tidy, metrics, status, strict_json, train_in_fork
 
 PRECISIONS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from harness.run_folder import RunFolder
+from harness.run.run_folder import RunFolder
 from tests.helpers import (
     assert_same_run,
     metrics,
@@ -44,7 +44,7 @@ def listening_addresses(pid: int) -> set[str]:
 def test_a_rank_that_hangs_is_named(whole_by_two: Path, tmp_path: Path, datasets_dir: Path) -> None:
     folder = write_demanding(tmp_path / "runs" / "hung")
     with workers(folder, datasets_dir, "--peer-timeout", 5, count=2, fault="step.start@10#1:stop") as (first, second):
-        wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 9)
+        wait_for(lambda: len(RunFolder(folder).metrics.read()) >= 9)
         began = time.monotonic()
         if sys.platform == "linux":
             # All ranks are on this machine, so they are to be reached from nowhere else.

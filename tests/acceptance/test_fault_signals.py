@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import checkpoint
-from harness.run_folder import RunFolder
+from harness.engine import checkpoint
+from harness.run.run_folder import RunFolder
 from tests.helpers import (
     assert_same_run,
     assert_tidy,
@@ -39,7 +39,7 @@ def assert_stopped_after(folder: Path, step: int, later: int = 1) -> None:
 def test_sigterm_to_the_launcher_saves_on_all_ranks(whole_by_two: Path, tmp_path: Path, datasets_dir: Path) -> None:
     folder = write_demanding(tmp_path / "runs" / "stopped")
     launcher = start_training(folder, datasets_dir, 2, TRAIN_FAULT="step.start:sleep:0.2")
-    wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 5)
+    wait_for(lambda: len(RunFolder(folder).metrics.read()) >= 5)
     launcher.send_signal(signal.SIGTERM)
     at = len(metrics(folder))
     try:
@@ -69,7 +69,7 @@ def test_sigterm_to_one_rank_stops_all_at_one_step(
 def stop_inside_step_7(folder: Path, datasets_dir: Path, number: signal.Signals) -> None:
     """Send a signal while a backward pass of step 7 runs; assert that the run stops after the step, saved."""
     with workers(folder, datasets_dir, fault="step.backward@7:sleep:0.7") as (worker,):
-        wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 6)
+        wait_for(lambda: len(RunFolder(folder).metrics.read()) >= 6)
         time.sleep(0.7)
         worker.send(number)
         assert worker.wait() == 75
@@ -89,7 +89,7 @@ def test_one_sigint_saves_and_a_second_ends_at_once(whole: Path, tmp_path: Path,
     folder = write_demanding(tmp_path / "runs" / "interrupted")
     stop_inside_step_7(folder, datasets_dir, signal.SIGINT)
     with workers(folder, datasets_dir, fault="step.backward@12:sleep:60") as (worker,):
-        wait_for(lambda: len(RunFolder(folder).read_metrics()) >= 11)
+        wait_for(lambda: len(RunFolder(folder).metrics.read()) >= 11)
         time.sleep(0.7)
         worker.send(signal.SIGINT)
         time.sleep(0.3)

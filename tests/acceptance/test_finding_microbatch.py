@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import ddp_train
-from harness import distributed, microbatch
-from harness.errors import ConfigError
-from harness.plan import Plan
+from harness.engine import distributed
+from harness.run.errors import ConfigError
+from harness.run.plan import Plan
 from tests.conftest import Called
 from tests.helpers import run, train_in_fork
+from training import trials as microbatch
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 9, 64, 100, 1000])

@@ -14,17 +14,16 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-import compare_runs
 import ddp_train
+import experiment
 import import_weights
-import plan_runs
 import test_loss
 import test_smoke
 from exchange import parity
 from exchange.vocabulary import tokenizer_files
-from harness.config import load_run_configs
-from harness.run_folder import file_sha256
-from harness.tokenizer import END_OF_TEXT, MERGES, printable_vocabulary
+from harness.run.config import load_run_configs
+from harness.run.files import file_sha256
+from harness.tokens.tokenizer import END_OF_TEXT, MERGES, printable_vocabulary
 from tests.conftest import Called
 from tests.helpers import ROOT, command, metrics
 from tests.model_hub import COMMIT, ModelHub
@@ -153,7 +152,17 @@ def test_a_start_from_elsewhere_is_another_recipe(
         place = ("--dataset", "toy", "--start-token", 0, "--batches", 2)
         assert call(test_loss.main, datasets_dir, *words, *place).status == 0
     done = call(
-        compare_runs.main, "--baseline", "drawn", "mine", "--runs-dir", runs, "--noise-sd", 0.01, "--noise-df", 9
+        experiment.main,
+        "compare",
+        "--baseline",
+        "drawn",
+        "mine",
+        "--runs-dir",
+        runs,
+        "--noise-sd",
+        0.01,
+        "--noise-df",
+        9,
     )
     assert done.status == 0, done.stderr
     assert f"initial_weights none→{written['initial_weights']}" in done.stdout
@@ -168,7 +177,7 @@ def test_every_arm_of_a_plan_starts_from_the_base_s_weights(
     (runs / "mine" / "train.json").write_text(json.dumps({**written, "dataset": "toy", "min_train_tokens": 512}))
     (tmp_path / "changes.json").write_text(json.dumps({"faster": {"train": {"learning_rate": 0.001}}}))
     words = ("mine", tmp_path / "changes.json", "--seeds", "1,2", "--name", "tuned", "--runs-dir", runs)
-    done = call(plan_runs.main, *words, "--test-batches", 1)
+    done = call(experiment.main, "plan", *words, "--test-batches", 1)
     assert done.status == 0, done.stderr
     arms = sorted(path for path in runs.iterdir() if path.name.startswith("tuned-"))
     assert len(arms) == 4
@@ -183,7 +192,7 @@ def test_comparing_with_an_imported_model_is_refused_in_one_line(
     words = (run / "model.json", run / "checkpoints" / "latest" / "model.safetensors", "--dataset", "toy")
     assert call(test_loss.main, datasets_dir, *words, "--start-token", 0, "--batches", 1).status == 0
     shutil.copytree(run, run.parent / "other", symlinks=True)
-    done = call(compare_runs.main, "--baseline", "mine", "other", "--runs-dir", run.parent)
+    done = call(experiment.main, "compare", "--baseline", "mine", "other", "--runs-dir", run.parent)
     assert (done.status, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "imported weights" in done.stderr
 

@@ -13,7 +13,7 @@ import ddp_train
 import ift_judge
 import ift_respond
 import prepare_dataset
-from instruction.items import OWN_SET
+from instruction.items import BUILTIN_SET
 from instruction.recipe import DEFAULT_RECIPE
 from tests.conftest import Called
 from tests.helpers import ROOT, write, write_run
@@ -49,7 +49,7 @@ def prepare_and_train(
 def evaluate(call: Callable[..., Called], folder: Path, recipe: dict[str, Any], every: int) -> dict[str, Any]:
     """Take both runs and the untrained one through ift_respond.py, with a part of the items; gives results.json."""
     document = {**json.loads(DEFAULT_RECIPE.read_text()), **recipe}
-    items = write(folder / "items.json", json.loads((ROOT / OWN_SET).read_text())[::every])
+    items = write(folder / "items.json", json.loads((ROOT / BUILTIN_SET).read_text())[::every])
     words = (
         "--data",
         items,

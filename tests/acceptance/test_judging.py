@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-import compare_runs
 import ddp_train
-import plan_runs
+import experiment
 import test_loss
-from harness.charts import ChartPainter
-from harness.errors import exit_status_of
+from harness.observers.charts import ChartPainter
+from harness.run.errors import exit_status_of
 from tests.conftest import Called
 from tests.helpers import ROOT, run, write, write_run
 
@@ -39,7 +38,7 @@ STUDY = ("toy-baseline-s1", "toy-fast-s1", "toy-baseline-s2", "toy-fast-s2")
 
 def published(call: Callable[..., Called], *words: object, table: Path = PUBLISHED) -> dict[str, Any]:
     """Judge a table against its baseline and give the JSON."""
-    done = call(compare_runs.main, "--baseline", "baseline", *words, "--losses", table, "--format", "json")
+    done = call(experiment.main, "compare", "--baseline", "baseline", *words, "--losses", table, "--format", "json")
     assert done.status == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document
@@ -147,7 +146,9 @@ def test_json_has_the_documented_keys_and_numbers(call: Callable[..., Called]) -
 
 def test_tables_say_the_same_in_every_format(call: Callable[..., Called]) -> None:
     printed = {
-        name: call(compare_runs.main, "--baseline", "baseline", "--losses", PUBLISHED, "--format", name).stdout
+        name: call(
+            experiment.main, "compare", "--baseline", "baseline", "--losses", PUBLISHED, "--format", name
+        ).stdout
         for name in ("table", "markdown", "csv")
     }
     document = published(call)
@@ -178,8 +179,10 @@ def test_a_test_set_that_is_too_long_is_refused_before_training(
     runs_dir = tmp_path / "runs"
     write_run(runs_dir / "base", {}, {})
     words = ("--design", "replicates", "--runs-dir", runs_dir, "--name", "noise", "--seeds", "1,2")
-    assert call(plan_runs.main, "base", *words).status == 0  # 3,200 batches are more than the toy dataset has
-    done = call(plan_runs.main, "--execute", runs_dir / "noise" / "plan.json", datasets_dir)
+    assert (
+        call(experiment.main, "plan", "base", *words).status == 0
+    )  # 3,200 batches are more than the toy dataset has
+    done = call(experiment.main, "run", runs_dir / "noise" / "experiment.json", datasets_dir)
     assert (done.status, len(done.stderr.splitlines())) == (3, 1)
     assert "--test-batches" in done.stderr
     assert not (runs_dir / "noise-baseline-s1" / "status.json").exists()
@@ -190,13 +193,16 @@ def test_naming_an_arm_twice_changes_nothing(call: Callable[..., Called], tmp_pa
     rows = [f"{name}{i},{name},,,{loss + i / 100}" for name, loss in (("b", 3.5), ("x", 3.6)) for i in range(3)]
     path.write_text("\n".join([HEADER, *rows]))
     words = ("--losses", path, "--baseline", "b")
-    assert call(compare_runs.main, *words, "x", "x1").stdout == call(compare_runs.main, *words, "x").stdout
+    assert (
+        call(experiment.main, "compare", *words, "x", "x1").stdout
+        == call(experiment.main, "compare", *words, "x").stdout
+    )
 
 
 def test_output_goes_to_a_file(call: Callable[..., Called], tmp_path: Path) -> None:
     words = ("--baseline", "baseline", "--losses", PUBLISHED, "--format", "json")
-    printed = call(compare_runs.main, *words)
-    silent = call(compare_runs.main, *words, "--output", tmp_path / "result.json")
+    printed = call(experiment.main, "compare", *words)
+    silent = call(experiment.main, "compare", *words, "--output", tmp_path / "result.json")
     assert silent == (0, "", "")
     assert (tmp_path / "result.json").read_text() == printed.stdout
 
@@ -219,7 +225,7 @@ BAD_TABLES = {
 def test_bad_tables_are_refused_line_by_line(call: Callable[..., Called], tmp_path: Path, text: str) -> None:
     table = tmp_path / "losses.csv"
     table.write_text(text)
-    done = call(compare_runs.main, "--baseline", "baseline", "--losses", table)
+    done = call(experiment.main, "compare", "--baseline", "baseline", "--losses", table)
     assert (done.status, done.stdout) == (2, "")
     lines = done.stderr.splitlines()
     assert len(lines) == len(BAD_TABLES[text])
@@ -232,7 +238,7 @@ def test_tables_that_are_not_text_or_not_there(call: Callable[..., Called], tmp_
     table = tmp_path / "losses.csv"
     table.write_bytes(b"run,recipe\xff\xfe\n")
     for path in (table, tmp_path / "none.csv", tmp_path):
-        done = call(compare_runs.main, "--baseline", "baseline", "--losses", path)
+        done = call(experiment.main, "compare", "--baseline", "baseline", "--losses", path)
         assert done.status == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"{path}: ")
@@ -248,13 +254,13 @@ def test_tables_that_are_not_text_or_not_there(call: Callable[..., Called], tmp_
         ("--baseline", "baseline", "--margin", "nan"),
         ("--baseline", "baseline", "--noise-sd", "0.1"),
         ("--baseline", "baseline", "--learn-noise"),
-        ("--baseline", "baseline", "--plan", "plan.json"),
+        ("--baseline", "baseline", "--experiment", "experiment.json"),
         ("--baseline", "baseline", "--format", "xml"),
         (),
     ],
 )
 def test_bad_usage(call: Callable[..., Called], words: tuple[str, ...]) -> None:
-    done = call(compare_runs.main, *words, "--losses", PUBLISHED)
+    done = call(experiment.main, "compare", *words, "--losses", PUBLISHED)
     assert (done.status, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert "found" in done.stderr or "error:" in done.stderr
@@ -262,7 +268,7 @@ def test_bad_usage(call: Callable[..., Called], words: tuple[str, ...]) -> None:
 
 def test_table_of_the_baseline_alone_has_nothing_to_compare(call: Callable[..., Called], tmp_path: Path) -> None:
     table = part_of_published(tmp_path / "part.csv", ["8xa100m40-baseline", "8xa100m40-baseline-2"])
-    done = call(compare_runs.main, "--baseline", "baseline", "--losses", table)
+    done = call(experiment.main, "compare", "--baseline", "baseline", "--losses", table)
     assert done.status == 2
     assert len(done.stderr.splitlines()) == 1
 
@@ -296,7 +302,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder / "runs" / "base", {}, {"min_train_tokens": 2 * 128, "checkpoint_interval": 100})
     interventions = write(folder / "interventions.json", {"fast": {"train": {"learning_rate": 0.05}}})
     words = ("--design", "one-at-a-time", "--seeds", "1,2", "--name", "toy", "--test-batches", "2")
-    done = run("plan_runs.py", "base", interventions, *words, "--runs-dir", folder / "runs")
+    done = run("experiment.py", "plan", "base", interventions, *words, "--runs-dir", folder / "runs")
     assert "2 arms x 2 seeds = 4 runs" in done.stdout
     assert f"--execute {folder / 'runs' / 'toy' / 'plan.json'}" in done.stdout
     return folder / "runs"
@@ -315,10 +321,10 @@ def in_process(command: Sequence[str]) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def executed(study: Path, datasets_dir: Path) -> Path:
     """The same with every run trained and scored; its plan."""
-    plan = study / "toy" / "plan.json"
+    plan = study / "toy" / "experiment.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_runs, "subprocess", SimpleNamespace(run=in_process))
-        patch.setattr(sys, "argv", ["plan_runs.py", "--execute", str(plan), str(datasets_dir)])
+        patch.setattr(sys, "argv", ["experiment.py", "run", str(plan), str(datasets_dir)])
         assert exit_status_of(plan_runs.main) == 0
     return plan
 
@@ -337,7 +343,7 @@ def test_every_run_is_trained_and_scored_on_the_same_tokens(executed: Path) -> N
 
 
 def test_plan_is_judged_in_blocks(executed: Path, call: Callable[..., Called]) -> None:
-    done = call(compare_runs.main, "--plan", executed, "--format", "json")
+    done = call(experiment.main, "compare", "--experiment", executed, "--format", "json")
     assert done.status == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["method"] == "blocks"
@@ -352,7 +358,7 @@ def test_plan_is_judged_in_blocks(executed: Path, call: Callable[..., Called]) -
     }
     difference = sum((-1 if "baseline" in name else 1) * loss / 2 for name, loss in losses.items())
     assert arm["mean"] - document["baseline"]["mean"] == pytest.approx(difference, abs=1e-9)
-    table = call(compare_runs.main, "--plan", executed)
+    table = call(experiment.main, "compare", "--experiment", executed)
     assert table.status == 0
     assert any(line.startswith("fast ") and line.split()[1] == "2" for line in table.stdout.splitlines())
 
@@ -360,17 +366,17 @@ def test_plan_is_judged_in_blocks(executed: Path, call: Callable[..., Called]) -
 def test_noise_is_learned_and_lent(executed: Path, call: Callable[..., Called]) -> None:
     runs_dir = executed.parent.parent
     pair = ("toy-baseline-s1", "toy-fast-s1", "--only-named", "--runs-dir", runs_dir, "--format", "json")
-    unknown = json.loads(call(compare_runs.main, "--baseline", *pair).stdout)
+    unknown = json.loads(call(experiment.main, "compare", "--baseline", *pair).stdout)
     assert (unknown["arms"][0]["verdict"], unknown["arms"][0]["p"]) == ("CANNOT TELL", None)
-    learned = call(compare_runs.main, "--learn-noise", "--runs-dir", runs_dir)
+    learned = call(experiment.main, "noise", "--baseline", BASELINE_TODO, "--runs-dir", runs_dir)
     assert learned.status == 0, learned.stderr
     assert learned.stdout.count("all seeds: sd 0.") == 2
     try:
-        known = json.loads(call(compare_runs.main, "--baseline", *pair).stdout)
+        known = json.loads(call(experiment.main, "compare", "--baseline", *pair).stdout)
         assert known["method"] == "ledger"
         assert known["noise"]["df"] == 1
         words = ("base", runs_dir.parent / "interventions.json", "--dry-run", "--runs-dir", runs_dir)
-        assert "degrees of freedom from the ledger, this recipe's own" in call(plan_runs.main, *words).stdout
+        assert "degrees of freedom from the ledger, this recipe's own" in call(experiment.main, "plan", *words).stdout
     finally:
         (runs_dir / "noise-ledger.json").unlink()
 
@@ -380,7 +386,7 @@ def test_executing_again_does_nothing_but_what_is_missing(executed: Path, datase
     runs_dir = executed.parent.parent
     before = {name: (runs_dir / name / "metrics.jsonl").stat().st_mtime_ns for name in STUDY}
     shutil.rmtree(runs_dir / "toy-fast-s2" / "evals")
-    done = run("plan_runs.py", "--execute", executed, datasets_dir)
+    done = run("experiment.py", "run", executed, datasets_dir)
     for number, name in enumerate(STUDY[:3], start=1):
         assert f"[{number}/4] {name}: already complete" in done.stdout
     assert f"[4/4] {STUDY[3]}: training" in done.stdout
@@ -391,12 +397,12 @@ def test_executing_again_does_nothing_but_what_is_missing(executed: Path, datase
 def test_planning_again_is_harmless_and_another_plan_is_refused(
     study: Path, call: Callable[..., Called], tmp_path: Path
 ) -> None:
-    plan = study / "toy" / "plan.json"
+    plan = study / "toy" / "experiment.json"
     before = plan.read_bytes()
     words = ("--seeds", "1,2", "--name", "toy", "--test-batches", "2", "--runs-dir", study)
-    assert call(plan_runs.main, "base", study.parent / "interventions.json", *words).status == 0
+    assert call(experiment.main, "plan", "base", study.parent / "interventions.json", *words).status == 0
     other = write(tmp_path / "other.json", {"slow": {"train": {"learning_rate": 0.001}}})
-    done = call(plan_runs.main, "base", other, *words)
+    done = call(experiment.main, "plan", "base", other, *words)
     assert done.status == 2
     assert done.stderr == f"{plan}: found another plan of this name, wanted a new --name\n"
     assert plan.read_bytes() == before
@@ -407,7 +413,7 @@ def test_planning_again_is_harmless_and_another_plan_is_refused(
     "words",
     [
         ("base",),
-        ("--execute", "plan.json"),
+        ("--execute", "experiment.json"),
         ("base", "interventions.json", "--seeds", "1,1"),
         ("base", "interventions.json", "--seeds", "1,-2"),
         ("base", "interventions.json", "--design", "fraction"),
@@ -419,7 +425,7 @@ def test_planning_again_is_harmless_and_another_plan_is_refused(
 def test_impossible_plans(study: Path, call: Callable[..., Called], words: tuple[str, ...]) -> None:
     before = sorted(study.iterdir())
     place = [study.parent / word if word == "interventions.json" else word for word in words]
-    done = call(plan_runs.main, *place, "--runs-dir", study)
+    done = call(experiment.main, "plan", *place, "--runs-dir", study)
     assert done.status == 2
     assert done.stderr
     assert "Traceback" not in done.stderr

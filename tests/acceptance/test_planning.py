@@ -72,7 +72,7 @@ def test_dry_run_looks_at_a_dataset_that_is_there(
 def test_output_that_nobody_reads_is_no_traceback() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    words = command("compare_runs.py", "--losses", "docs/published/losses.csv", "--baseline", "baseline")
+    words = command("experiment.py", "compare", "--losses", "docs/published/losses.csv", "--baseline", "baseline")
     done = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import compare_runs
-import report
-from harness.config import load_run_configs, recipe_hash, run_hash
+import experiment
+from harness.run.config import load_run_configs
+from harness.run.recipe import recipe_hash, run_hash
 from tests.conftest import Called
 from tests.helpers import ROOT, write_run
 
@@ -86,7 +86,7 @@ class Text(HTMLParser):
 
 def test_replicates_are_found_and_judged_as_blocks(runs_dir: Path, call: Callable[..., Called]) -> None:
     words = ("--baseline", "plain-s1", "better-s1", "same-s2", "--runs-dir", runs_dir, "--format", "json")
-    done = call(compare_runs.main, *words)
+    done = call(experiment.main, "compare", *words)
     assert done.status == 0, done.stderr
     judged = json.loads(done.stdout)
     assert judged["method"] == "blocks"
@@ -103,7 +103,7 @@ def test_a_report_shows_everything_and_needs_nothing(
     runs_dir: Path, call: Callable[..., Called], tmp_path: Path
 ) -> None:
     output = tmp_path / "report.html"
-    done = call(report.main, "--baseline", "plain-s1", "--runs-dir", runs_dir, "--output", output)
+    done = call(experiment.main, "report", "--baseline", "plain-s1", "--runs-dir", runs_dir, "--output", output)
     assert done.status == 0, done.stderr
     page = output.read_text()
     assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page)
@@ -129,41 +129,41 @@ def test_unfair_comparisons_are_refused_with_the_reason(runs_dir: Path, call: Ca
     known = json.loads(score.read_text())
     score.write_text(json.dumps({**known, "tokens_seen": 1}))
     words = ("--baseline", "plain-s1", "better-s1", "--only-named", "--runs-dir", runs_dir)
-    done = call(compare_runs.main, *words)
+    done = call(experiment.main, "compare", *words)
     assert (done.status, len(done.stderr.splitlines())) == (2, 1)
     assert "better-s1: saw 1 tokens" in done.stderr
     score.write_text(json.dumps({**known, "tokens_sha256": "b" * 64}))
-    done = call(compare_runs.main, *words)
+    done = call(experiment.main, "compare", *words)
     assert done.status == 2
     assert "same test tokens" in done.stderr
     score.write_text(json.dumps({**known, "run_hash": "c" * 64}))
-    assert "scored with another" in call(compare_runs.main, *words).stderr
+    assert "scored with another" in call(experiment.main, "compare", *words).stderr
 
 
 def test_noise_is_learned_and_borrowed(runs_dir: Path, call: Callable[..., Called]) -> None:
     alone = ("--baseline", "plain-s1", "better-s1", "--only-named", "--runs-dir", runs_dir)
-    unknown = call(compare_runs.main, *alone)
+    unknown = call(experiment.main, "compare", *alone)
     assert "noise unknown" in unknown.stdout
     assert "-0.09" in unknown.stdout  # the difference itself is known
-    done = call(compare_runs.main, "--learn-noise", "--runs-dir", runs_dir)
+    done = call(experiment.main, "noise", "--baseline", BASELINE_TODO, "--runs-dir", runs_dir)
     assert done.status == 0, done.stderr
     ledger = json.loads((runs_dir / "noise-ledger.json").read_text())
     (plain,) = (entry for entry in ledger["entries"] if entry["recipe"] == "plain")
     losses = [4.0 + 0.02 * seed + 0.001 * ((seed * 7 + 5) % 3) for seed in SEEDS]
     assert plain["sd"] == pytest.approx(np.std(losses, ddof=1))
     assert (plain["df"], plain["component"], plain["runs"]) == (2, "all", ["plain-s1", "plain-s2", "plain-s3"])
-    assert "the ledger, from 3 runs of this recipe" in call(compare_runs.main, *alone).stdout
+    assert "the ledger, from 3 runs of this recipe" in call(experiment.main, "compare", *alone).stdout
     other = ("--baseline", "better-s1", "plain-s1", "--only-named", "--runs-dir", runs_dir)
     ledger["entries"] = [plain]
     (runs_dir / "noise-ledger.json").write_text(json.dumps(ledger))
-    assert "borrowed from another recipe (plain)" in call(compare_runs.main, *other).stdout
+    assert "borrowed from another recipe (plain)" in call(experiment.main, "compare", *other).stdout
 
 
 def test_a_diverged_run_is_reported_never_dropped(runs_dir: Path, call: Callable[..., Called]) -> None:
     folder = runs_dir / "better-s2"
     shutil.rmtree(folder / "evals")
     (folder / "status.json").write_text(json.dumps({"state": "failed", "step": 30, "exit_code": 7}))
-    done = call(compare_runs.main, "--baseline", "plain-s1", "better-s1", "--runs-dir", runs_dir)
+    done = call(experiment.main, "compare", "--baseline", "plain-s1", "better-s1", "--runs-dir", runs_dir)
     assert done.status == 0, done.stderr
     assert "CANNOT TELL: diverged: better-s2" in done.stdout
 
@@ -172,7 +172,10 @@ def test_a_diverged_run_is_reported_never_dropped(runs_dir: Path, call: Callable
 def test_a_report_in_a_real_browser(runs_dir: Path, call: Callable[..., Called], tmp_path: Path) -> None:
     """The slider shows the last step's samples, hostile text stays text, and a screenshot is not blank."""
     output, picture = tmp_path / "report.html", tmp_path / "page.png"
-    assert call(report.main, "--baseline", "plain-s1", "--runs-dir", runs_dir, "--output", output).status == 0
+    assert (
+        call(experiment.main, "report", "--baseline", "plain-s1", "--runs-dir", runs_dir, "--output", output).status
+        == 0
+    )
     switches = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
         "--disable-component-update --disable-sync --virtual-time-budget=3000 --window-size=400,1200"
@@ -193,7 +196,9 @@ def test_a_report_in_a_real_browser(runs_dir: Path, call: Callable[..., Called],
 
 def test_the_published_table_makes_a_page(call: Callable[..., Called], tmp_path: Path) -> None:
     losses = ROOT / "docs" / "published" / "losses.csv"
-    done = call(report.main, "--losses", losses, "--baseline", "baseline", "--output", tmp_path / "out.html")
+    done = call(
+        experiment.main, "report", "--losses", losses, "--baseline", "baseline", "--output", tmp_path / "out.html"
+    )
     assert done.status == 0, done.stderr
     words = Text((tmp_path / "out.html").read_text()).words
     assert words.count("HURTS") >= 2

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import ddp_train
-from harness.config import load_model_config
-from harness.plan import count_parameters
+from harness.run.config import load_model_config
+from harness.run.model_size import count_parameters
 from tests.acceptance.count_all_reduces import count_all_reduces
 from tests.conftest import Called
 from tests.helpers import metrics, start_training, status, train, train_in_fork, wait_for

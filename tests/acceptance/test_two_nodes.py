@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import resume
-from harness.errors import CheckpointError
+from harness.engine import resume
+from harness.run.errors import CheckpointError
 from tests.helpers import OFFLINE, ROOT, final_bits, status, train_in_fork, write_run
 
 TRAIN = {"microbatch_size": 2, "gradient_accumulation_steps": 2, "min_train_tokens": 12 * 8 * 16}

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import ddp_train
-from harness import loggers, messages
+from harness.observers import loggers
+from harness.observers import notifications as messages
 from tests.conftest import Called
 from tests.helpers import metrics, status, train, wait_for
 

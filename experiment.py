@@ -1,0 +1,216 @@
+"""Plan an experiment, run it, and judge what helped.
+
+  python experiment.py plan quickstart interventions.json --name my-study
+  python experiment.py run my-study datasets
+  python experiment.py compare --experiment my-study
+
+`python experiment.py VERB --help` tells more of each verb.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.run.arguments import add_runs_dir, parse_into, parser_of, positive, whole_number
+from harness.run.errors import ConfigError, exit_status_of
+from harness.run.files import write_text
+from study.assemble import ComparisonRequest, assemble
+from study.designs import DESIGNS, RESOLUTIONS
+from study.noise import learn, show_ledger
+from study.page import page
+from study.planning import PlanRequest, plan
+from study.results import CheckpointRule
+from study.running import run
+from study.statistics import Noise
+from study.tables import FORMATS, Format, render
+from study.verdicts import MARGIN
+
+
+def main() -> None:
+    """Do what the verb asks for; raises HarnessError."""
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "plan": plan_verb, "run": run_verb, "compare": compare_verb, "report": report_verb, "noise": noise_verb,
+    }  # fmt: skip
+    parser = parser_of(__doc__)
+    parser.add_argument("verb", metavar="VERB", choices=verbs, help=" | ".join(verbs))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="what the verb takes")
+    arguments = parser.parse_args()
+    verbs[arguments.verb](arguments.rest)
+
+
+def plan_verb(words: list[str]) -> None:
+    """Design an experiment, say what it costs and what it can see, and write its run folders.
+
+      python experiment.py plan quickstart interventions.json --seeds 1,2,3 --name my-study
+
+    INTERVENTIONS_JSON names changes: {"clipping": {"train": {"clipping_max_norm": 3.5}}, ...}.
+    """
+    parser = parser_of(plan_verb.__doc__, "experiment.py plan")
+    parser.add_argument("base_run", metavar="BASE_RUN", help="the run that the changes are made to")
+    parser.add_argument(
+        "interventions", metavar="INTERVENTIONS_JSON", nargs="?", type=Path, help="not for replicates"
+    )
+    parser.add_argument("--name", help="of the experiment; its runs begin with it (default: from base and design)")
+    parser.add_argument("--design", choices=DESIGNS, default="one-at-a-time")
+    parser.add_argument("--resolution", choices=RESOLUTIONS, default="V", help="of a fraction (default V)")
+    parser.add_argument("--generators", nargs="+", default=[], metavar="E=ABCD", help="choose the fraction yourself")
+    parser.add_argument("--with-stack", action="store_true", help="one-at-a-time: add an arm with all changes")
+    parser.add_argument("--seeds", type=_seeds, default=(1, 2, 3), help="shared by all arms (default 1,2,3)")
+    parser.add_argument("--world-size", type=whole_number(), default=1, metavar="W", help="processes (default 1)")
+    parser.add_argument(
+        "--test-start-token", type=whole_number(0), metavar="N", help="default: the base's validation"
+    )
+    parser.add_argument("--test-batches", type=whole_number(), default=3200, metavar="N", help="of 6 sequences")
+    parser.add_argument("--dry-run", action="store_true", help="print and write nothing")
+    add_runs_dir(parser)
+    request = parse_into(PlanRequest, parser, words)
+    if request.generators and request.design != "fraction":
+        parser.error("--generators goes with --design fraction")
+    if request.interventions is None and request.design != "replicates":
+        parser.error("INTERVENTIONS_JSON: missing, wanted one (or --design replicates)")
+    plan(request)
+
+
+def run_verb(words: list[str]) -> None:
+    """Train and score an experiment's runs in order.
+
+      python experiment.py run my-study datasets
+
+    What is complete is skipped, what was interrupted goes on, what another process has begun is left to it.
+    """
+    parser = parser_of(run_verb.__doc__, "experiment.py run")
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="its name, or its experiment.json")
+    parser.add_argument("datasets_dir", metavar="DATASETS_DIR", type=Path)
+    parser.add_argument("--world-size", type=whole_number(), default=1, metavar="W", help="processes (default 1)")
+    add_runs_dir(parser)
+    arguments = parser.parse_args(words)
+    run(arguments.experiment, arguments.datasets_dir, arguments.runs_dir, arguments.world_size)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What `compare` and `report` judge."""
+
+    runs: list[str]
+    baseline: str | None
+    experiment: str | None
+    losses: Path | None
+    checkpoint: CheckpointRule
+    margin: float
+    runs_dir: Path
+
+    def request(self, noise: Noise | None = None, only_named: bool = False) -> ComparisonRequest:
+        """Return the request for a judgement of them."""
+        return ComparisonRequest(
+            runs_dir=self.runs_dir,
+            names=tuple(self.runs),
+            baseline=self.baseline,
+            losses=self.losses,
+            experiment=self.experiment,
+            checkpoint=self.checkpoint,
+            only_named=only_named,
+            margin=self.margin,
+            given_noise=noise,
+        )
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="runs, or recipes or arms (default: all scored)")
+    parser.add_argument("--baseline", metavar="RUN", help="a run, or a recipe of --losses, to compare with")
+    parser.add_argument("--experiment", metavar="EXPERIMENT", help="its name, or its experiment.json")
+    parser.add_argument("--losses", type=Path, metavar="FILE", help="a CSV table of test losses instead of folders")
+    parser.add_argument("--margin", type=positive, default=MARGIN, help="smallest difference that matters (0.01)")
+    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of all runs (default last)")
+    add_runs_dir(parser)
+
+
+def _sources(parser: argparse.ArgumentParser, words: list[str]) -> tuple[Sources, argparse.Namespace]:
+    sources, parsed = parse_into(Sources, parser, words), parser.parse_args(words)
+    if sources.losses and sources.experiment:
+        parser.error("--losses and --experiment: found both, wanted one of them")
+    return sources, parsed
+
+
+def compare_verb(words: list[str]) -> None:
+    """Judge runs against a baseline: did the change really help, or was it the noise?
+
+      python experiment.py compare --baseline 8xa100m40-baseline 8xa100m40-qkv-bias
+
+    Runs that differ in seeds only are replicates, also those not named. Negative differences are better.
+    """
+    parser = parser_of(compare_verb.__doc__, "experiment.py compare")
+    _add_sources(parser)
+    parser.add_argument("--noise-sd", type=positive, metavar="S", help="training noise by hand, with --noise-df")
+    parser.add_argument("--noise-df", type=positive, metavar="D")
+    parser.add_argument("--only-named", action="store_true", help="do not look for replicates of the named runs")
+    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
+    sources, parsed = _sources(parser, words)
+    if (parsed.noise_sd is None) != (parsed.noise_df is None):
+        parser.error("--noise-sd and --noise-df go together")
+    if parsed.noise_df is not None and parsed.noise_df < 1:
+        parser.error(f"--noise-df: found {parsed.noise_df}, wanted at least 1")
+    if sources.baseline is None and not sources.experiment:
+        parser.error("--baseline: missing, wanted a run or a recipe to compare with")
+    noise = None if parsed.noise_sd is None else Noise(parsed.noise_sd, parsed.noise_df)
+    study = assemble(sources.request(noise, parsed.only_named))
+    if not study.judgement.arms:
+        raise ConfigError("RUN: found nothing to compare with the baseline, wanted at least one other recipe")
+    output_format: Format = parsed.format
+    _write(render(study, output_format), parsed.output)
+
+
+def _write(text: str, output: Path | None) -> None:
+    if output is None:
+        print(text)
+    else:
+        write_text(output, text + "\n")
+
+
+def report_verb(words: list[str]) -> None:
+    """Write one self-contained HTML page: leaderboard, verdicts, curves, samples, configurations.
+
+      python experiment.py report 8xa100m40-baseline 8xa100m40-qkv-bias
+
+    The first run, or --baseline, is what the others are compared with. Without a run: all that are scored.
+    """
+    parser = parser_of(report_verb.__doc__, "experiment.py report")
+    _add_sources(parser)
+    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")
+    sources, parsed = _sources(parser, words)
+    study = assemble(sources.request())
+    title = parsed.title or (f"Experiment {study.experiment.name}" if study.experiment else "Runs compared")
+    write_text(parsed.output, page(study, title))
+    print(f"Wrote {parsed.output}")
+
+
+def noise_verb(words: list[str]) -> None:
+    """Learn the training noise from replicates and write it into the noise ledger, or show the ledger.
+
+      python experiment.py noise --baseline 8xa100m40-baseline
+
+    Without --baseline the ledger is shown as it is.
+    """
+    parser = parser_of(noise_verb.__doc__, "experiment.py noise")
+    parser.add_argument("--baseline", metavar="RUN", help="whose replicates, runs of other seeds, to learn from")
+    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of all runs (default last)")
+    add_runs_dir(parser)
+    arguments = parser.parse_args(words)
+    if arguments.baseline is None:
+        show_ledger(arguments.runs_dir)
+    else:
+        learn(arguments.runs_dir, arguments.baseline, arguments.checkpoint)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted different whole numbers such as 1,2,3")
+    return tuple(map(int, parts))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status_of(main))

@@ -1,0 +1,141 @@
+"""What a run takes, before it runs: memory, disk, hours and money. Estimates, made without torch."""
+
+from dataclasses import dataclass
+
+from harness.engine.optimizers import OPTIMIZERS
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.model_size import ParameterCount, count_parameters, flops_per_token
+from harness.run.plan import Plan
+
+GIB = 2**30
+FLOAT32_BYTES = 4
+# Rows of logits that training holds at a time: enough to keep a GPU busy, 0.4 GB of float32 at GPT-2's vocabulary.
+LOSS_CHUNK_ROWS = 2048
+
+# Dense half-precision peak of one GPU in TFLOP/s (vendor data sheets), by a part of the device's name; the
+# first match wins. GeForce figures are those with float32 accumulation, which is what training uses.
+PEAK_TFLOPS = (
+    ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0), ("GH200", 989.0), ("B200", 2250.0),
+    ("A100", 312.0), ("A10G", 70.0), ("A10", 125.0), ("L40S", 362.0), ("L40", 181.0), ("L4", 121.0), ("V100", 125.0),
+    ("T4", 65.0), ("RTX 5090", 209.5), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 3090", 71.0),
+    ("RTX 3080", 59.5), ("RTX A6000", 154.8),
+)  # fmt: skip
+
+
+def peak_flops_per_second(device_name: str) -> float | None:
+    """Return the dense half-precision peak of a GPU in FLOP/s, or None where it is not known."""
+    for part, tflops in PEAK_TFLOPS:
+        if part.lower() in device_name.lower():
+            return tflops * 1e12
+    return None
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What one run takes; hours and money are None where speed or price are not known."""
+
+    plan: Plan
+    parameters: ParameterCount
+    flops_per_token: int
+    state_gib: float
+    """Weights, gradients and optimizer state, per GPU."""
+    microbatch_gib: float
+    """Activations of a micro-batch at their peak, per GPU."""
+    checkpoint_bytes: int
+    tokens_per_second: float | None
+    price_per_hour: float | None
+    currency: str
+
+    @property
+    def peak_gib(self) -> float:
+        """Memory of one GPU at its peak."""
+        return self.state_gib + self.microbatch_gib
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of the whole machine."""
+        if self.tokens_per_second is None:
+            return None
+        return self.plan.train_tokens / self.tokens_per_second / 3600
+
+    @property
+    def money(self) -> float | None:
+        """Price of the run, in its currency."""
+        return None if self.hours is None or self.price_per_hour is None else self.hours * self.price_per_hour
+
+
+def cost_of(model: ModelConfig, train: TrainConfig, plan: Plan, measured_speed: float | None = None) -> RunCost:
+    """Estimate what a run takes; the speed in tokens per second is as measured, or else as train.json expects it."""
+    parameters = count_parameters(model)
+    state = OPTIMIZERS[train.optimizer].state_bytes(parameters)
+    weights = FLOAT32_BYTES * parameters.total
+    return RunCost(
+        plan=plan,
+        parameters=parameters,
+        flops_per_token=flops_per_token(model),
+        state_gib=(2 * weights + state) / GIB,  # gradients are as large as the weights
+        microbatch_gib=microbatch_gib(model, train),
+        checkpoint_bytes=weights + state,
+        tokens_per_second=measured_speed or train.expected_tokens_per_second,
+        price_per_hour=train.price_per_hour,
+        currency=train.currency or "",
+    )
+
+
+def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
+    """Estimate the activations of one micro-batch in GiB, at their peak.
+
+    34 bytes per position, channel and block in half precision with fused attention (Korthikanti et al. 2022,
+    arXiv:2205.05198, section 4.1, less the attention-score term), twice that in float32, 2 or 4 bytes with
+    recomputation plus one block in full; and what the chunked loss holds of the logits, 13 bytes an element of
+    its rows (counted: benchmarks/memory.py).
+    """
+    half = 1 if train.use_amp else 2
+    per_block = 34 * half * model.emb_dim
+    if train.activation_checkpointing:
+        per_token = model.n_layers * 2 * half * model.emb_dim + per_block
+    else:
+        per_token = model.n_layers * per_block
+    tokens = train.microbatch_size * model.context_length
+    logits = min(tokens, LOSS_CHUNK_ROWS) * model.vocab_size * 13
+    return (tokens * per_token + logits) / GIB
+
+
+def describe(cost: RunCost, train: TrainConfig) -> list[tuple[str, str]]:
+    """Return what `--dry-run` prints about a run, as pairs of a label and a value."""
+    plan, parameters = cost.plan, cost.parameters
+    written = plan.checkpoints(train.checkpoint_interval)
+    # The newest K, the best, and the one being written before the oldest goes.
+    kept = min(written, (train.checkpoints_to_keep or written) + 2)
+    checkpoint_gib = cost.checkpoint_bytes / GIB
+    rows = [
+        ("Parameters", f"{parameters.total:,} ({parameters.without_embeddings:,} without embeddings)"),
+        ("Tokens", f"{plan.train_tokens:,}"),
+        ("Global steps", f"{plan.global_steps:,}"),
+        ("Global batch", f"{plan.global_batch:,} sequences, {plan.tokens_per_global_step:,} tokens"),
+        (
+            "Made of",
+            f"{plan.world_size} processes x micro-batch {plan.microbatch_size} x "
+            f"accumulation {plan.accumulation_steps}",
+        ),
+        (
+            "Peak memory per GPU",
+            f"about {cost.peak_gib:.1f} GiB ({cost.state_gib:.1f} for weights and optimizer, "
+            f"{cost.microbatch_gib:.1f} for a micro-batch)",
+        ),
+        ("FLOPs per token", f"{cost.flops_per_token / 1e6:,.1f} million"),
+        ("FLOPs in total", f"{cost.flops_per_token * plan.train_tokens:.3e}"),
+        (
+            "Checkpoints",
+            f"{written:,} of {checkpoint_gib:.2f} GiB, at most {kept * checkpoint_gib:.1f} GiB on disk",
+        ),
+    ]
+    if cost.hours is None:
+        return [
+            *rows,
+            ("Time and cost", "unknown; give expected_tokens_per_second and price_per_hour in train.json"),
+        ]
+    rows.append(("Time", f"{cost.hours:,.2f} hours at {cost.tokens_per_second:,.0f} tokens/second"))
+    if cost.money is not None:
+        rows.append(("Cost", f"{cost.money:,.2f} {cost.currency}".rstrip()))
+    return rows

@@ -1,0 +1,206 @@
+"""Requests to stop, and a watch over those this process depends on: its launcher and the other ranks.
+
+Only flags are set when something happens in the middle of a step; the training loop acts on them at its end. What
+cannot wait for a step's end, because a rank that is gone would keep it from ending, the watch ends itself.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol, Self
+
+from harness.run.errors import HarnessError, PeerError, StopRequestedError, fit_to_print
+
+HEARTBEAT_SECONDS = 0.5
+# An orphaned worker may take this long to save its state before it leaves without.
+ORPHAN_SECONDS = 8.0
+
+
+class Store(Protocol):
+    """What the watch needs of torch's key-value store."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Store a value."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Say whether all keys are there."""
+
+    def get(self, key: str, /) -> bytes:
+        """Give a value, waiting for it."""
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        """Give several values, waiting for them."""
+
+
+class StopRequest:
+    """Remembers SIGTERM, SIGINT or SIGHUP so that the loop can stop at a step's end; a second signal ends at once.
+
+    A handler only sets a flag: it may run at any moment, so it must neither wait nor speak to other ranks. Until
+    `listen` a signal does what it always does; the end of the `with` block puts that back.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def request(self) -> None:
+        """Ask the loop to stop at the end of the step."""
+        self.requested = True
+
+    def listen(self) -> None:
+        """Begin to listen; what is ignored, as SIGHUP is under nohup, stays ignored."""
+        for number in self.signals:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._remember)
+
+    def _remember(self, _: int, frame: FrameType | None) -> None:
+        self.request()
+        # Left to the system, a second signal ends the process even while it waits inside a collective.
+        for number in self._former:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Watchdog:
+    """Shows the other ranks that this one lives, notices when one of them does not, or when the launcher is gone.
+
+    Every rank counts up in the store twice a second; a count that stands still belongs to a rank that died, was
+    stopped, or cannot be reached. After `timeout_seconds` of that, `give_up` is told
+    and the process ends, whatever it is waiting in: a collective may never return. When the launcher dies,
+    `stop.requested` is set, and a process that has not ended a few seconds later is ended. `launcher` is its process
+    number; without one there is nothing to watch.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        stop: StopRequest,
+        give_up: Callable[[HarnessError], None],
+        launcher: int | None,
+    ) -> None:
+        self._rank = rank
+        self._others = [other for other in range(world_size) if other != rank]
+        self._timeout_seconds = timeout_seconds
+        self._stop = stop
+        self._give_up = give_up
+        self._launcher = launcher
+        self._store: Store | None = None
+        self._step: int | None = None
+        self._heartbeats = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._launcher is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def announce(self, store: Store) -> None:
+        """Put this rank's first heartbeat into a store that it shares with the others."""
+        store.set(f"alive/{self._rank}", self._heartbeat())
+
+    def follow(self, store: Store) -> None:
+        """Begin to watch the other ranks through `store`, a connection of its own; all must have announced."""
+        self._store = store
+
+    def reached(self, step: int) -> None:
+        """Note the global step that this rank is at."""
+        self._step = step
+
+    def report(self, error: BaseException, details: str) -> None:
+        """Leave word for the other ranks of why this one fails."""
+        if self._store is not None and not isinstance(error, PeerError | StopRequestedError):
+            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            self._store.set(f"failed/{self._rank}", fit_to_print(f"{self._place()}: {text}\n{details}"))
+
+    def diagnose(self, reason: str) -> PeerError:
+        """Find out, in about a second, which ranks a failed collective missed, and what became of them.
+
+        If a rank left word of why it failed, the error says that, with its traceback as details.
+        """
+        if self._store is None:
+            return PeerError(f"rank {self._rank}: {reason}")
+        try:
+            before = self._read_heartbeats(self._store)
+            time.sleep(2.5 * HEARTBEAT_SECONDS)
+            after = self._read_heartbeats(self._store)
+            for rank in self._others:
+                if self._store.check([f"failed/{rank}"]):
+                    line, _, details = self._store.get(f"failed/{rank}").decode().partition("\n")
+                    return PeerError(f"rank {rank} failed {line}", details=details)
+        except Exception as error:  # torch's DistErrors: the store died with the launcher or another machine
+            return PeerError(f"rank {self._rank}: {reason}; the launcher's store is gone too ({error})")
+        lost = [rank for rank in self._others if before[rank] == after[rank]]
+        if not lost:
+            return PeerError(f"rank {self._rank} {self._place()}: {reason}; all ranks are alive")
+        return self._loss(lost, "died or was stopped")
+
+    def _run(self) -> None:
+        heard: dict[int, tuple[str, float]] = {}
+        orphaned_at: float | None = None
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            now = time.monotonic()
+            if orphaned_at is None and os.getppid() != self._launcher:
+                orphaned_at = now
+                self._stop.request()
+            if orphaned_at is not None:
+                if now - orphaned_at > ORPHAN_SECONDS:
+                    self._end(PeerError(f"rank {self._rank}: the launcher is gone; the newest checkpoint stands"))
+                continue  # the store was probably the launcher's
+            if self._store is None:
+                continue
+            try:
+                self.announce(self._store)
+                heartbeats = self._read_heartbeats(self._store)
+            except Exception as error:
+                if os.getppid() == self._launcher and not self._done.is_set():
+                    self._end(PeerError(f"rank {self._rank}: the launcher's store is gone ({error})"))
+                continue
+            for rank, heartbeat in heartbeats.items():
+                if heard.get(rank, ("", 0.0))[0] != heartbeat:
+                    heard[rank] = (heartbeat, now)
+            lost = [rank for rank, (_, since) in heard.items() if now - since > self._timeout_seconds]
+            if lost:
+                self._end(self._loss(lost, f"gave no sign of life for {self._timeout_seconds:g} seconds"))
+
+    def _heartbeat(self) -> str:
+        self._heartbeats += 1
+        return str(self._heartbeats)
+
+    def _read_heartbeats(self, store: Store) -> dict[int, str]:
+        values = store.multi_get([f"alive/{rank}" for rank in self._others])
+        return {rank: value.decode() for rank, value in zip(self._others, values, strict=True)}
+
+    def _loss(self, lost: list[int], what: str) -> PeerError:
+        # All ranks are at the same step, or nearly: none gets far without the others.
+        named = " and ".join(f"rank {rank}" for rank in lost)
+        return PeerError(f"lost {named} {self._place()}: it {what}")
+
+    def _place(self) -> str:
+        return "before the first step" if self._step is None else f"at global step {self._step:,}"
+
+    def _end(self, error: HarnessError) -> None:
+        try:
+            print(fit_to_print(error.lines[0]), file=sys.stderr, flush=True)
+            self._give_up(error)
+        finally:  # whatever cannot be written, this process ends
+            os._exit(error.exit_status)

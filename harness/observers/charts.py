@@ -1,0 +1,251 @@
+"""Charts of a run and the page that shows them, drawn from metrics.jsonl and status.json alone.
+
+The trainer draws in a process of its own (`python -m harness.observers.charts RUN_FOLDER`), so that drawing takes no
+time from training and an error in it cannot stop a run. The page opens from disk, holds its charts inside itself,
+runs no script, and reloads itself while the run lives.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.run.files import ROOT, write_text
+from harness.run.provenance import RunRecord
+from harness.run.run_folder import RunFolder
+from harness.run.status import Status
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STYLE = ROOT / "assets" / "chart.mplstyle"
+PAGE = ROOT / "assets" / "run-page.html"
+SECONDS_BETWEEN_DRAWINGS = 60
+LAST_LINES = 12
+Series = NDArray[np.float64]
+
+
+class ChartPainter:
+    """Has a run's charts drawn in the background now and then, and once more when its `with` block ends."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._last_start = time.monotonic()
+        self._has_news = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._has_news:
+            self._draw_last(waits=kind is None)
+
+    def draw_now_and_then(self) -> None:
+        """Start a drawing if the last began a minute ago and is done; never waits."""
+        self._has_news = True
+        is_busy = self._process is not None and self._process.poll() is None
+        if not is_busy and time.monotonic() - self._last_start >= SECONDS_BETWEEN_DRAWINGS:
+            self._start()
+
+    def _draw_last(self, waits: bool) -> None:
+        if self._process is not None and waits:
+            self._process.wait()
+        self._start()
+        # After an error nobody waits: the drawing goes on by itself, and the process may be needed elsewhere.
+        if waits and self._process is not None and (status := self._process.wait()):
+            print(f"warning: the charts could not be drawn (status {status})", file=sys.stderr)
+
+    def _start(self) -> None:
+        self._last_start = time.monotonic()
+        command = [sys.executable, "-m", "harness.observers.charts", str(self._folder.path.resolve())]
+        try:
+            # In a session of its own: neither Ctrl-C nor torchrun, when it ends all ranks, cuts a drawing off.
+            self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        except OSError as error:
+            print(f"warning: the charts could not be drawn ({error})", file=sys.stderr)
+
+
+def draw(folder: RunFolder) -> None:
+    """Draw the four PNGs and the page from what is on disk."""
+    lines = folder.metrics.read()
+    folder.charts.mkdir(exist_ok=True)
+    if lines:
+        _draw_charts(folder, lines)
+    write_text(folder.page, _page(folder, lines))
+
+
+def column(lines: list[dict[str, Any]], key: str) -> Series:
+    """Give one metric of all lines as float64, NaN where it is missing or null."""
+    return np.array([np.nan if line.get(key) is None else line[key] for line in lines], dtype=np.float64)
+
+
+def smoothed(values: Series, window: int) -> Series:
+    """Give the mean of the last `window` values at every place, leaving NaN out."""
+    good = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(good)])
+    start = np.maximum(np.arange(1, len(values) + 1) - window, 0)
+    with np.errstate(invalid="ignore"):
+        result: Series = (total[1:] - total[start]) / (count[1:] - count[start])
+    return result
+
+
+def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best = _target_step(folder.checkpoints / "best")
+    max_norm = RunRecord.read(folder.run_json).train.get("clipping_max_norm")
+    painters: dict[str, Callable[[Axes], None]] = {
+        "loss": lambda axes: _draw_loss(axes, lines, best),
+        "learning-rate": lambda axes: _draw_learning_rate(axes, lines),
+        "grad-norm": lambda axes: _draw_grad_norm(axes, lines, max_norm),
+        "throughput": lambda axes: _draw_throughput(axes, lines),
+    }
+    for name, paint in painters.items():
+        with plt.style.context(STYLE):
+            figure, axes = plt.subplots()
+            axes.margins(x=0.01)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.set_xlabel("global step")
+            paint(axes)
+            temporary = folder.charts / f".{name}.{os.getpid()}.tmp"
+            figure.savefig(temporary, format="png")
+            temporary.replace(folder.charts / f"{name}.png")
+            plt.close(figure)
+
+
+def _draw_loss(axes: Axes, lines: list[dict[str, Any]], best: int | None) -> None:
+    axes.set(title="Loss", ylabel="nats per token")
+    steps, loss, window = column(lines, "step"), column(lines, "train/loss"), _window(lines)
+    low, high = column(lines, "train/loss_min"), column(lines, "train/loss_max")
+    axes.fill_between(steps, low, high, alpha=0.18, linewidth=0, label="lowest to highest micro-batch")
+    axes.plot(steps, smoothed(loss, window), label="average" + (f" of {window} steps" if window > 1 else ""))
+    validation = column(lines, "val/loss")
+    measured = np.isfinite(validation)
+    if measured.any():
+        axes.plot(steps[measured], validation[measured], "o-", markersize=3, label="validation")
+    if best is not None:
+        axes.axvline(best, color="C2", linestyle="--", linewidth=1.2, label=f"best checkpoint (step {best:,})")
+    axes.legend()
+
+
+def _draw_learning_rate(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    axes.set(title="Learning rate", ylabel="learning rate")
+    axes.plot(column(lines, "step"), column(lines, "train/lr"))
+    axes.set_ylim(bottom=0)
+
+
+def _draw_grad_norm(axes: Axes, lines: list[dict[str, Any]], max_norm: float | None) -> None:
+    axes.set(title="Gradient norm before clipping", ylabel="L2 norm")
+    norm = column(lines, "train/grad_norm")
+    _draw_raw_and_smooth(axes, lines, norm)
+    if max_norm is not None:
+        axes.axhline(max_norm, color="C3", linestyle="--", linewidth=1.2, label=f"clipped above {max_norm:g}")
+        axes.legend()
+    if (norm > 0).any():
+        axes.set_yscale("log")
+        for name in ("major", "minor"):
+            getattr(axes.yaxis, f"set_{name}_formatter")("{x:g}")
+
+
+def _draw_throughput(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    axes.set(title="Throughput", ylabel="tokens per second")
+    _draw_raw_and_smooth(axes, lines, column(lines, "train/tok_per_sec"))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_raw_and_smooth(axes: Axes, lines: list[dict[str, Any]], values: Series) -> None:
+    steps = column(lines, "step")
+    axes.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smoothed(values, _window(lines)), color="C0")
+
+
+def _latest_mean(lines: list[dict[str, Any]], key: str) -> float | None:
+    value = smoothed(column(lines, key), _window(lines))[-1] if lines else np.nan
+    return float(value) if np.isfinite(value) else None
+
+
+def _window(lines: list[dict[str, Any]]) -> int:
+    """Give the steps to average over: a fiftieth of what there is."""
+    return max(1, len(lines) // 50)
+
+
+def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
+    status, run = Status.read(folder.status_json), RunRecord.read(folder.run_json)
+    plan = run.plan
+    last = lines[-1] if lines else {}
+    is_live = status.state == "running"
+    recent = f", last {_window(lines)} steps" if _window(lines) > 1 else ""
+    facts = {
+        "state": status.state + (f" ({status.reason})" if status.reason else ""),
+        "global step": f"{last.get('step', 0) + bool(last):,} of {plan.get('global_steps', 0):,}",
+        "tokens": f"{last.get('tokens', 0):,}",
+        f"train loss{recent}": _shown(_latest_mean(lines, "train/loss"), "{:.3f}"),
+        f"tokens/second{recent}": _shown(_latest_mean(lines, "train/tok_per_sec"), "{:,.0f}"),
+        "time left": _time_left(last, plan) if is_live else "-",
+        "cost": _shown(last.get("cost"), "{:,.2f}") + f" {run.train.get('currency') or ''}",
+        "updated": status.time.replace("T", " ").removesuffix("+00:00") + " UTC",
+    }
+    cards = "".join(f"<div><dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd></div>" for k, v in facts.items())
+    images = "".join(
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for name in ("loss", "learning-rate", "grad-norm", "throughput")
+        if (path := folder.charts / f"{name}.png").is_file()
+    )
+    samples = "".join(
+        f"<tr><td>{line['step']:,}</td><td>{_escaped(line['sample'])}</td></tr>"
+        for line in [line for line in lines if line.get("sample")][-LAST_LINES:]
+    )
+    tail = "".join(
+        f"<tr><td>{line['step']:,}</td><td>{line['tokens']:,}</td><td>{_shown(line['train/loss'], '{:.4f}')}</td>"
+        f"<td>{line['train/lr']:.3g}</td><td>{_shown(line['train/grad_norm'], '{:.3f}')}</td>"
+        f"<td>{line['train/tok_per_sec']:,.0f}</td><td>{'skipped' if line['train/skipped'] else ''}</td></tr>"
+        for line in lines[-LAST_LINES:]
+    )
+    refresh = '<meta http-equiv="refresh" content="30">' if is_live else ""
+    config = _escaped(json.dumps({"model": run.model, "train": run.train}, indent=2))
+    return string.Template(PAGE.read_text(encoding="utf-8")).substitute(
+        refresh=refresh, name=_escaped(folder.path.name), cards=cards, images=images, samples=samples, tail=tail,
+        config=config,
+    )  # fmt: skip
+
+
+def _time_left(last: dict[str, Any], plan: dict[str, Any]) -> str:
+    speed = last.get("train/tok_per_sec")
+    if not speed:
+        return "-"
+    seconds = (plan.get("train_tokens", 0) - last.get("tokens", 0)) / speed
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _escaped(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _target_step(link: Path) -> int | None:
+    return int(link.resolve().name.removeprefix("step-")) if link.is_symlink() and link.exists() else None
+
+
+if __name__ == "__main__":
+    draw(RunFolder(Path(sys.argv[1])))

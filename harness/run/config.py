@@ -1,0 +1,274 @@
+"""What the user wrote: `model.json` and `train.json` as frozen, validated dataclasses.
+
+Every error of both files is reported at once, one line each, and nothing here changes a configuration after it was
+read. What follows from a configuration for a world size is in `plan.py`.
+
+A field says on itself what it is (see `keys.py`): hashes, the identity that a resumed run must share with its
+checkpoint, the reference page and the tests read it there.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from harness.run.errors import ConfigError
+from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, Wanted, marks_of
+from harness.run.strict_json import on_one_line, read_strict_json, shown
+
+MAX_PARAMETERS = 10**10
+DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+Purpose = Literal["init", "order", "dropout"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+
+
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
+LOGGERS_WANTED = Wanted('a list of "tensorboard", "wandb" and "trackio", each at most once')
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("a positive number, or -1 for all that fit")
+    return value
+
+
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each at most once")
+    return names
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a GPT-2-style model and the interventions inside it."""
+
+    vocab_size: Recipe[int] = Field(gt=0, le=2**24)
+    """Number of token ids, 50257 for the GPT-2 encoding."""
+    context_length: Recipe[int] = Field(gt=0, le=2**20)
+    """Positions the model can see, in tokens; also the length of a training sequence."""
+    emb_dim: Recipe[int] = Field(gt=0, le=2**16)
+    """Width of the residual stream; divisible by n_heads."""
+    n_heads: Recipe[int] = Field(gt=0, le=2**12)
+    """Attention heads per block."""
+    n_layers: Recipe[int] = Field(gt=0, le=2**10)
+    """Transformer blocks; the whole model may have 10^10 parameters."""
+    drop_rate: Recipe[float] = Field(ge=0, lt=1)
+    """Dropout on embeddings, attention weights and residual branches; 0 turns it off."""
+    qkv_bias: Recipe[bool]
+    """Bias on the query, key and value projections."""
+    tie_weights: Recipe[bool] = False
+    """The output head shares the token embedding."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained: data, batch, optimiser, precision, seeds and intervals."""
+
+    dataset: Recipe[Annotated[str, Wanted("NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'")]] = Field(
+        pattern=DATASET_NAME, max_length=200
+    )
+    """Folder under DATASETS_DIR, and Hub dataset id to download when the folder is missing."""
+    dataset_revision: Recipe[Annotated[str | None, Wanted("a commit, branch or tag name")]] = Field(
+        default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200
+    )
+    """Hub commit to pin."""
+    min_train_tokens: Execution[Annotated[int, AfterValidator(_not_zero)]] = Field(ge=-1, le=10**15)
+    """Tokens to train on, rounded up to whole global batches; -1 takes all whole global batches that fit."""
+    start_train_token: Recipe[int] = Field(ge=0)
+    """First token used of the train split."""
+    start_val_token: Recipe[int] = Field(ge=0)
+    """First token used of the validation split."""
+    microbatch_size: Execution[int] = Field(gt=0, le=2**20)
+    """Sequences per GPU per accumulation step."""
+    gradient_accumulation_steps: Execution[int] = Field(default=1, gt=0, le=2**20)
+    """Micro-batches per GPU per global step; left out where global_batch_size is given."""
+    global_batch_size: Execution[int | None] = Field(default=None, gt=0, le=2**30)
+    """Sequences per global step, from which accumulation follows; microbatch_size x world size must divide it."""
+    checkpoint_interval: Interval[int] = Field(gt=0, le=2**40)
+    """Global steps between checkpoints; one is also written after step 0 and after the last."""
+    checkpoints_to_keep: Interval[int | None] = Field(default=None, ge=2)
+    """Newest checkpoints kept, besides the best; null keeps all."""
+    validation_interval: Interval[int | None] = Field(default=None, gt=0)
+    """Global steps between validations during training; null validates never."""
+    validation_batches: Interval[int | None] = Field(default=None, gt=0)
+    """Batches of the global size in one validation."""
+    learning_rate: Recipe[float] = Field(default=0.0004, gt=0, le=1)
+    """Peak learning rate."""
+    schedule_learning_rate: Recipe[bool] = False
+    """The published spelling of the cosine schedule; false leaves the choice to schedule."""
+    schedule: Later[Recipe[Literal["constant", "cosine"] | None]] = None
+    """Learning rate over the run: constant, or cosine (linear warm-up, then decay to a tenth); null is constant."""
+    warmup_period_percent: Recipe[float] = Field(default=0.0, ge=0, lt=100)
+    """Length of the warm-up, in percent of the global steps; a constant rate has none."""
+    optimizer: Later[Recipe[Literal["adamw"]]] = "adamw"
+    """What turns gradients into changes of the weights."""
+    weight_decay: Recipe[float] = Field(default=0.1, ge=0, le=100)
+    """Weight decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
+    clipping_max_norm: Recipe[float | None] = Field(default=None, gt=0)
+    """Largest L2 norm over all gradients; null does not clip."""
+    use_amp: Recipe[bool] = True
+    """Autocast to amp_dtype and TF32 matrix multiplication; false is float32 throughout."""
+    amp_dtype: Recipe[Literal["float16", "bfloat16"]] = "float16"
+    """Autocast type; float16 uses a gradient scaler."""
+    random_seed: Seed[int] = Field(default=42, ge=0, lt=2**64)
+    """Seed from which the three seeds below default."""
+    init_seed: Seed[int | None] = Field(default=None, ge=0, lt=2**64)
+    """Seed of the initial weights; null takes random_seed."""
+    order_seed: Seed[int | None] = Field(default=None, ge=0, lt=2**64)
+    """Seed of the data order; null takes random_seed."""
+    dropout_seed: Seed[int | None] = Field(default=None, ge=0, lt=2**64)
+    """Seed of the dropout masks; null takes random_seed."""
+    initial_weights: Later[
+        Recipe[Annotated[str | None, Wanted("a SHA-256 of 64 hexadecimal digits in lower case")]]
+    ] = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the run's imported/model.safetensors, from which it starts; null draws weights by init_seed."""
+    shuffle: Recipe[bool] = False
+    """Permute the sequences by order_seed; false reads the file in order."""
+    compile: Execution[Annotated[Literal["auto"] | bool, Wanted('"auto", true or false')]] = "auto"
+    """torch.compile: auto is on for CUDA and off elsewhere."""
+    activation_checkpointing: Execution[bool] = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    deterministic: Execution[bool] = False
+    """Use deterministic kernels only, at a cost in speed."""
+    nonfinite_patience: Execution[int] = Field(default=20, gt=0)
+    """Consecutive skipped global steps after which the run stops with status 7."""
+    sample_prompt: Report[str] = Field(default="Every effort moves you", min_length=1, max_length=10_000)
+    """Text whose continuation is sampled at each checkpoint."""
+    price_per_hour: Report[float | None] = Field(default=None, ge=0)
+    """Price of the whole machine per hour."""
+    currency: Report[str | None] = Field(default=None, max_length=16)
+    """Currency of price_per_hour, shown beside costs."""
+    expected_tokens_per_second: Report[float | None] = Field(default=None, gt=0)
+    """Expected speed over all GPUs, from which --dry-run computes hours and cost."""
+    loggers: Report[Annotated[tuple[LoggerName, ...], AfterValidator(_each_once), LOGGERS_WANTED]] = Field(
+        default=(),
+        strict=False,  # JSON has lists, no tuples
+    )
+    """Where metrics go besides metrics.jsonl; each needs its package."""
+    notes: Report[str | None] = Field(default=None, max_length=20_000)
+    """Free text, shown in reports."""
+
+    def __post_init__(self) -> None:
+        """Keep one of the two spellings of a constant and of a cosine schedule, so that both are the same recipe."""
+        if self.schedule in ("constant", "cosine"):
+            object.__setattr__(self, "schedule_learning_rate", self.schedule == "cosine")
+            object.__setattr__(self, "schedule", None)
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule by its name in `harness.engine.schedules`."""
+        return self.schedule or ("cosine" if self.schedule_learning_rate else "constant")
+
+    def seed_of(self, purpose: Purpose) -> int:
+        """Give the seed of one purpose, which is random_seed unless set apart."""
+        seed: int | None = getattr(self, f"{purpose}_seed")
+        return self.random_seed if seed is None else seed
+
+    def seeds(self) -> dict[str, int]:
+        """Give the three seeds by their keys."""
+        return {f"{purpose}_seed": self.seed_of(purpose) for purpose in PURPOSES}
+
+
+ConfigT = TypeVar("ConfigT", ModelConfig, TrainConfig)
+CONFIG_FILES = {"model": ModelConfig, "train": TrainConfig}
+
+
+def load_model_config(path: str | Path) -> ModelConfig:
+    """Read and validate a `model.json`; raises ConfigError with one line for every error."""
+    return config_from(ModelConfig, read_strict_json(Path(path)), path)
+
+
+def load_train_config(path: str | Path) -> TrainConfig:
+    """Read and validate a `train.json`; raises ConfigError with one line for every error."""
+    return config_from(TrainConfig, read_strict_json(Path(path)), path)
+
+
+def load_run_configs(model_path: Path, train_path: Path) -> tuple[ModelConfig, TrainConfig]:
+    """Read both files of a run; raises ConfigError with the errors of both at once."""
+    try:
+        model = load_model_config(model_path)
+    except ConfigError as model_error:
+        try:
+            load_train_config(train_path)
+        except ConfigError as train_error:
+            raise ConfigError(*model_error.lines, *train_error.lines) from None
+        raise
+    return model, load_train_config(train_path)
+
+
+def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: str | Path) -> ConfigT:
+    """Validate a document that is, or will be, the file at `path`; raises ConfigError with a line for every error."""
+    data = dict(document)
+    data.pop("$schema", None)
+    known = {item.name: data.pop(item.name) for item in fields(config_class) if item.name in data}
+    problems = [_unknown_key(key, config_class) for key in data]
+    wrong: dict[str, dict[str, Any]] = {}
+    try:
+        config = config_class(**known)
+    except ValidationError as error:
+        # A union reports an error for each of its members; one for each key says enough.
+        wrong = {str(item["loc"][0]): dict(item) for item in error.errors(include_url=False)}
+    problems += [_line_for(key, item, config_class) for key, item in wrong.items()]
+    problems += _conflicts({key: value for key, value in known.items() if key not in wrong})
+    if problems:
+        raise ConfigError(*(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def _unknown_key(key: str, config_class: type) -> str:
+    def likeness(name: str) -> float:
+        initials = "".join(word[0] for word in name.split("_"))
+        return max(difflib.SequenceMatcher(None, key.lower(), other).ratio() for other in (name, initials))
+
+    nearest = max((item.name for item in fields(config_class)), key=likeness)
+    return f"{on_one_line(key)}: found an unknown key, wanted a known one; the nearest is {nearest}"
+
+
+def _conflicts(data: dict[str, Any]) -> list[str]:
+    """Give what keys of one file, each right by itself, say against each other."""
+
+    def multiple(key: str, of: str) -> list[str]:
+        value, divisor = data.get(key), data.get(of)
+        if value is None or divisor is None or value % divisor == 0:
+            return []
+        return [f"{key}: found {value}, wanted a multiple of {of} ({divisor})"]
+
+    lines = multiple("emb_dim", "n_heads") + multiple("global_batch_size", "microbatch_size")
+    if "gradient_accumulation_steps" in data and data.get("global_batch_size") is not None:
+        lines.append("global_batch_size: found together with gradient_accumulation_steps, wanted one of the two")
+    if data.get("schedule_learning_rate") and data.get("schedule") not in (None, "cosine"):
+        lines.append(f"schedule: found {shown(data['schedule'])} with schedule_learning_rate, wanted one of the two")
+    pair = ("validation_interval", "validation_batches")
+    for missing, given in (pair, pair[::-1]):
+        if data.get(missing) is None and data.get(given) is not None:
+            lines.append(f"{missing}: missing, wanted a number because {given} is given")
+    return lines + _too_large(data)
+
+
+def _too_large(data: dict[str, Any]) -> list[str]:
+    """Refuse a model that no machine could hold before anything is allocated for it; counts its matrices alone."""
+    if not {"vocab_size", "context_length", "emb_dim", "n_layers"} <= data.keys():
+        return []
+    rows = data["vocab_size"] + data["context_length"] + 12 * data["n_layers"] * data["emb_dim"]
+    parameters = data["emb_dim"] * rows
+    if parameters <= MAX_PARAMETERS:
+        return []
+    return [
+        f"emb_dim: found a model of over {parameters:,} parameters with the other sizes as they are, "
+        f"wanted at most {MAX_PARAMETERS:,}"
+    ]
+
+
+def _line_for(key: str, item: dict[str, Any], config_class: type) -> str:
+    if item["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
+        description = TypeAdapter(config_class).json_schema()["properties"][key]["description"]
+        return f"{key}: missing, wanted: {description}"
+    wanted = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    wanted = next((mark for mark in marks_of(config_class)[key] if isinstance(mark, Wanted)), wanted)
+    return f"{key}: found {shown(item['input'])}, wanted {wanted}"

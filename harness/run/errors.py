@@ -1,0 +1,165 @@
+"""One exception for each documented exit status.
+
+An error is raised where it is found, with a message a user can act on, and turned into an exit status once,
+by `exit_status_of` around a command's `main`. Nothing here imports anything but the standard library.
+"""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+INTERRUPTED_STATUS = 130  # as a shell reports SIGINT: there was nothing to save
+BROKEN_PIPE_STATUS = 141  # as a shell reports SIGPIPE
+DEFECT_STATUS = 1
+# Access tokens of the Hugging Face Hub and keys of OpenAI-compatible services.
+SECRET = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{8,}")
+REQUEST_ID = re.compile(r"\(Request ID: [^)]*\)\.?")
+# What could move a terminal's cursor or reverse its text: control characters, and Unicode's directional ones.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+class HarnessError(Exception):
+    """An error that a user can act on; `lines` are printed to stderr, one error a line."""
+
+    exit_status = 1
+    is_found_by_all = False
+    """Whether every process of a machine finds it alike, so that one of them should say it."""
+
+    def __init__(self, *lines: str, details: str = "") -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+        self.details = details
+        """The traceback behind it, for status.json; it was printed where it arose."""
+
+
+class ConfigError(HarnessError):
+    """A configuration file or the command line is wrong."""
+
+    exit_status = 2
+    is_found_by_all = True
+
+
+class DataError(HarnessError):
+    """A dataset is missing, malformed, too short, or does not fit the model."""
+
+    exit_status = 3
+    is_found_by_all = True
+
+
+class CheckpointError(HarnessError):
+    """A checkpoint is missing, damaged, or does not fit the run."""
+
+    exit_status = 4
+
+
+class RunLockedError(HarnessError):
+    """Another trainer holds the run."""
+
+    exit_status = 5
+
+
+class StorageError(HarnessError):
+    """The disk is full or a path cannot be written."""
+
+    exit_status = 6
+
+
+class NonFiniteError(HarnessError):
+    """Too many global steps in a row had non-finite gradients."""
+
+    exit_status = 7
+    is_found_by_all = True
+
+
+class PeerError(HarnessError):
+    """Another rank was lost, hung, or disagrees with this one."""
+
+    exit_status = 8
+
+
+class DoesNotFitError(HarnessError):
+    """A trial (--find-max-microbatch-size) found that memory does not suffice; never a command's own status."""
+
+    exit_status = errno.ENOMEM
+
+
+class StopRequestedError(HarnessError):
+    """SIGTERM or SIGINT asked the run to stop, and its state is saved."""
+
+    exit_status = 75
+
+
+def as_harness_error(error: BaseException) -> HarnessError | None:
+    """Give the documented error behind `error`, or None if it is a defect that deserves its traceback."""
+    if isinstance(error, HarnessError):
+        return error
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return StorageError(f"{error.filename or 'output'}: the disk is full ({error.strerror})")
+    if isinstance(error, OSError) and error.filename is not None:
+        # A path that a user named or owns; a broken pipe or a lost connection has none.
+        return StorageError(f"{error.filename}: cannot be used ({error.strerror})")
+    return None
+
+
+def fit_to_print(text: str) -> str:
+    """Make text from elsewhere fit for a terminal or a file: secrets masked, control characters escaped."""
+    masked = SECRET.sub(r"\1...", text)
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), masked)
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _hub_reason(error: BaseException) -> str:
+    """Give in one line why the Hugging Face Hub refused; its client puts that below a line with a request id."""
+    text = " ".join(REQUEST_ID.sub("", str(error)).split())
+    return text[:400] or type(error).__name__
+
+
+@contextmanager
+def hub_errors(
+    what: str, error_class: type[HarnessError], after: str = "", secret: str | None = None
+) -> Iterator[None]:
+    """Turn what the Hub client raises, many types of its own and of its HTTP library, into a line that begins `what`.
+
+    Errors that are documented already, as a full disk, stay as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (known := as_harness_error(error)) is not None:
+            raise known from None
+        reason = _hub_reason(error).replace(secret or "\0", "***")
+        raise error_class(f"{what} ({reason}){after}") from None
+
+
+def exit_status_of(command: Callable[[], object], speaks: bool = True) -> int:
+    """Run `command`; print a documented error to stderr and give its exit status, or 0.
+
+    Any other error is a defect: its traceback is printed, and the status is 1. Without `speaks`, errors that another
+    process of the machine finds alike are left for that one to print.
+    """
+    try:
+        command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE_STATUS
+    except Exception as error:
+        known = as_harness_error(error)
+        lines = known.lines if known else ["".join(traceback.format_exception(error)).rstrip()]
+        if speaks or known is None or not known.is_found_by_all:
+            for line in lines:
+                print(fit_to_print(line), file=sys.stderr)
+        return known.exit_status if known else DEFECT_STATUS
+    except KeyboardInterrupt:
+        if speaks:
+            print("interrupted", file=sys.stderr)
+        return INTERRUPTED_STATUS
+    return 0

@@ -1,0 +1,51 @@
+"""metrics.jsonl: one line of JSON for every global step, appended as they are done."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.run.files import write_text
+
+
+@dataclass(frozen=True)
+class MetricsFile:
+    """A run's metrics.jsonl; rank 0 alone writes it."""
+
+    path: Path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Read all lines; a last line that was being written when the process died is left out."""
+        if not self.path.is_file():
+            return []
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        return lines
+
+    def append(self, lines: Iterable[dict[str, object]]) -> None:
+        """Append lines, all or none of them; raises OSError, after which no half line stays in the file."""
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+
+    def drop_from(self, step: int) -> None:
+        """Drop the lines of global steps from `step` on, which a resumed run is about to train again."""
+        kept = "".join(json.dumps(line) + "\n" for line in self.read() if line["step"] < step)
+        if self.path.is_file() and kept != self.path.read_text(encoding="utf-8"):
+            write_text(self.path, kept)
+
+    def tokens_per_second(self) -> float | None:
+        """Give the run's speed over all its steps; None before there is one."""
+        lines = self.read()
+        return lines[-1]["tokens"] / lines[-1]["elapsed"] if lines and lines[-1].get("elapsed") else None

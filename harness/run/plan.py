@@ -1,0 +1,115 @@
+"""What follows from a configuration for a world size: all batch arithmetic, done once, without torch.
+
+A `Plan` is pure arithmetic: the same configuration and world size always give the same plan, on any machine. The
+training loop takes every count it needs from here.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of one run at one world size. Batches are in sequences, sizes in tokens."""
+
+    world_size: int
+    microbatch_size: int
+    accumulation_steps: int
+    context_length: int
+    global_steps: int
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per global step."""
+        return self.world_size * self.microbatch_size * self.accumulation_steps
+
+    @property
+    def tokens_per_global_step(self) -> int:
+        """Trained tokens per global step."""
+        return self.global_batch * self.context_length
+
+    @property
+    def train_tokens(self) -> int:
+        """Trained tokens of the whole run."""
+        return self.global_steps * self.tokens_per_global_step
+
+    @property
+    def tokens_needed(self) -> int:
+        """Tokens read from the file: one more than trained, because the last target is the token after."""
+        return self.train_tokens + 1
+
+    def batch_split(self) -> dict[str, int]:
+        """Give how the global batch is split, which may change from one start of a run to the next."""
+        return {
+            "world_size": self.world_size,
+            "microbatch_size": self.microbatch_size,
+            "accumulation_steps": self.accumulation_steps,
+        }
+
+    def microbatch_index(self, global_step: int, accumulation_step: int, rank: int) -> int:
+        """Give the place of a micro-batch in the data: ranks take turns within an accumulation step."""
+        return (global_step * self.accumulation_steps + accumulation_step) * self.world_size + rank
+
+    def is_checkpoint_step(self, global_step: int, interval: int) -> bool:
+        """Say whether the schedule puts a checkpoint after this global step: 0, every interval, the last."""
+        return global_step % interval == 0 or global_step == self.global_steps - 1
+
+    def is_validation_step(self, global_step: int, interval: int | None) -> bool:
+        """Say whether a validation follows this global step besides those at checkpoints; None validates never."""
+        return interval is not None and global_step % interval == 0
+
+    def checkpoints(self, interval: int) -> int:
+        """Count the checkpoints that the schedule writes."""
+        return (self.global_steps - 1) // interval + 1 + ((self.global_steps - 1) % interval != 0)
+
+
+def accumulation_steps(train: TrainConfig, world_size: int) -> int:
+    """Give micro-batches per GPU per global step; raises ConfigError where the global batch does not divide."""
+    if train.global_batch_size is None:
+        return train.gradient_accumulation_steps
+    per_pass = train.microbatch_size * world_size
+    if train.global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.json: global_batch_size: found {train.global_batch_size}, wanted a multiple of "
+            f"microbatch_size x world size ({train.microbatch_size} x {world_size} = {per_pass})"
+        )
+    return train.global_batch_size // per_pass
+
+
+def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_available: int | None = None) -> Plan:
+    """Work out a run's counts.
+
+    `tokens_available` is the number of tokens in the train split from start_train_token on; it is needed where
+    min_train_tokens is -1, and otherwise only checked. Raises ConfigError or DataError.
+    """
+    one_step = Plan(
+        world_size=world_size,
+        microbatch_size=train.microbatch_size,
+        accumulation_steps=accumulation_steps(train, world_size),
+        context_length=model.context_length,
+        global_steps=1,
+    )
+    per_step = one_step.tokens_per_global_step
+    if train.min_train_tokens == -1:
+        if tokens_available is None:
+            raise DataError("train.json: min_train_tokens: found -1 (all that fit), wanted a number to plan with")
+        # The last target is one token beyond the last input, hence the -1.
+        plan = replace(one_step, global_steps=(tokens_available - 1) // per_step)
+    else:
+        plan = replace(one_step, global_steps=math.ceil(train.min_train_tokens / per_step))
+    if tokens_available is not None and (plan.global_steps < 1 or plan.tokens_needed > tokens_available):
+        wanted = max(plan.global_steps, 1)
+        raise DataError(
+            f"train split of {train.dataset}: found {max(tokens_available, 0):,} tokens from token "
+            f"{train.start_train_token:,} on, wanted {wanted * per_step + 1:,} "
+            f"({wanted:,} global steps x {per_step:,} tokens + 1)"
+        )
+    return plan
+
+
+def validation_sequences(train: TrainConfig, plan: Plan) -> int:
+    """Give the sequences of one validation."""
+    return (train.validation_batches or 0) * plan.global_batch

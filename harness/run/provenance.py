@@ -1,0 +1,108 @@
+"""run.json: what really ran, with an entry for every start of the run."""
+
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.files import ROOT, read_json, utc_now, write_json
+from harness.run.plan import Plan
+from harness.run.recipe import recipe_hash
+
+PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "huggingface_hub", "pydantic")
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """One start of a run: from which global step, after how many restarts of its launch, and on what."""
+
+    from_step: int
+    restart: int
+    device_names: list[str]
+    dataset: list[dict[str, object]]
+    """The tokens that were read through."""
+
+    def describe(self) -> dict[str, object]:
+        """Give the entry of run.json, with the time, the code's commit and the versions at hand."""
+        return {
+            "time": utc_now(),
+            "from_step": self.from_step,
+            "restart": self.restart,
+            "world_size": len(self.device_names),
+            "devices": self.device_names,
+            "code": git_state(ROOT),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "platform": platform.platform(),
+        }
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json holds; empty where nothing ever ran."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """The configuration with its defaults."""
+    train: dict[str, Any] = field(default_factory=dict)
+    recipe_hash: str = ""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Counts of the run: those of `Plan`, global_batch and train_tokens."""
+    dataset: list[dict[str, Any]] = field(default_factory=list)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> "RunRecord":
+        """Read the file; what is missing in it, or is not what it should be, stays empty."""
+        empty = cls()
+        document = read_json(path)
+        found = {
+            key: document[key]
+            for key in cls.__dataclass_fields__
+            if isinstance(document.get(key), type(getattr(empty, key)))
+        }
+        if "starts" in found:
+            found["starts"] = [start for start in found["starts"] if isinstance(start, dict)]
+        return cls(**found)
+
+    @property
+    def global_steps(self) -> int | None:
+        """Global steps of the whole plan; None where nothing ever ran."""
+        return self.plan.get("global_steps")
+
+    @property
+    def hardware(self) -> str:
+        """The devices of the last start, as "8x NVIDIA A100"."""
+        devices = self.starts[-1].get("devices", []) if self.starts else []
+        return f"{len(devices)}x {devices[0]}" if devices else "unknown"
+
+
+def record_start(path: Path, model: ModelConfig, train: TrainConfig, plan: Plan, start: StartRecord) -> None:
+    """Write run.json, with one entry more for this start."""
+    record = RunRecord(
+        model=asdict(model),
+        train=asdict(train),
+        recipe_hash=recipe_hash(model, train),
+        plan={**asdict(plan), "global_batch": plan.global_batch, "train_tokens": plan.train_tokens},
+        dataset=start.dataset,
+        starts=[*RunRecord.read(path).starts, start.describe()],
+    )
+    write_json(path, asdict(record))
+
+
+def git_state(folder: Path) -> dict[str, object]:
+    """Give the commit of the code and whether it was changed since; None where git cannot say."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": None if changed is None else changed.splitlines(),
+    }

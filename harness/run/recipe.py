@@ -1,0 +1,54 @@
+"""Which runs are replicates of each other, and what a resumed run must share with its checkpoint.
+
+One rule for all three: the parts say which keys count, and a key that came after the first release does not count
+while it is at its default.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.keys import Part, changes_nothing, part_of
+
+
+def recipe(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
+    """Give the recipe: every key of both files but seeds, intervals and what only reports show."""
+    return dict(_chosen(model, train, Part.RECIPE, Part.EXECUTION))
+
+
+def must_match(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
+    """Give what a resumed run must have as its checkpoint had it, without keys that came later and are unused."""
+    return dict(_chosen(model, train, Part.RECIPE, leave_out_unused=True)) | dict(train.seeds())
+
+
+def recipe_hash(model: ModelConfig, train: TrainConfig) -> str:
+    """Give the SHA-256 (hex) of the recipe: runs that share it are replicates of each other."""
+    return hash_of_json(_identifying(model, train))
+
+
+def run_hash(model: ModelConfig, train: TrainConfig) -> str:
+    """Give the SHA-256 (hex) of the recipe and its seeds: runs that share it are the same run."""
+    return hash_of_json({**_identifying(model, train), **train.seeds()})
+
+
+def _identifying(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
+    return dict(_chosen(model, train, Part.RECIPE, Part.EXECUTION, leave_out_unused=True))
+
+
+def _chosen(
+    model: ModelConfig, train: TrainConfig, *parts: Part, leave_out_unused: bool = False
+) -> Iterator[tuple[str, object]]:
+    for config in (model, train):
+        values = asdict(config)
+        for item in fields(config):
+            is_unused = changes_nothing(type(config), item, getattr(config, item.name))
+            if part_of(type(config), item.name) in parts and not (leave_out_unused and is_unused):
+                yield item.name, values[item.name]
+
+
+def hash_of_json(value: object) -> str:
+    """Give the SHA-256 (hex) of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

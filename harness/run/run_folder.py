@@ -1,0 +1,189 @@
+"""How a run's folder is laid out on disk: its paths, its lock, and what is moved aside.
+
+Only rank 0 writes into the folder, and every file but metrics.jsonl is replaced whole: a reader sees the old file or
+the new one, never a part. What is in a file, the module of its format knows.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.run.config import ModelConfig, TrainConfig, load_run_configs
+from harness.run.errors import ConfigError, RunLockedError
+from harness.run.metrics_file import MetricsFile
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+TEMPORARY_PREFIX = ".tmp-"
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "state.json"
+IMPORTED = "imported"
+IMPORTED_STEP = -1
+"""Imported weights stand where a checkpoint before global step 0 would."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def model_json(self) -> Path:
+        """The model's configuration."""
+        return self.path / "model.json"
+
+    @property
+    def train_json(self) -> Path:
+        """The training configuration."""
+        return self.path / "train.json"
+
+    @property
+    def run_json(self) -> Path:
+        """What really ran."""
+        return self.path / "run.json"
+
+    @property
+    def status_json(self) -> Path:
+        """State, step, exit code and reason."""
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> MetricsFile:
+        """One line a global step."""
+        return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def charts(self) -> Path:
+        """Folder of PNG charts."""
+        return self.path / "charts"
+
+    @property
+    def page(self) -> Path:
+        """The run's HTML page."""
+        return self.path / "training-run-chart.html"
+
+    @property
+    def evals(self) -> Path:
+        """Folder of evaluation results."""
+        return self.path / "evals"
+
+    @property
+    def loggers(self) -> Path:
+        """Folder of what TensorBoard, W&B and trackio keep of the run."""
+        return self.path / "loggers"
+
+    @property
+    def imported(self) -> Path:
+        """Folder of the weights that were made elsewhere, from which the run starts."""
+        return self.path / IMPORTED
+
+    def checkpoint(self, step: int) -> Path:
+        """Give the folder of the checkpoint written after global step `step`, or of the imported weights."""
+        return self.imported if step == IMPORTED_STEP else self.checkpoints / f"step-{step:08d}"
+
+    def weights(self, step: int) -> Path:
+        """Give the weights file of that checkpoint."""
+        return self.checkpoint(step) / MODEL_FILE
+
+    def state_json(self, step: int) -> Path:
+        """Give the file of that checkpoint that holds everything but tensors."""
+        return self.checkpoint(step) / STATE_FILE
+
+    def checkpoint_steps(self) -> list[int]:
+        """Give the steps of all checkpoint folders, oldest first, valid or not."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = (STEP_FOLDER.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def model_steps(self) -> list[int]:
+        """Give the steps of all that can be sampled or scored: imported weights first, then every checkpoint."""
+        return [IMPORTED_STEP] * self.imported.is_dir() + self.checkpoint_steps()
+
+    def remove_unfinished(self) -> list[str]:
+        """Delete what a killed process was still writing; give the names of unfinished checkpoints among it."""
+        unfinished = list(self.checkpoints.glob(f"{TEMPORARY_PREFIX}*"))
+        for path in unfinished:
+            shutil.rmtree(path)
+        for place in (self.path, self.checkpoints, self.charts, self.evals):
+            for path in place.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+        return sorted(path.name.removeprefix(TEMPORARY_PREFIX) for path in unfinished)
+
+    def read_configs(self) -> tuple[ModelConfig, TrainConfig]:
+        """Read both configuration files; raises ConfigError with all errors of both."""
+        return load_run_configs(self.model_json, self.train_json)
+
+    def set_aside(self, *paths: Path) -> Path | None:
+        """Move what exists of `paths` into a new folder `aside-N`, deleting nothing; give that folder."""
+        existing = [path for path in paths if path.exists() or path.is_symlink()]
+        if not existing:
+            return None
+        number = 1 + sum(1 for _ in self.path.glob("aside-*"))
+        while (aside := self.path / f"aside-{number}").exists():
+            number += 1
+        for path in existing:
+            target = aside / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        return aside
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the operating system lets go when the process dies.
+
+        Raises RunLockedError, naming the holder, if another process holds it.
+        """
+        if self.path.stat().st_mode & stat.S_IWOTH:
+            print(f"warning: {self.path}: every user of this machine may write here (chmod o-w)", file=sys.stderr)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read(200).strip() or "an unknown process"
+                raise RunLockedError(f"{self.path}: another trainer holds this run ({holder})") from None
+            file.truncate(0)
+            file.write(f"{socket.gethostname()}:{os.getpid()}\n")
+            file.flush()
+            yield
+            file.truncate(0)
+
+
+def open_run(runs_dir: Path, name: str) -> RunFolder:
+    """Find the folder of run `name`, which must lie in `runs_dir`; raises ConfigError."""
+    if not RUN_NAME.fullmatch(name):
+        raise ConfigError(
+            f"RUN: found {name[:80]!r}, wanted the name of a folder in {runs_dir} (letters, digits, '.', '_' and '-')"
+        )
+    path = runs_dir / name
+    if not path.is_dir():
+        raise ConfigError(f"RUN: found no folder {path}, wanted one with model.json and train.json")
+    if path.resolve().parent != runs_dir.resolve():
+        raise ConfigError(f"RUN: found {path}, which leads outside {runs_dir}, wanted a folder inside it")
+    return RunFolder(path)
+
+
+def run_of_model_file(path: Path) -> tuple[RunFolder, int] | None:
+    """Give the run and global step whose checkpoint a model file belongs to, or None for a loose file."""
+    checkpoint = path.resolve().parent
+    if checkpoint.name == IMPORTED and RunFolder(checkpoint.parent).model_json.is_file():
+        return RunFolder(checkpoint.parent), IMPORTED_STEP
+    match = STEP_FOLDER.fullmatch(checkpoint.name)
+    if match is None or checkpoint.parent.name != "checkpoints":
+        return None
+    return RunFolder(checkpoint.parent.parent), int(match[1])

@@ -1,0 +1,127 @@
+"""evals/loss-*.json: a checkpoint's score on test tokens, with one loss for every sequence in the .npz beside it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.run.errors import ConfigError
+from harness.run.files import json_number, read_json, write_json
+from harness.run.provenance import RunRecord
+from harness.run.recipe import recipe_hash, run_hash
+from harness.run.run_folder import RunFolder, run_of_model_file
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """Which model a score is of; what a loose file does not tell is None."""
+
+    model_file: str
+    model_sha256: str
+    run: str | None = None
+    step: int | None = None
+    """The checkpoint's last completed global step."""
+    tokens_seen: int | None = None
+    global_steps: int | None = None
+    """Of the run's whole plan."""
+    recipe_hash: str | None = None
+    run_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a score file holds; losses in nats per token."""
+
+    dataset: str
+    split: str
+    start_token: int
+    tokens: int
+    sequences: int
+    tokens_sha256: str
+    loss: float | None
+    """None where it is not finite."""
+    perplexity: float | None
+    bits_per_byte: float | None
+    by_position: list[dict[str, Any]]
+    by_training_frequency_per_million: list[dict[str, Any]] | None
+    dtype: str
+    device: str
+    time: str
+    model: ScoredModel
+    path: Path
+
+    @classmethod
+    def read(cls, path: Path) -> "Score | None":
+        """Read a score; None where the file, or the losses beside it, are not there or not a score."""
+        document = {"perplexity": None, "by_training_frequency_per_million": None, **read_json(path)}
+        names = {**cls.__dataclass_fields__, **ScoredModel.__dataclass_fields__}.keys() - {"model", "path"}
+        if not path.with_suffix(".npz").is_file() or "tokens_sha256" not in document:
+            return None
+        known = {key: value for key, value in document.items() if key in names}
+        model = ScoredModel(**{key: known.pop(key) for key in ScoredModel.__dataclass_fields__ if key in known})
+        try:
+            return cls(**known, model=model, path=path)
+        except TypeError:
+            return None
+
+    @classmethod
+    def of_checkpoint(cls, folder: RunFolder, step: int) -> Iterator["Score"]:
+        """Find the scores of a run's checkpoint, in the order of their names."""
+        for path in sorted(folder.evals.glob(f"loss-*-{folder.checkpoint(step).name}.json")):
+            if (score := cls.read(path)) is not None:
+                yield score
+
+    def write(self, losses: NDArray[np.float64], documents: NDArray[np.int64]) -> None:
+        """Write the score, and before it every sequence's mean loss and the number of its document (N,)."""
+        np.savez(self.path.with_suffix(".npz"), sequence_losses=losses, sequence_documents=documents)
+        document = asdict(self)
+        del document["path"]
+        of_run = document.pop("model")
+        if self.model.run is None:
+            of_run = {key: of_run[key] for key in ("model_file", "model_sha256")}
+        write_json(self.path, {**document, **of_run, "time": document["time"]})
+
+    def read_losses(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Give every sequence's mean loss, and the number of the document that it begins in (N,)."""
+        with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as arrays:
+            return arrays["sequence_losses"], arrays["sequence_documents"]
+
+    def test_in_words(self) -> str:
+        """Say what was scored."""
+        return f"{self.dataset} {self.split} from token {self.start_token:,} ({self.tokens:,} tokens)"
+
+
+def score_path(folder: Path, split: str, start_token: int, tokens: int, model_name: str) -> Path:
+    """Give where a score lies in an evals folder; `model_name` is the checkpoint's folder, or a loose file's stem."""
+    return folder / f"loss-{split}-{start_token}-{tokens}-{model_name}.json"
+
+
+def perplexity_of(loss: float) -> float | None:
+    """Give exp(loss), or None where that is too large for a number."""
+    return json_number(math.exp(loss)) if loss < 700 else None
+
+
+def describe_model(path: Path, sha256: str) -> ScoredModel:
+    """Say which model a weights file is: for a run's checkpoint, which run, at which step, having seen what."""
+    owner = run_of_model_file(path)
+    if owner is None:
+        return ScoredModel(path.name, sha256)
+    folder, step = owner
+    return ScoredModel(path.name, sha256, folder.path.name, step, **describe_checkpoint(folder, step))
+
+
+def describe_checkpoint(folder: RunFolder, step: int) -> dict[str, Any]:
+    """Say what a checkpoint stands for: its recipe, its run, the tokens it has seen; None where unknown."""
+    found = {
+        "tokens_seen": read_json(folder.state_json(step)).get("train_state", {}).get("tokens"),
+        "global_steps": RunRecord.read(folder.run_json).global_steps,
+    }
+    try:
+        model, train = folder.read_configs()
+    except ConfigError:
+        return {**found, "recipe_hash": None, "run_hash": None}
+    return {**found, "recipe_hash": recipe_hash(model, train), "run_hash": run_hash(model, train)}

@@ -1,0 +1,87 @@
+"""status.json: what a run is doing, or how it ended."""
+
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.run.errors import (
+    DEFECT_STATUS,
+    INTERRUPTED_STATUS,
+    NonFiniteError,
+    StopRequestedError,
+    as_harness_error,
+    fit_to_print,
+)
+from harness.run.files import read_json, utc_now, write_json
+
+State = Literal["unknown", "running", "complete", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What status.json holds."""
+
+    state: State = "unknown"
+    step: int | None = None
+    """The last completed global step; None before the first."""
+    exit_code: int | None = None
+    """Exit status of the last start; None while it runs."""
+    reason: str = ""
+    traceback: str = ""
+    """Where there is one to learn from."""
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    time: str = field(default_factory=utc_now)
+
+    @classmethod
+    def read(cls, path: Path) -> "Status":
+        """Read the file; a state of "unknown" where there is none that can be read."""
+        document = read_json(path)
+        found: dict[str, Any] = {key: document[key] for key in cls.__dataclass_fields__ if key in document}
+        if not isinstance(found.get("step", 0), int | None):
+            found["step"] = None
+        return cls(**{"host": "", "pid": 0, "time": "", **found})
+
+    @classmethod
+    def of_failure(cls, error: BaseException, step: int | None) -> "Status":
+        """Say how a start ended badly after global step `step`."""
+        known = as_harness_error(error)
+        state: State = "failed"
+        exit_code = known.exit_status if known else DEFECT_STATUS
+        if isinstance(known, StopRequestedError):
+            state = "stopped"
+        elif isinstance(error, KeyboardInterrupt):
+            state, exit_code = "stopped", INTERRUPTED_STATUS
+        details = known.details if known else "".join(traceback.format_exception(error))
+        reason = fit_to_print(str(known or repr(error)))
+        return cls(state, step, exit_code, reason, fit_to_print(details))
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the run ended because its gradients were not finite for too long."""
+        return self.exit_code == NonFiniteError.exit_status
+
+    def write(self, path: Path) -> None:
+        """Replace the file; it has a traceback only where there is one."""
+        write_json(path, {key: value for key, value in asdict(self).items() if key != "traceback" or value})
+
+
+@contextmanager
+def failure_recorded(path: Path) -> Iterator[None]:
+    """Write into status.json how the block ended if it did not end well, and let the error go on."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):  # a full disk, say: then the error itself must get out
+            record_failure(path, error)
+        raise
+
+
+def record_failure(path: Path, error: BaseException) -> None:
+    """Replace status.json with how a start ended badly; the step stays the one it named."""
+    Status.of_failure(error, Status.read(path).step).write(path)

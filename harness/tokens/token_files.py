@@ -1,0 +1,147 @@
+"""Where a split's tokens lie on disk, and how to read a stretch of them: safetensors, nanoGPT and llm.c files.
+
+    DATASET/train.safetensors     DATASET/validation.safetensors    one 1-D tensor `tokens`
+    DATASET/train.bin             DATASET/val.bin                   nanoGPT: raw uint16
+    DATASET/*_train_000001.bin    DATASET/*_val_000000.bin          llm.c: shards, each with a header of 256 int32
+
+The first that is there is taken. A raw file cannot be told from any other file: whether its ids fit is checked, as
+for every split, before they are used. Nothing is kept open or mapped between reads, so memory stays flat.
+"""
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from harness.run.errors import DataError
+
+SPLITS = ("train", "validation")
+TENSOR = "tokens"
+DTYPES = ("U16", "I32", "U32")
+BIN_NAMES = {"train": ("train",), "validation": ("val", "validation")}
+
+# llm.c's dev/data/data_common.py: 256 int32, of which the first three are the magic number, the version and the
+# number of tokens. As uint16 the magic number begins with 55432, which is no GPT-2 id, so no raw file looks like it.
+LLMC_MAGIC = 20240520
+LLMC_VERSION = 1
+LLMC_HEADER_BYTES = 4 * 256
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A stretch of uint16 tokens in a file, from byte `offset` to its end."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split on disk; `length` in tokens. Where there are several shards, `path` is the first."""
+
+    path: Path
+    length: int
+    dtype: str
+    metadata: dict[str, str]
+    shards: tuple[Shard, ...] = ()
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Read tokens [start, start + count) as int64, fewer where the split ends."""
+        end = min(start + count, self.length)
+        if self.shards:
+            return self._read_shards(start, end)
+        with safe_open(self.path, framework="numpy") as file:
+            tokens: NDArray[np.generic] = file.get_slice(TENSOR)[start:end]
+        return tokens.astype(np.int64)
+
+    def _read_shards(self, start: int, end: int) -> NDArray[np.int64]:
+        parts = [np.empty(0, dtype=np.int64)]
+        first = 0  # token of the split that the shard begins with
+        for shard in self.shards:
+            low, high = max(start, first), min(end, first + shard.length)
+            if low < high:
+                offset = shard.offset + 2 * (low - first)
+                parts.append(np.fromfile(shard.path, "<u2", high - low, offset=offset).astype(np.int64))
+            first += shard.length
+        return np.concatenate(parts)
+
+    def size_and_time(self) -> tuple[int, int]:
+        """Give bytes on disk and the newest time of change, in nanoseconds, of all that the split lies in."""
+        stats = [path.stat() for path in ([shard.path for shard in self.shards] or [self.path])]
+        return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """Find the file or, in order, the shards of a split; an empty list where there are none."""
+    candidates = [folder / f"{split}.safetensors", *(folder / f"{name}.bin" for name in BIN_NAMES[split])]
+    if found := [path for path in candidates if path.is_file()]:
+        return found[:1]
+    names = "|".join(BIN_NAMES[split])
+    shard = re.compile(rf".+_({names})(_\d+)?\.bin")
+    return sorted(path for path in folder.glob("*.bin") if shard.fullmatch(path.name) and path.is_file())
+
+
+def open_split(datasets_dir: Path, dataset: str, split: str) -> TokenFile:
+    """Open a split and check its form; raises DataError naming the file and what is wrong."""
+    paths = split_files(datasets_dir / dataset, split)
+    if not paths:
+        path = datasets_dir / dataset / f"{split}.safetensors"
+        raise DataError(f"{path}: found no such file, wanted the {split} split of dataset {dataset}")
+    if paths[0].suffix == ".safetensors":
+        return _open_safetensors(paths[0])
+    _check_shard_names(paths)
+    shards = tuple(map(_open_bin, paths))
+    return TokenFile(paths[0], sum(shard.length for shard in shards), "U16", {}, shards)
+
+
+def _open_safetensors(path: Path) -> TokenFile:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            if TENSOR not in names:
+                raise DataError(f"{path}: found tensors {names}, wanted one named {TENSOR!r}")
+            tensor = file.get_slice(TENSOR)
+            dtype, shape = tensor.get_dtype(), tensor.get_shape()
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
+    if dtype not in DTYPES:
+        raise DataError(f"{path}: found tokens of type {dtype}, wanted U16, I32 or U32")
+    if len(shape) != 1 or shape[0] == 0:
+        raise DataError(f"{path}: found tokens of shape {shape}, wanted one dimension and at least one token")
+    return TokenFile(path, shape[0], dtype, metadata)
+
+
+def _check_shard_names(paths: list[Path]) -> None:
+    """Raise DataError where shards are of several datasets, or one between them is missing."""
+    parts = [re.fullmatch(r"(.*?)(\d*)", path.stem) for path in paths]
+    prefixes = [part[1] for part in parts if part]
+    if len(set(prefixes)) > 1:
+        other = next(path for path, prefix in zip(paths, prefixes, strict=True) if prefix != prefixes[0])
+        raise DataError(f"{other}: found beside {paths[0].name}, wanted the shards of one dataset in a folder")
+    numbers = [int(part[2]) for part in parts if part and part[2]]
+    for before, after in itertools.pairwise(numbers):
+        if after != before + 1:
+            raise DataError(f"{paths[0].parent}: found shard {before} and then shard {after}, wanted those between")
+
+
+def _open_bin(path: Path) -> Shard:
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", 3)
+    if len(header) < 3 or header[0] != LLMC_MAGIC:
+        if size == 0 or size % 2:
+            raise DataError(f"{path}: found {size} bytes, wanted uint16 tokens, two bytes each")
+        return Shard(path, 0, size // 2)
+    if header[1] != LLMC_VERSION:
+        raise DataError(f"{path}: found an llm.c file of version {header[1]}, wanted {LLMC_VERSION} (uint16 tokens)")
+    if size != LLMC_HEADER_BYTES + 2 * int(header[2]) or header[2] < 1:
+        raise DataError(
+            f"{path}: found {size:,} bytes, wanted {LLMC_HEADER_BYTES + 2 * int(header[2]):,} for the "
+            f"{header[2]:,} tokens (at least one) that its header names"
+        )
+    return Shard(path, LLMC_HEADER_BYTES, int(header[2]))

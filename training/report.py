@@ -1,0 +1,38 @@
+"""What a start of a run says at its end, and the last status it leaves."""
+
+import math
+
+from harness.run.plan import Plan
+from harness.run.run_folder import RunFolder
+from harness.run.status import Status
+from harness.run.train_state import TrainState
+
+
+def report_nothing_to_do(folder: RunFolder, plan: Plan, state: TrainState) -> None:
+    """Say that the run has got as far as it was asked to; its last process may have died before it could say so."""
+    if state.next_step < plan.global_steps:
+        print(f"{folder.path} has already done {state.next_step:,} global steps, as many as --max-steps asks for")
+        return
+    print(f"{folder.path} is already complete: {state.next_step:,} global steps")
+    if Status.read(folder.status_json).state != "complete":
+        Status("complete", state.next_step - 1, 0).write(folder.status_json)
+
+
+def report_end(folder: RunFolder, plan: Plan, state: TrainState) -> None:
+    """Print the four closing lines, and before them where --max-steps stopped the run; write the final status."""
+    is_complete = state.next_step == plan.global_steps
+    if not is_complete:
+        print(
+            f"Stopped by --max-steps after {state.next_step:,} of {plan.global_steps:,} global steps, saved; "
+            "without it the same command goes on"
+        )
+    # A scheduled checkpoint after the last step has just closed its interval.
+    loss = state.interval_loss if state.interval_steps else state.last_interval_loss
+    print(f"Training complete in {state.elapsed_seconds:,.3f} seconds")
+    print(f"Tokens seen: {state.tokens:,}")
+    print(f"Throughput: {state.tokens / state.elapsed_seconds:,.0f} tokens/second")
+    print(f"Final train loss: {math.nan if loss is None else loss:.3f}")
+    status = Status("complete", state.next_step - 1, 0)
+    if not is_complete:
+        status = Status("stopped", state.next_step - 1, 0, "--max-steps")
+    status.write(folder.status_json)

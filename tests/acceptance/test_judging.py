@@ -273,7 +273,7 @@ def test_table_of_the_baseline_alone_has_nothing_to_compare(call: Callable[..., 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["compare_runs.py", "plan_runs.py"])
+@pytest.mark.parametrize("script", ["compare_runs.py", "study.running.py"])
 def test_help_needs_no_torch(tmp_path: Path, script: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
@@ -323,9 +323,9 @@ def executed(study: Path, datasets_dir: Path) -> Path:
     """The same with every run trained and scored; its plan."""
     plan = study / "toy" / "experiment.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_runs, "subprocess", SimpleNamespace(run=in_process))
+        patch.setattr(study.running, "subprocess", SimpleNamespace(run=in_process))
         patch.setattr(sys, "argv", ["experiment.py", "run", str(plan), str(datasets_dir)])
-        assert exit_status_of(plan_runs.main) == 0
+        assert exit_status_of(study.running.main) == 0
     return plan
 
 
@@ -368,7 +368,7 @@ def test_noise_is_learned_and_lent(executed: Path, call: Callable[..., Called]) 
     pair = ("toy-baseline-s1", "toy-fast-s1", "--only-named", "--runs-dir", runs_dir, "--format", "json")
     unknown = json.loads(call(experiment.main, "compare", "--baseline", *pair).stdout)
     assert (unknown["arms"][0]["verdict"], unknown["arms"][0]["p"]) == ("CANNOT TELL", None)
-    learned = call(experiment.main, "noise", "--baseline", BASELINE_TODO, "--runs-dir", runs_dir)
+    learned = call(experiment.main, "noise", "--baseline", "toy-baseline-s1", "--runs-dir", runs_dir)
     assert learned.status == 0, learned.stderr
     assert learned.stdout.count("all seeds: sd 0.") == 2
     try:

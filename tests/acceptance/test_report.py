@@ -145,7 +145,7 @@ def test_noise_is_learned_and_borrowed(runs_dir: Path, call: Callable[..., Calle
     unknown = call(experiment.main, "compare", *alone)
     assert "noise unknown" in unknown.stdout
     assert "-0.09" in unknown.stdout  # the difference itself is known
-    done = call(experiment.main, "noise", "--baseline", BASELINE_TODO, "--runs-dir", runs_dir)
+    done = call(experiment.main, "noise", "--baseline", "plain-s1", "--runs-dir", runs_dir)
     assert done.status == 0, done.stderr
     ledger = json.loads((runs_dir / "noise-ledger.json").read_text())
     (plain,) = (entry for entry in ledger["entries"] if entry["recipe"] == "plain")

@@ -1,4 +1,4 @@
-"""The rules of the house: who may look into which room, how long things may get, and where the environment is read."""
+"""The rules of the house: who may look into which room, how long things may get, where the environment is read."""
 
 import ast
 import subprocess

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.run.files import ROOT, write_text
+from harness.run.files import ROOT, read_json, write_text
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status

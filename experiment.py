@@ -9,11 +9,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.run.arguments import add_runs_dir, parse_into, parser_of, positive, whole_number
+from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, positive, whole_number
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
 from study.assemble import ComparisonRequest, assemble
@@ -30,14 +29,10 @@ from study.verdicts import MARGIN
 
 def main() -> None:
     """Do what the verb asks for; raises HarnessError."""
-    verbs: dict[str, Callable[[list[str]], None]] = {
-        "plan": plan_verb, "run": run_verb, "compare": compare_verb, "report": report_verb, "noise": noise_verb,
-    }  # fmt: skip
-    parser = parser_of(__doc__)
-    parser.add_argument("verb", metavar="VERB", choices=verbs, help=" | ".join(verbs))
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="what the verb takes")
-    arguments = parser.parse_args()
-    verbs[arguments.verb](arguments.rest)
+    dispatch(
+        __doc__,
+        {"plan": plan_verb, "run": run_verb, "compare": compare_verb, "report": report_verb, "noise": noise_verb},
+    )
 
 
 def plan_verb(words: list[str]) -> None:

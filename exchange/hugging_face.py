@@ -6,7 +6,7 @@ in one matrix `c_attn`. Values are moved, never computed with, so a round trip i
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.run.config import ModelConfig, config_from
 from harness.run.errors import CheckpointError, ConfigError
+from harness.run.keys import came_later, changes_nothing
 from harness.run.strict_json import read_strict_json
 
 CONFIG_FILE = "config.json"
@@ -192,6 +193,20 @@ def read_config(path: Path) -> ModelConfig:
     if problems:
         raise ConfigError(*problems)
     return config
+
+
+def require_expressible(config: ModelConfig, source: object) -> None:
+    """Raise ConfigError, naming the key, where a model has what GPT2LMHeadModel lacks.
+
+    That is any key that came after the first release and is in use: GPT-2's shape is what the others describe.
+    """
+    problems = [
+        f"{source}: {item.name}: found {getattr(config, item.name)!r}, which GPT2LMHeadModel cannot hold"
+        for item in fields(config)
+        if came_later(type(config), item.name) and not changes_nothing(type(config), item, getattr(config, item.name))
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def config_document(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:

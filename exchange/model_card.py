@@ -10,6 +10,7 @@ from harness.run.files import read_json
 from harness.run.model_size import count_parameters
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
+from harness.run.score import Score
 
 CHART = "loss.png"
 LOADING = """\
@@ -33,17 +34,8 @@ There is no tokenizer in this folder: the model's ids are not those of the GPT-2
 """
 
 
-@dataclass(frozen=True)
-class Score:
-    """A test loss in nats per token, with the 95% interval that the choice of test text leaves (None: unknown)."""
-
-    dataset: str
-    split: str
-    start_token: int
-    tokens: int
-    loss: float
-    interval: tuple[float, float] | None
-    bits_per_byte: float | None
+Interval = tuple[float, float] | None
+"""95% interval of a test loss that the choice of test text leaves; None where nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,9 @@ class Publication:
     has_chart: bool
 
 
-def model_card(folder: RunFolder, step: int, scores: Iterable[Score], publication: Publication) -> str:
+def model_card(
+    folder: RunFolder, step: int, scores: Iterable[tuple[Score, Interval]], publication: Publication
+) -> str:
     """Write the README.md of a run's checkpoint: YAML front matter, then Markdown."""
     name = (publication.repository or folder.path.name).rpartition("/")[2]
     place = json.dumps(publication.repository or "path/to/this/folder")
@@ -169,15 +163,15 @@ def _software(folder: RunFolder) -> str:
     return ", ".join([*named, *([f"code at commit `{commit}`"] if commit else [])])
 
 
-def _test_losses(scores: Iterable[Score]) -> str:
+def _test_losses(scores: Iterable[tuple[Score, Interval]]) -> str:
     rows = [
         (
             f"`{score.dataset}`, {score.split}, {score.tokens:,} tokens from token {score.start_token:,}",
             f"{score.loss:.6f}",
-            "" if score.interval is None else f"{score.interval[0]:.4f} to {score.interval[1]:.4f}",
+            "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
             "" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}",
         )
-        for score in scores
+        for score, interval in scores
     ]
     if not rows:
         return ""

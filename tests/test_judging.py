@@ -324,7 +324,7 @@ def test_a_request_that_is_refused_is_counted_and_the_rest_goes_on(judge: JudgeS
     done, document = judging(answers_of({"a": 0.0, "b": 0.5}, 6, 1), "--parallel", 1)
     assert done.status == 0, done.stderr
     assert document["judges"][0]["showings"] == {"read": 11, "unreadable": 0, "refused": 1, "open": 0}
-    assert "Refused: 1 of 12 showings, which count for nothing (HTTP 400" in done.stdout
+    assert "Refused: 1 of 12 prompts, which count for nothing (HTTP 400" in done.stdout
     assert document["cells"] == 5
 
 

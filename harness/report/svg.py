@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
-from study.statistics import Floats
+Floats = NDArray[np.float64]
 
 WIDTH = 720
 COLOURS = 8

@@ -67,7 +67,7 @@ STEPS_BETWEEN_DRIFT_CHECKS = 100
 
 def main() -> None:
     """Read the run, prepare everything that can be refused, then train and report."""
-    request = read_request(__doc__)
+    request = read_all()
     arguments, folder, model_config, config = request.arguments, request.folder, request.model_config, request.config
     launch = distributed.launch_from_environment()
     if did_without_training(request, launch):

@@ -28,12 +28,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.arrangements import Techniques, replace_modules
 from benchmarks.throughput import GPT2
-from harness.engine.costs import GIB
+from harness.engine.costs import FLOAT32_BYTES, GIB
 from harness.engine.loss import ChunkedLinearCrossEntropy, next_token_loss
+from harness.engine.optimizers import OPTIMIZERS
 from harness.run.config import ModelConfig
 from harness.run.files import write_json
 from harness.run.model_size import count_parameters
-from harness.run.plan import STATE_BYTES_PER_PARAMETER
 from model import GPTModel
 
 RESULTS = Path(__file__).parent / "results"
@@ -166,7 +166,9 @@ def count(
     few, more = (peak_bytes(config, techniques, size, is_lean, checkpointing) for size in (8, 16))
     sequence = (more - few) / 8
     constant = few - 8 * sequence
-    fixed = count_parameters(config).total * STATE_BYTES_PER_PARAMETER + constant + CONTEXT_GIB * GIB
+    parameters = count_parameters(config)
+    state = 2 * FLOAT32_BYTES * parameters.total + OPTIMIZERS["adamw"].state_bytes(parameters)
+    fixed = state + constant + CONTEXT_GIB * GIB
     fits = {card: math.floor((card * GIB - fixed) / sequence) for card in CARDS_GIB}
     return Row(name, sequence / 2**20, constant / 2**20, fits)
 

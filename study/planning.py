@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness.engine.costs import RunCost
 from harness.run.config import ModelConfig, TrainConfig
+from harness.run.files import RUNS
 from harness.run.recipe import recipe_hash
 from harness.run.run_folder import RunFolder, open_run
 from study.designs import (
@@ -73,8 +74,9 @@ def plan(request: PlanRequest) -> None:
         return
     path = write_runs(experiment, request.runs_dir)
     print(f"\nWrote {len(experiment.runs)} run folders and {path}")
-    print(f"Train and score them: python experiment.py run {experiment.name} datasets")
-    print(f"Then judge them:      python experiment.py compare --experiment {experiment.name}")
+    name = experiment.name if request.runs_dir == RUNS else path.parent
+    print(f"Train and score them: python experiment.py run {name} datasets")
+    print(f"Then judge them:      python experiment.py compare --experiment {name}")
 
 
 def known_noise(runs_dir: Path, model: ModelConfig, train: TrainConfig, cost: RunCost) -> tuple[Noise | None, str]:

@@ -228,7 +228,7 @@ def _train_in_fork(
     import ddp_train
     from harness.observers.charts import ChartPainter
 
-    ddp_train.parent = os.getppid()  # the fork's, not that of the process that imported it
+    ddp_train.launcher = os.getppid()  # the fork's, not that of the process that imported it
     if launched:
         os.environ["TORCHELASTIC_RUN_ID"] = "test"
     ChartPainter._start = lambda _: None  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ import pytest
 
 from harness.observers.charts import ChartPainter, draw, smoothed
 from harness.run.run_folder import RunFolder
+from harness.run.status import Status
 from tests.helpers import status, train
 
 HOSTILE = "</td><script>document.title = 'broken into'</script><img src=x onerror=alert(1)>"
@@ -41,11 +42,11 @@ def folder(make_run: Callable[..., Path]) -> RunFolder:
     ]
     lines[100] |= {"train/loss": None, "train/grad_norm": None, "train/skipped": True}
     lines[250] |= {"sample": HOSTILE, "val/loss": 1.0}
-    run.metrics_jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.metrics.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.checkpoint(250).mkdir(parents=True)
     (run.checkpoints / "best").symlink_to("step-00000250")
     run.run_json.write_text(json.dumps({"plan": {"global_steps": 400, "train_tokens": 51200}}))
-    run.write_status("running", 299)
+    Status("running", 299).write(run.status_json)
     return run
 
 
@@ -79,7 +80,7 @@ def test_page_is_self_contained_and_escapes(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize(("state", "is_live"), [("running", True), ("complete", False), ("failed", False)])
 def test_page_reloads_only_while_the_run_lives(folder: RunFolder, state: str, is_live: bool) -> None:
-    folder.write_status(state, 299)
+    Status(state, 299).write(folder.status_json)
     draw(folder)
     reloads = any(attributes.get("http-equiv") == "refresh" for _, attributes in Page(folder.page).tags)
     assert reloads == is_live
@@ -124,7 +125,7 @@ def test_a_painter_that_never_saw_training_draws_nothing(make_run: Callable[...,
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Chromium browser")
 def test_page_in_a_real_browser(folder: RunFolder, tmp_path: Path) -> None:
     """From disk, with scripts allowed: the charts have a size, and the sample did not run."""
-    folder.write_status("complete", 299)
+    Status("complete", 299).write(folder.status_json)
     draw(folder)
     switches = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

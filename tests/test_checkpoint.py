@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 import ddp_train
 from harness.engine import checkpoint
-from harness.engine.checkpoint import TrainState
+from harness.engine.checkpoint import CheckpointMetadata, TrainState
 from harness.engine.optimizers import make_optimizer
 from harness.run.errors import CheckpointError, StorageError
 from harness.run.run_folder import RunFolder
+from harness.run.status import Status
 from model import GPTModel
 from tests.conftest import Called
 
@@ -138,9 +139,9 @@ def test_other_data_under_the_same_name_are_refused(
 def test_a_run_whose_process_died_before_saying_so_is_called_complete(
     trained: Path, datasets_dir: Path, call: Callable[..., Called]
 ) -> None:
-    RunFolder(trained).write_status("running", 19)
+    Status("running", 19).write(trained / "status.json")
     assert call(ddp_train.main, *words(trained, datasets_dir)).status == 0
-    assert RunFolder(trained).read_status()["state"] == "complete"
+    assert Status.read(trained / "status.json").state == "complete"
 
 
 def test_a_constant_rate_run_can_be_made_longer(
@@ -162,13 +163,13 @@ def test_an_interrupted_save_leaves_the_older_checkpoints_and_no_litter(
     model_config, config = folder.read_configs()
     model = GPTModel(model_config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    trainee = checkpoint.TraineeGone(model, make_optimizer(model, config, torch.device("cpu")), scaler)
-    contents = checkpoint.read_contents(folder.checkpoint(19))
-    state = TrainState(**{**vars(contents.state), "next_step": 26})
-    snapshot = checkpoint.take(trainee, state, contents.basis)
+    optimizer = make_optimizer(model, config, torch.device("cpu"))
+    metadata = CheckpointMetadata.read(folder.checkpoint(19))
+    state = TrainState(**{**vars(metadata.state), "next_step": 26})
+    taken = checkpoint.snapshot(model, optimizer, scaler, state, metadata.identity)
     monkeypatch.setenv("TRAIN_FAULT", f"{point}:enospc")
     with pytest.raises(StorageError, match="No space left on device"):
-        checkpoint.write(folder, snapshot)
+        checkpoint.write(folder, taken)
     assert folder.checkpoint_steps() == [0, 5, 10, 15, 19]
     assert not list(folder.checkpoints.glob(".*"))
     assert (folder.checkpoints / "latest").readlink() == Path("step-00000019")
@@ -241,7 +242,7 @@ def test_links_are_never_missing_while_they_are_replaced(tmp_path: Path) -> None
     link = tmp_path / "latest"
     replace_link(link, "a")
     code = (
-        "import sys; from pathlib import Path; from harness.run.run_folder import replace_link\n"
+        "import sys; from pathlib import Path; from harness.run.files import replace_link\n"
         "for n in range(3000): replace_link(Path(sys.argv[1]), 'ab'[n % 2])"
     )
     root = Path(__file__).parent.parent

@@ -9,58 +9,25 @@ from typing import Any
 import pytest
 
 from harness.run.config import ModelConfig, TrainConfig, load_model_config, load_run_configs, load_train_config
+from harness.run.errors import ConfigError
+from harness.run.keys import Part, part_of
 from harness.run.recipe import recipe_hash
 from harness.run.reference import reference, schema_of
+from harness.run.run_folder import RunFolder
 from tests.helpers import REQUIRED_TRAIN as TRAIN
 from tests.helpers import ROOT, write
 from tests.helpers import TINY_MODEL as MODEL
+from tests.key_table import MODEL_ROWS, TRAIN_ROWS, Row
 
 # --- what is accepted ----------------------------------------------------------------------------------------
-
-
-def test_defaults(tmp_path: Path) -> None:
-    train = load_train_config(write(tmp_path / "train.json", TRAIN))
-    defaults = {field.name: getattr(train, field.name) for field in fields(train) if field.name not in TRAIN}
-    assert defaults == {
-        "dataset_revision": None,
-        "gradient_accumulation_steps": 1,
-        "global_batch_size": None,
-        "checkpoints_to_keep": None,
-        "validation_interval": None,
-        "validation_batches": None,
-        "learning_rate": 0.0004,
-        "schedule_learning_rate": False,
-        "warmup_period_percent": 0,
-        "weight_decay": 0.1,
-        "clipping_max_norm": None,
-        "use_amp": True,
-        "amp_dtype": "float16",
-        "random_seed": 42,
-        "init_seed": None,
-        "order_seed": None,
-        "dropout_seed": None,
-        "initial_weights": None,
-        "shuffle": False,
-        "compile": "auto",
-        "activation_checkpointing": False,
-        "deterministic": False,
-        "nonfinite_patience": 20,
-        "sample_prompt": "Every effort moves you",
-        "price_per_hour": None,
-        "currency": None,
-        "expected_tokens_per_second": None,
-        "loggers": (),
-        "notes": None,
-    }
-    model = load_model_config(write(tmp_path / "model.json", MODEL))
-    assert model == ModelConfig(**MODEL, tie_weights=False)
 
 
 def test_what_was_written_is_what_is_read(tmp_path: Path) -> None:
     values = {**TRAIN, **CHANGES}
     del values["gradient_accumulation_steps"]
     train = load_train_config(write(tmp_path / "train.json", values))
-    assert {key: getattr(train, key) for key in values} == values
+    # A cosine schedule is kept under its published spelling.
+    assert {key: getattr(train, key) for key in values} == {**values, "schedule": None}
 
 
 def test_schema_key_is_accepted_in_both_files(tmp_path: Path) -> None:
@@ -148,79 +115,40 @@ def test_one_seed_can_be_set_apart(purpose: Any, value: int) -> None:
     assert {train.seed_of(other) for other in others} == {7}  # type: ignore[arg-type]
 
 
-# A changed value of every key of train.json.
-CHANGES: dict[str, Any] = {
-    "dataset": "other/toy",
-    "dataset_revision": "abc123",
-    "min_train_tokens": -1,
-    "start_train_token": 1,
-    "start_val_token": 1,
-    "microbatch_size": 3,
-    "gradient_accumulation_steps": 2,
-    "global_batch_size": 12,
-    "checkpoint_interval": 6,
-    "checkpoints_to_keep": 2,
-    "validation_interval": 5,
-    "validation_batches": 2,
-    "learning_rate": 0.0014,
-    "schedule_learning_rate": True,
-    "warmup_period_percent": 5.0,
-    "weight_decay": 0.01,
-    "clipping_max_norm": 3.5,
-    "use_amp": False,
-    "amp_dtype": "bfloat16",
-    "random_seed": 43,
-    "init_seed": 1,
-    "order_seed": 2,
-    "dropout_seed": 3,
-    "initial_weights": "a" * 64,
-    "shuffle": True,
-    "compile": False,
-    "activation_checkpointing": True,
-    "deterministic": True,
-    "nonfinite_patience": 3,
-    "sample_prompt": "Once upon a time",
-    "price_per_hour": 15.92,
-    "currency": "US$",
-    "expected_tokens_per_second": 270_000.0,
-    "loggers": ("wandb", "tensorboard"),
-    "notes": "second try",
-}
-NOT_RECIPE = {
-    "random_seed", "init_seed", "order_seed", "dropout_seed",
-    "checkpoint_interval", "checkpoints_to_keep", "validation_interval", "validation_batches",
-    "sample_prompt", "price_per_hour", "currency", "expected_tokens_per_second", "loggers", "notes",
-}  # fmt: skip
-MODEL_CHANGES: dict[str, Any] = {
-    "vocab_size": 98,
-    "context_length": 17,
-    "emb_dim": 18,
-    "n_heads": 4,
-    "n_layers": 3,
-    "drop_rate": 0.0,
-    "qkv_bias": True,
-    "tie_weights": True,
-}
+def changed_values(rows: dict[str, Row]) -> dict[str, Any]:
+    return {key: tuple(row.value) if isinstance(row.value, list) else row.value for key, row in rows.items()}
 
 
-def test_the_tables_of_changes_hold_every_key() -> None:
-    assert set(CHANGES) == {field.name for field in fields(TrainConfig)}
-    assert set(MODEL_CHANGES) == {field.name for field in fields(ModelConfig)}
+CHANGES, MODEL_CHANGES = changed_values(TRAIN_ROWS), changed_values(MODEL_ROWS)
 
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_recipe_hash_changes_with_every_key_of_the_recipe_alone(key: str) -> None:
-    model, train = ModelConfig(**MODEL), TrainConfig(**TRAIN, warmup_period_percent=0.0)
-    # The two validation keys come as a pair.
-    pair = ("validation_interval", "validation_batches")
-    changed = replace(train, **{name: CHANGES[name] for name in (pair if key in pair else (key,))})
-    assert (recipe_hash(model, changed) == recipe_hash(model, train)) == (key in NOT_RECIPE)
+    model, train = ModelConfig(**MODEL), TrainConfig(**TRAIN)
+    changed = replace(train, **{key: CHANGES[key]})
+    is_recipe = part_of(TrainConfig, key) in (Part.RECIPE, Part.EXECUTION)
+    assert (recipe_hash(model, changed) != recipe_hash(model, train)) == (is_recipe and changed != train)
 
 
 @pytest.mark.parametrize("key", MODEL_CHANGES)
 def test_recipe_hash_changes_with_every_key_of_the_model(key: str) -> None:
     model, train = ModelConfig(**MODEL), TrainConfig(**TRAIN)
     assert recipe_hash(replace(model, **{key: MODEL_CHANGES[key]}), train) != recipe_hash(model, train)
+
+
+def test_both_spellings_of_a_schedule_are_one_recipe(tmp_path: Path) -> None:
+    model = ModelConfig(**MODEL)
+    spelled = [{"schedule_learning_rate": True}, {"schedule": "cosine"}]
+    spelled.append({"schedule": "cosine", "schedule_learning_rate": True})
+    found = [load_train_config(write(tmp_path / "train.json", {**TRAIN, **values})) for values in spelled]
+    assert {train.schedule_name for train in found} == {"cosine"}
+    assert len({recipe_hash(model, train) for train in found}) == 1
+    constant = load_train_config(write(tmp_path / "train.json", {**TRAIN, "schedule": "constant"}))
+    assert recipe_hash(model, constant) == recipe_hash(model, TrainConfig(**TRAIN))
+    with pytest.raises(ConfigError, match='schedule: found "constant" with schedule_learning_rate'):
+        load_train_config(
+            write(tmp_path / "t.json", {**TRAIN, "schedule": "constant", "schedule_learning_rate": True})
+        )
 
 
 @pytest.mark.parametrize("key", [field.name for field in fields(TrainConfig) if field.name not in TRAIN])
@@ -244,6 +172,14 @@ def test_spelling_of_a_number_leaves_the_recipe_hash(tmp_path: Path) -> None:
 def test_recipe_hash_is_the_same_on_every_machine() -> None:
     found = recipe_hash(ModelConfig(**MODEL), TrainConfig(**TRAIN, warmup_period_percent=5.0))
     assert found == "57f17fd3042990f47b6599bc4e1e6f7794d126f5842cfca1b02029e60dd38d2d"
+
+
+def test_hashes_of_the_shipped_runs_are_what_they_always_were() -> None:
+    """Scores, ledgers and checkpoints that users have name these."""
+    pinned = json.loads((ROOT / "tests" / "golden" / "recipe-hashes.json").read_text())
+    for name, wanted in pinned.items():
+        folder = RunFolder(ROOT / "runs" / name)
+        assert recipe_hash(*folder.read_configs()) == wanted, name
 
 
 # --- schemas -------------------------------------------------------------------------------------------------

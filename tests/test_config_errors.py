@@ -72,8 +72,8 @@ def test_unreadable_file_is_one_line_that_names_it(tmp_path: Path, is_folder: bo
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        (GOOD.replace("}", ', "dataset": "toy"}'), '"dataset" appears twice'),
-        (GOOD.replace("}", ', "notes": "a", "notes": "a"}'), '"notes" appears twice'),
+        (GOOD.replace("}", ', "dataset": "toy"}'), 'found key "dataset" twice'),
+        (GOOD.replace("}", ', "notes": "a", "notes": "a"}'), 'found key "notes" twice'),
         (GOOD.replace("}", ', "learning_rate": NaN}'), "NaN"),
         (GOOD.replace("}", ', "learning_rate": Infinity}'), "Infinity"),
         (GOOD.replace("}", ', "learning_rate": -Infinity}'), "-Infinity"),

@@ -493,7 +493,7 @@ def test_another_plan_of_the_same_name_is_refused(
 ) -> None:
     write_runs(plan([RATE]), runs_dir)
     before = tree(runs_dir)
-    with pytest.raises(ConfigError, match="found another plan of this name, wanted a new --name"):
+    with pytest.raises(ConfigError, match="found another experiment of this name, wanted a new --name"):
         write_runs(plan(interventions, seeds), runs_dir)
     assert tree(runs_dir) == before
 
@@ -555,8 +555,8 @@ def test_a_plan_of_no_known_design_or_no_runs_is_refused(runs_dir: Path) -> None
     path = write_runs(plan([RATE]), runs_dir)
     document = json.loads(path.read_text())
     for change in ({"design": "two-at-a-time"}, {"runs": []}):
-        write(path, {"plan": {**document["plan"], **change}})
-        with pytest.raises(ConfigError, match="cannot be read as a plan"):
+        write(path, {"experiment": {**document["experiment"], **change}})
+        with pytest.raises(ConfigError, match="cannot be read as an experiment"):
             load_experiment(path)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ddp_train
-from harness.engine import failpoints as faults
+from harness.engine import failpoints
 from harness.run.errors import ConfigError
 from harness.run.run_folder import RunFolder
 from tests.conftest import Called
@@ -36,8 +37,8 @@ def test_what_is_understood(
     action: str,
     seconds: float,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv(faults.VARIABLE, text)
-    assert faults.configured() == faults.Fault(point, steps, rank, action, seconds)
+    monkeypatch.setenv(failpoints.VARIABLE, text)
+    assert failpoints.configured() == failpoints.Fault(point, steps, rank, action, seconds)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +54,9 @@ def test_what_is_not_understood_is_one_line(
     call: Callable[..., Called],
     text: str,
 ) -> None:
-    monkeypatch.setenv(faults.VARIABLE, text)
+    monkeypatch.setenv(failpoints.VARIABLE, text)
     with pytest.raises(ConfigError):
-        faults.configured()
+        failpoints.configured()
     folder = make_run()
     done = call(ddp_train.main, folder.name, datasets_dir, "--runs-dir", folder.parent)
     assert (done.status, done.stdout) == (2, "")
@@ -67,7 +68,7 @@ def test_what_is_not_understood_is_one_line(
 
 
 def test_a_fault_is_due_at_its_point_step_and_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    fault = faults.Fault("eval", range(3, 5), 1, "raise", 0)
+    fault = failpoints.Fault("eval", range(3, 5), 1, "raise", 0)
     cases = itertools.product(("eval", "metrics"), (None, 2, 3, 4, 5), ("0", "1"))
     due = []
     for point, step, rank in cases:
@@ -77,8 +78,10 @@ def test_a_fault_is_due_at_its_point_step_and_rank_alone(monkeypatch: pytest.Mon
 
 
 def without_the_seam() -> None:
-    """Take the seam out of the program."""
-    faults.reach = lambda *_: None
+    """Take the seam out of the program, wherever it has been imported."""
+    for module in list(sys.modules.values()):
+        if hasattr(module, "failpoint"):
+            module.failpoint = lambda *_: None
 
 
 def test_without_a_fault_the_seam_does_nothing(whole: Path, tmp_path: Path, datasets_dir: Path) -> None:
@@ -97,11 +100,11 @@ def test_a_fault_is_announced(tmp_path: Path, datasets_dir: Path) -> None:
 
 
 def test_every_point_is_come_by_and_none_is_unknown() -> None:
-    sources = [*ROOT.glob("*.py"), *(ROOT / "harness").glob("*.py")]
-    text = "".join(path.read_text() for path in sources if path.name != "faults.py")
+    sources = [*ROOT.glob("*.py"), *(ROOT / "harness").rglob("*.py"), *(ROOT / "training").glob("*.py")]
+    text = "".join(path.read_text() for path in sources if path.name != "failpoints.py")
     assert "TRAIN_FAULT" not in text
-    reached = set(re.findall(r'faults\.reach\(f?"([a-z.:]+)', text))
-    assert reached == {point.partition(":")[0] + (":" if ":" in point else "") for point in faults.POINTS}
+    reached = set(re.findall(r'failpoint\(f?"([a-z.:]+)', text))
+    assert reached == {point.partition(":")[0] + (":" if ":" in point else "") for point in failpoints.POINTS}
 
 
 def test_every_documented_row_has_a_test_and_every_test_a_row() -> None:

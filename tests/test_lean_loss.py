@@ -20,7 +20,7 @@ Pair = tuple[Tensor, tuple[Tensor, ...]]
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last of them not full."""
-    monkeypatch.setattr(loss, "LEAN_ROWS", 100)
+    monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 100)
 
 
 def both(amp_dtype: torch.dtype | None) -> tuple[Pair, Pair]:

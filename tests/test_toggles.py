@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,99 +17,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import save
 
 import data
 import ddp_train
 from harness.observers.charts import ChartPainter
 from harness.run.config import ModelConfig, TrainConfig
-from model import Block, GPTModel, initialise
-from tests.helpers import TINY_MODEL, metrics
-
-STEPS = 6
-BASE = {
-    "min_train_tokens": STEPS * 8 * 16,
-    "checkpoint_interval": 2,
-    "clipping_max_norm": 0.5,
-    "price_per_hour": 3600.0,  # a second costs one
-}
-
-
-def imported_weights() -> bytes:
-    """Give other initial weights than the runs' seeds would draw, as a file."""
-    model = GPTModel(ModelConfig(**TINY_MODEL))
-    initialise(model, init_seed=1234)
-    return save(model.state_dict())
-
-
-IMPORTED = imported_weights()
-
-
-@dataclass
-class Row:
-    """A key's new value, what it must change, and what the baseline needs to have for that."""
-
-    value: Any
-    changes: set[str]
-    context: dict[str, Any] = field(default_factory=dict)
-    drop: str | None = None
-    """A key that has to go when this one comes."""
-
-
-# The token budget stays, so another batch or sequence length makes another number of global steps.
-STEPS_CHANGE = {"plan", "checkpoints"}
-MODEL_ROWS = {
-    "vocab_size": Row(101, {"parameters", "losses"}),
-    "context_length": Row(8, {"parameters", "order", "losses", *STEPS_CHANGE}),
-    "emb_dim": Row(32, {"parameters", "losses"}),
-    "n_heads": Row(4, {"losses"}),
-    "n_layers": Row(1, {"parameters", "losses"}),
-    "drop_rate": Row(0.0, {"losses"}),
-    "qkv_bias": Row(True, {"parameters", "losses"}),
-    "tie_weights": Row(True, {"parameters", "losses"}),
-}
-TRAIN_ROWS = {
-    "dataset": Row("other", {"order", "losses", "extras"}),
-    "dataset_revision": Row("abc", set()),  # acts on downloads only: see test_data_download.py
-    "min_train_tokens": Row(2 * STEPS * 8 * 16, {"losses", *STEPS_CHANGE}),
-    "start_train_token": Row(64, {"order", "losses"}),
-    "start_val_token": Row(512, {"extras"}, {"validation_interval": 1, "validation_batches": 1}),
-    "microbatch_size": Row(4, {"order", "losses", "rate", "extras", *STEPS_CHANGE}),
-    "gradient_accumulation_steps": Row(2, {"losses", *STEPS_CHANGE}),
-    "global_batch_size": Row(16, {"losses", "rate", "extras", *STEPS_CHANGE}, drop="gradient_accumulation_steps"),
-    "checkpoint_interval": Row(3, {"checkpoints"}),
-    "checkpoints_to_keep": Row(2, {"checkpoints"}, {"checkpoint_interval": 1}),
-    "validation_interval": Row(2, {"extras"}, {"validation_interval": 3, "validation_batches": 1}),
-    "validation_batches": Row(2, {"extras"}, {"validation_interval": 1, "validation_batches": 1}),
-    "learning_rate": Row(0.02, {"losses", "rate"}),
-    "schedule_learning_rate": Row(True, {"losses", "rate"}),
-    "warmup_period_percent": Row(50, {"losses", "rate"}, {"schedule_learning_rate": True}),
-    "weight_decay": Row(0.5, {"losses"}),
-    "clipping_max_norm": Row(50.0, {"losses", "extras"}),
-    "use_amp": Row(True, {"losses"}),
-    "amp_dtype": Row("bfloat16", {"losses"}, {"use_amp": True}),
-    "random_seed": Row(1, {"initial", "losses"}),
-    "init_seed": Row(1, {"initial", "losses"}),
-    "order_seed": Row(1, {"order", "losses"}, {"shuffle": True}),
-    "dropout_seed": Row(1, {"losses"}),
-    "initial_weights": Row(hashlib.sha256(IMPORTED).hexdigest(), {"initial", "losses"}),
-    "shuffle": Row(True, {"order", "losses"}),
-    "compile": Row(True, {"losses"}),
-    "activation_checkpointing": Row(True, set()),
-    "deterministic": Row(True, set()),
-    "nonfinite_patience": Row(1, set()),
-    "sample_prompt": Row("other", set()),
-    "price_per_hour": Row(7200.0, {"extras"}),
-    "currency": Row("EUR", set()),
-    "expected_tokens_per_second": Row(100.0, {"dry run"}),
-    "loggers": Row(["tensorboard"], set()),  # what it logs: see acceptance/test_watching.py
-    "notes": Row("other", set()),
-}
-# Keys whose effect is none of the seven respects have a test of their own below, or in the file named.
-SHOWN_ELSEWHERE = {
-    "dataset_revision", "activation_checkpointing", "deterministic", "nonfinite_patience", "sample_prompt",
-    "currency", "loggers", "notes",
-}  # fmt: skip
+from model import Block
+from tests.helpers import ROOT, metrics
+from tests.key_table import IMPORTED, MODEL_ROWS, TRAIN_ROWS
 
 
 @dataclass
@@ -190,6 +105,13 @@ def observe(
     torch.use_deterministic_algorithms(False)
 
 
+STEPS = 6
+BASE = {
+    "min_train_tokens": STEPS * 8 * 16,
+    "checkpoint_interval": 2,
+    "clipping_max_norm": 0.5,
+    "price_per_hour": 3600.0,  # a second costs one
+}
 BASELINES: dict[str, Observed] = {}  # by context, because most rows share one
 SLOW = {"compile"}  # makes kernels with a C++ compiler
 
@@ -222,8 +144,10 @@ def test_a_key_acts_and_leaves_the_rest_alone(observe: Trainer, key: str) -> Non
 def test_every_key_has_a_row() -> None:
     assert [row for row in MODEL_ROWS] == [item.name for item in fields(ModelConfig)]  # noqa: C416
     assert [row for row in TRAIN_ROWS] == [item.name for item in fields(TrainConfig)]  # noqa: C416
-    silent = {key for key, row in TRAIN_ROWS.items() if not row.changes}
-    assert silent == SHOWN_ELSEWHERE
+    files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for key, row in {**MODEL_ROWS, **TRAIN_ROWS}.items():
+        assert bool(row.changes) != bool(row.shown_in), key
+        assert not row.shown_in or row.shown_in in files, key
 
 
 def test_activation_checkpointing_runs_every_block_twice(observe: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.run.files import ROOT, write_text
+from harness.run.files import ROOT, read_json, write_text
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
@@ -110,7 +110,7 @@ def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     best = _target_step(folder.checkpoints / "best")
-    max_norm = RunRecord.read(folder.run_json).train.get("clipping_max_norm")
+    max_norm = read_json(folder.train_json).get("clipping_max_norm")
     painters: dict[str, Callable[[Axes], None]] = {
         "loss": lambda axes: _draw_loss(axes, lines, best),
         "learning-rate": lambda axes: _draw_learning_rate(axes, lines),
@@ -200,7 +200,7 @@ def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
         f"train loss{recent}": _shown(_latest_mean(lines, "train/loss"), "{:.3f}"),
         f"tokens/second{recent}": _shown(_latest_mean(lines, "train/tok_per_sec"), "{:,.0f}"),
         "time left": _time_left(last, plan) if is_live else "-",
-        "cost": _shown(last.get("cost"), "{:,.2f}") + f" {run.train.get('currency') or ''}",
+        "cost": _shown(last.get("cost"), "{:,.2f}") + f" {read_json(folder.train_json).get('currency') or ''}",
         "updated": status.time.replace("T", " ").removesuffix("+00:00") + " UTC",
     }
     cards = "".join(f"<div><dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd></div>" for k, v in facts.items())

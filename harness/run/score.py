@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from harness.run.run_folder import RunFolder, run_of_model_file
 class ScoredModel:
     """Which model a score is of; what a loose file does not tell is None."""
 
-    model_file: str
-    model_sha256: str
+    model_file: str = ""
+    model_sha256: str = ""
     run: str | None = None
     step: int | None = None
     """The checkpoint's last completed global step."""
@@ -32,32 +32,32 @@ class ScoredModel:
     run_hash: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a score file holds; losses in nats per token."""
+    """What a score file holds; losses in nats per token. What earlier versions did not write has a default."""
 
     dataset: str
     split: str
     start_token: int
     tokens: int
-    sequences: int
+    sequences: int = 0
     tokens_sha256: str
     loss: float | None
     """None where it is not finite."""
-    perplexity: float | None
-    bits_per_byte: float | None
-    by_position: list[dict[str, Any]]
-    by_training_frequency_per_million: list[dict[str, Any]] | None
-    dtype: str
-    device: str
-    time: str
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    by_position: list[dict[str, Any]] = field(default_factory=list)
+    by_training_frequency_per_million: list[dict[str, Any]] | None = None
+    dtype: str = "float32"
+    device: str = ""
+    time: str = ""
     model: ScoredModel
     path: Path
 
     @classmethod
     def read(cls, path: Path) -> "Score | None":
         """Read a score; None where the file, or the losses beside it, are not there or not a score."""
-        document = {"perplexity": None, "by_training_frequency_per_million": None, **read_json(path)}
+        document = read_json(path)
         names = {**cls.__dataclass_fields__, **ScoredModel.__dataclass_fields__}.keys() - {"model", "path"}
         if not path.with_suffix(".npz").is_file() or "tokens_sha256" not in document:
             return None

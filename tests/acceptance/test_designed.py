@@ -35,7 +35,7 @@ def planned(tmp_path: Path, call: Callable[..., Called]) -> Callable[..., Path]:
         done = call(experiment.main, "plan", "base", changes, *words, *place)
         assert done.status == 0, done.stderr
         plan = tmp_path / "runs" / "study" / "experiment.json"
-        for number, run in enumerate(json.loads(plan.read_text())["plan"]["runs"]):
+        for number, run in enumerate(json.loads(plan.read_text())["experiment"]["runs"]):
             loss = 4.0 + SEED_LUCK[run["seed"]] - sum(GAINS[name] for name in run["on"])
             loss += interaction if {"drop", "bias"} <= set(run["on"]) else 0.0
             loss += 0.0004 * ((number * 7919) % 11 - 5)

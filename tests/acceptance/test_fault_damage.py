@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.engine import checkpoint, resume
+from harness.engine.checkpoint import CheckpointMetadata
 from harness.run.errors import CheckpointError
 from harness.run.files import file_sha256, write_json
 from harness.run.run_folder import RunFolder
@@ -127,12 +128,12 @@ def nothing(_: Path) -> None:
 def test_links_are_hints_and_are_repaired(trained: Path, name: str, put: Callable[[Path], None]) -> None:
     folder = RunFolder(trained)
     links = {link: (folder.checkpoints / link).readlink() for link in ("latest", "best")}
-    contents = checkpoint.read_contents(folder.checkpoint(19))
+    metadata = CheckpointMetadata.read(folder.checkpoint(19))
     (folder.checkpoints / name).unlink()
     put(folder.checkpoints / name)
-    start = resume.choose_start(folder, resume.ResumeRequest(), contents.basis)
-    assert start.path == folder.checkpoint(19)
-    assert start.state.best_loss == contents.state.best_loss
+    point = resume.choose_resume_point(folder, resume.ResumeRequest(), metadata.identity)
+    assert point.path == folder.checkpoint(19)
+    assert point.state.best_loss == metadata.state.best_loss
     assert {link: (folder.checkpoints / link).readlink() for link in links} == links
     if put is a_folder:
         assert (trained / "aside-1" / "checkpoints" / name / "mine").read_text() == "kept"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.engine import checkpoint
+from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
     DEMANDING,
@@ -79,7 +80,7 @@ def test_a_killed_rank_is_restarted_by_the_launcher(
     """One launch survives the death of rank 1, and then that of rank 0, which holds the run's lock and the files."""
     folder = write_demanding(tmp_path / "runs" / "restarted")
     launcher = start_training(folder, datasets_dir, 2, restarts=3, TRAIN_FAULT="step.start:sleep:0.1")
-    starts = RunFolder(folder).read_starts
+    starts = lambda: RunRecord.read(folder / "run.json").starts  # noqa: E731
     try:
         for number, rank in enumerate(kills, start=1):
             wait_for(lambda: lines_in(folder / "metrics.jsonl") >= 8 * number)  # noqa: B023

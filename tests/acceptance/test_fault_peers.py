@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
     assert_same_run,
@@ -196,4 +197,4 @@ def test_a_real_launcher_gives_up_restarting(tmp_path: Path, datasets_dir: Path)
     launcher.communicate(timeout=580)  # eleven starts of two ranks, each of which imports torch
     assert launcher.returncode == 1
     assert status(folder)["exit_code"] == 8
-    assert len(RunFolder(folder).read_starts()) == 5
+    assert len(RunRecord.read(folder / "run.json").starts) == 5

@@ -14,7 +14,7 @@ from harness.run.errors import ConfigError
 from harness.run.plan import Plan
 from tests.conftest import Called
 from tests.helpers import run, train_in_fork
-from training import trials as microbatch
+from training import trials
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 9, 64, 100, 1000])
@@ -26,14 +26,14 @@ def test_search_finds_any_limit_in_few_trials(limit: int, start: int) -> None:
         tried.append(size)
         return size <= limit
 
-    assert microbatch.largest_that_fits(fits, start) == limit
+    assert trials.largest_that_fits(fits, start) == limit
     assert len(tried) == len(set(tried)) <= 2 * (max(limit, start)).bit_length() + 2
 
 
 def test_nothing_fits_is_an_error() -> None:
-    assert microbatch.largest_that_fits(lambda _: False, 6) == 0
+    assert trials.largest_that_fits(lambda _: False, 6) == 0
     with pytest.raises(ConfigError, match="not even one sequence"):
-        microbatch.describe(0, Plan(1, 6, 16, 1024, 10))
+        trials.describe(0, Plan(1, 6, 16, 1024, 10))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_nothing_fits_is_an_error() -> None:
     ],
 )
 def test_advice_keeps_the_global_batch(largest: int, world_size: int, advice: str) -> None:
-    text = microbatch.describe(largest, Plan(world_size, 1, 96 // world_size, 1024, 10))
+    text = trials.describe(largest, Plan(world_size, 1, 96 // world_size, 1024, 10))
     assert advice in text
     assert f"Largest micro-batch that trains: {largest}" in text
 
@@ -62,8 +62,8 @@ def test_a_trial_tells_too_large_from_fitting(make_run: Callable[..., Path], dat
         "import ddp_train; sys.exit(ddp_train.exit_status_of(ddp_train.main))"
     )
     trial = [sys.executable, "-c", script, *words[1:], "--try-microbatch-size"]
-    assert microbatch.succeeds([*trial, "1"], environment)
-    assert not microbatch.succeeds([*trial, "2000"], environment)
+    assert trials.succeeds([*trial, "1"], environment)
+    assert not trials.succeeds([*trial, "2000"], environment)
     assert sorted(folder.iterdir()) == before
 
 
@@ -71,13 +71,13 @@ def test_a_trial_that_fails_for_another_reason_is_no_answer(
     make_run: Callable[..., Path], datasets_dir: Path
 ) -> None:
     with pytest.raises(RuntimeError, match="no folder"):
-        microbatch.succeeds([sys.executable, "ddp_train.py", "absent", str(datasets_dir)], {})
+        trials.succeeds([sys.executable, "ddp_train.py", "absent", str(datasets_dir)], {})
 
 
 def limit_by_rank(unfit_rank: int) -> None:
     """Have memory run out above 5 sequences on one rank and above 11 on the other."""
     limit = 5 if os.environ["RANK"] == str(unfit_rank) else 11
-    microbatch.succeeds = lambda command, environment: int(command[-1]) <= limit
+    trials.succeeds = lambda command, environment: int(command[-1]) <= limit
 
 
 @pytest.mark.fault("F38")
@@ -97,7 +97,7 @@ def test_flag_prints_sizes_and_advice(
     make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_run(train={"min_train_tokens": -1})  # as many as the dataset has, which is not looked at
-    monkeypatch.setattr(microbatch, "succeeds", lambda command, _: int(command[-1]) <= 3)
+    monkeypatch.setattr(trials, "succeeds", lambda command, _: int(command[-1]) <= 3)
     done = call(ddp_train.main, folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu", "-f")
     assert done.status == 0
     assert done.stdout.splitlines()[:3] == [
@@ -111,8 +111,8 @@ def test_flag_prints_sizes_and_advice(
 def test_limit_that_is_set_counts() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     code = (
-        "import resource; from harness import microbatch; resource.setrlimit(resource.RLIMIT_DATA, (10**9, 10**9)); "
-        "microbatch.limit_memory(1); print(resource.getrlimit(resource.RLIMIT_DATA)[0])"
+        "import resource; from training import trials; resource.setrlimit(resource.RLIMIT_DATA, (10**9, 10**9)); "
+        "trials.limit_memory(1); print(resource.getrlimit(resource.RLIMIT_DATA)[0])"
     )
     done = run("-c", code)
     assert int(done.stdout) <= 10**9

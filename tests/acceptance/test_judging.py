@@ -18,6 +18,7 @@ import experiment
 import test_loss
 from harness.observers.charts import ChartPainter
 from harness.run.errors import exit_status_of
+from study import running
 from tests.conftest import Called
 from tests.helpers import ROOT, run, write, write_run
 
@@ -253,7 +254,7 @@ def test_tables_that_are_not_text_or_not_there(call: Callable[..., Called], tmp_
         ("--baseline", "baseline", "--margin", "0"),
         ("--baseline", "baseline", "--margin", "nan"),
         ("--baseline", "baseline", "--noise-sd", "0.1"),
-        ("--baseline", "baseline", "--learn-noise"),
+        ("--baseline", "baseline", "--noise-df", "3"),
         ("--baseline", "baseline", "--experiment", "experiment.json"),
         ("--baseline", "baseline", "--format", "xml"),
         (),
@@ -273,8 +274,8 @@ def test_table_of_the_baseline_alone_has_nothing_to_compare(call: Callable[..., 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["compare_runs.py", "study.running.py"])
-def test_help_needs_no_torch(tmp_path: Path, script: str) -> None:
+@pytest.mark.parametrize("verb", ["plan", "run", "compare", "report", "noise"])
+def test_help_needs_no_torch_and_fits_a_screen(tmp_path: Path, verb: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Refuse:\n"
@@ -287,9 +288,9 @@ def test_help_needs_no_torch(tmp_path: Path, script: str) -> None:
         [sys.executable, "-c", "import torch"], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert "torch is blocked" in blocked.stderr
-    done = run(script, "--help", PYTHONPATH=str(tmp_path))
-    assert f"python {script}" in done.stdout
-    assert len(done.stdout.splitlines()) <= 50
+    done = run("experiment.py", verb, "--help", PYTHONPATH=str(tmp_path), COLUMNS="80")
+    assert f"python experiment.py {verb}" in done.stdout
+    assert len(done.stdout.splitlines()) <= 45
 
 
 # --- a study, from a plan to a verdict -----------------------------------------------------------------------
@@ -304,7 +305,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("--design", "one-at-a-time", "--seeds", "1,2", "--name", "toy", "--test-batches", "2")
     done = run("experiment.py", "plan", "base", interventions, *words, "--runs-dir", folder / "runs")
     assert "2 arms x 2 seeds = 4 runs" in done.stdout
-    assert f"--execute {folder / 'runs' / 'toy' / 'plan.json'}" in done.stdout
+    assert f"experiment.py run {folder / 'runs' / 'toy'} datasets" in done.stdout
     return folder / "runs"
 
 
@@ -323,9 +324,9 @@ def executed(study: Path, datasets_dir: Path) -> Path:
     """The same with every run trained and scored; its plan."""
     plan = study / "toy" / "experiment.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study.running, "subprocess", SimpleNamespace(run=in_process))
+        patch.setattr(running, "subprocess", SimpleNamespace(run=in_process))
         patch.setattr(sys, "argv", ["experiment.py", "run", str(plan), str(datasets_dir)])
-        assert exit_status_of(study.running.main) == 0
+        assert exit_status_of(experiment.main) == 0
     return plan
 
 
@@ -370,7 +371,7 @@ def test_noise_is_learned_and_lent(executed: Path, call: Callable[..., Called]) 
     assert (unknown["arms"][0]["verdict"], unknown["arms"][0]["p"]) == ("CANNOT TELL", None)
     learned = call(experiment.main, "noise", "--baseline", "toy-baseline-s1", "--runs-dir", runs_dir)
     assert learned.status == 0, learned.stderr
-    assert learned.stdout.count("all seeds: sd 0.") == 2
+    assert learned.stdout.count("all seeds: sd 0.") == 1
     try:
         known = json.loads(call(experiment.main, "compare", "--baseline", *pair).stdout)
         assert known["method"] == "ledger"
@@ -404,7 +405,7 @@ def test_planning_again_is_harmless_and_another_plan_is_refused(
     other = write(tmp_path / "other.json", {"slow": {"train": {"learning_rate": 0.001}}})
     done = call(experiment.main, "plan", "base", other, *words)
     assert done.status == 2
-    assert done.stderr == f"{plan}: found another plan of this name, wanted a new --name\n"
+    assert done.stderr == f"{plan}: found another experiment of this name, wanted a new --name\n"
     assert plan.read_bytes() == before
     assert not list(study.glob("toy-slow-*"))
 
@@ -413,7 +414,7 @@ def test_planning_again_is_harmless_and_another_plan_is_refused(
     "words",
     [
         ("base",),
-        ("--execute", "experiment.json"),
+        ("base", "interventions.json", "--generators", "C=AB"),
         ("base", "interventions.json", "--seeds", "1,1"),
         ("base", "interventions.json", "--seeds", "1,-2"),
         ("base", "interventions.json", "--design", "fraction"),

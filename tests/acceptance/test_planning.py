@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ddp_train
+import training.dry_run
 from tests.conftest import Called
 from tests.helpers import OFFLINE, ROOT, command
 
@@ -26,8 +27,8 @@ def test_all_published_runs_ship() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_dry_run_of_a_published_run(call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     # The initial weights of 163M parameters take seconds; the quickstart's dry run below shows their line.
-    monkeypatch.setattr(ddp_train, "fingerprint", lambda _: "not drawn")
-    monkeypatch.setattr(ddp_train, "untrained_model", lambda *_: None)
+    monkeypatch.setattr(training.dry_run, "fingerprint", lambda _: "not drawn")
+    monkeypatch.setattr(training.dry_run, "untrained_model", lambda *_: None)
     world_size = name.split("x")[0]
     done = call(ddp_train.main, name, "nowhere", "--dry-run", "--world-size", world_size)
     assert done.status == 0

@@ -76,10 +76,10 @@ def test_machines_that_change_places_do_not_start_over(bases: list[Path]) -> Non
 
 
 def test_a_machine_that_is_ahead_of_rank_0_is_named() -> None:
-    resume.require_main_to_have_the_newest([617, 617, -1])
+    resume.require_newest_on_rank0([617, 617, -1])
     with pytest.raises(
         CheckpointError, match="rank 2's machine has a checkpoint of step 617, rank 0's has none after"
     ):
-        resume.require_main_to_have_the_newest([0, 0, 617])
+        resume.require_newest_on_rank0([0, 0, 617])
     with pytest.raises(CheckpointError, match="rank 1's machine has a checkpoint of step 0, rank 0's has no check"):
-        resume.require_main_to_have_the_newest([-1, 0])
+        resume.require_newest_on_rank0([-1, 0])

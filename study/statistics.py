@@ -5,7 +5,7 @@ n - 1. Everything rests on the t distribution, because noise is always estimated
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,26 +206,6 @@ def factorial_effects(signs: Floats, losses: Floats) -> Floats:
     """Give effects of orthogonal +-1 columns (N, E) on losses (N,): mean where on minus mean where off."""
     effects: Floats = 2 * signs.T @ losses / len(losses)
     return effects
-
-
-def replicate_noise(losses: Sequence[float], cells: Sequence[Hashable]) -> Noise | None:
-    """Give the noise between runs of one cell (the same interventions on), pooled; None without replicates."""
-    groups: dict[Hashable, list[float]] = {}
-    for loss, cell in zip(losses, cells, strict=True):
-        groups.setdefault(cell, []).append(loss)
-    return pooled_noise(list(groups.values()))
-
-
-def lenth_noise(effects: Sequence[float]) -> Noise:
-    """Give the standard error of an effect when most effects are null and no run is replicated.
-
-    The pseudo standard error of Lenth (1989), Technometrics 31, 469: 1.5 times the median of those absolute effects
-    that are below 2.5 s0, where s0 is 1.5 times the median of all; on a third as many degrees of freedom as effects.
-    """
-    sizes = np.abs(np.asarray(effects))
-    first = 1.5 * float(np.median(sizes))
-    small = sizes[sizes < 2.5 * first]
-    return Noise(1.5 * float(np.median(small)) if small.size else first, len(sizes) / 3)
 
 
 def additivity(

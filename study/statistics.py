@@ -28,6 +28,18 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class NoisePrior:
+    """What is known of the noise of one run before it is run: its standard deviation, how sure, and from where.
+
+    The degrees of freedom say how much recipes differ: infinitely many if all were equally noisy.
+    """
+
+    sd: float
+    df: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Estimate:
     """An estimated difference, its standard error, and the degrees of freedom of that."""
 
@@ -88,6 +100,20 @@ def pooled_noise(groups: Sequence[Sequence[float]]) -> Noise | None:
         return None
     squares = sum(float(np.sum((group - group.mean()) ** 2)) for group in found)
     return Noise(without_rounding(math.sqrt(squares / df), float(found[0].mean())), df)
+
+
+def moderated(variance: float, df: float, prior: NoisePrior | None, runs: float = 1.0) -> tuple[float, float]:
+    """Give a variance and its degrees of freedom, after a prior has lent it strength.
+
+    (d0 s0^2 + d s^2) / (d0 + d) on d0 + d degrees of freedom (Smyth 2004, Statistical Applications in Genetics and
+    Molecular Biology 3(1), article 3, section 3). The prior is of one run; `runs` is how many runs' variances are in
+    `variance`: 2 for a paired difference.
+    """
+    if prior is None:
+        return variance, df
+    total = prior.df + df
+    own = df * variance if df else 0.0
+    return (prior.df * runs * prior.sd**2 + own) / total, total
 
 
 def without_rounding(value: float, loss: float) -> float:

@@ -5,7 +5,7 @@ n - 1. Everything rests on the t distribution, because noise is always estimated
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,18 @@ class Noise:
 
     sd: float
     df: float
+
+
+@dataclass(frozen=True)
+class NoisePrior:
+    """What is known of the noise of one run before it is run: its standard deviation, how sure, and from where.
+
+    The degrees of freedom say how much recipes differ: infinitely many if all were equally noisy.
+    """
+
+    sd: float
+    df: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,20 @@ def pooled_noise(groups: Sequence[Sequence[float]]) -> Noise | None:
         return None
     squares = sum(float(np.sum((group - group.mean()) ** 2)) for group in found)
     return Noise(without_rounding(math.sqrt(squares / df), float(found[0].mean())), df)
+
+
+def moderated(variance: float, df: float, prior: NoisePrior | None, runs: float = 1.0) -> tuple[float, float]:
+    """Give a variance and its degrees of freedom, after a prior has lent it strength.
+
+    (d0 s0^2 + d s^2) / (d0 + d) on d0 + d degrees of freedom (Smyth 2004, Statistical Applications in Genetics and
+    Molecular Biology 3(1), article 3, section 3). The prior is of one run; `runs` is how many runs' variances are in
+    `variance`: 2 for a paired difference.
+    """
+    if prior is None:
+        return variance, df
+    total = prior.df + df
+    own = df * variance if df else 0.0
+    return (prior.df * runs * prior.sd**2 + own) / total, total
 
 
 def without_rounding(value: float, loss: float) -> float:
@@ -206,26 +232,6 @@ def factorial_effects(signs: Floats, losses: Floats) -> Floats:
     """Give effects of orthogonal +-1 columns (N, E) on losses (N,): mean where on minus mean where off."""
     effects: Floats = 2 * signs.T @ losses / len(losses)
     return effects
-
-
-def replicate_noise(losses: Sequence[float], cells: Sequence[Hashable]) -> Noise | None:
-    """Give the noise between runs of one cell (the same interventions on), pooled; None without replicates."""
-    groups: dict[Hashable, list[float]] = {}
-    for loss, cell in zip(losses, cells, strict=True):
-        groups.setdefault(cell, []).append(loss)
-    return pooled_noise(list(groups.values()))
-
-
-def lenth_noise(effects: Sequence[float]) -> Noise:
-    """Give the standard error of an effect when most effects are null and no run is replicated.
-
-    The pseudo standard error of Lenth (1989), Technometrics 31, 469: 1.5 times the median of those absolute effects
-    that are below 2.5 s0, where s0 is 1.5 times the median of all; on a third as many degrees of freedom as effects.
-    """
-    sizes = np.abs(np.asarray(effects))
-    first = 1.5 * float(np.median(sizes))
-    small = sizes[sizes < 2.5 * first]
-    return Noise(1.5 * float(np.median(small)) if small.size else first, len(sizes) / 3)
 
 
 def additivity(

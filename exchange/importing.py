@@ -103,7 +103,7 @@ def import_weights(request: ImportRequest, build_model: BuildModel) -> None:
 
 
 def new_run(runs_dir: Path, name: str) -> Path:
-    """Give the folder of a run that does not exist yet; raises ConfigError."""
+    """Return the folder of a run that does not exist yet; raises ConfigError."""
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(f"RUN: found {name[:80]!r}, wanted a name of letters, digits, '.', '_' and '-'")
     if (runs_dir / name).exists() or (runs_dir / name).is_symlink():
@@ -126,7 +126,7 @@ def read_source(request: ImportRequest) -> Weights:
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
-    """Fetch what is needed of a model on the Hub into its cache; gives the folder and the commit.
+    """Fetch what is needed of a model on the Hub into its cache; returns the folder and the commit.
 
     Raises DataError. Nothing but JSON and safetensors is asked for.
     """

@@ -69,7 +69,7 @@ def model_card(
 
 
 def _front_matter(folder: RunFolder, publication: Publication) -> str:
-    """Give the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
+    """Return the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
     dataset, source = _ran(folder).get("dataset"), _source(folder)
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
     if publication.licence:
@@ -106,14 +106,14 @@ def _was_trained(folder: RunFolder) -> bool:
 
 
 def _ran(folder: RunFolder) -> dict[str, Any]:
-    """Give the training configuration that ran, or that would run, without what is not set: a valid train.json."""
+    """Return the training configuration that ran, or that would run, without what is not set: a valid train.json."""
     written = RunRecord.read(folder.run_json).train or asdict(folder.read_configs()[1])
     unused = {"gradient_accumulation_steps"} if written.get("global_batch_size") else set()
     return {key: value for key, value in written.items() if value is not None and key not in unused}
 
 
 def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
-    """Give what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
+    """Return what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
     if not _was_trained(folder):
         return []
     run, ran = RunRecord.read(folder.run_json), _ran(folder)

@@ -130,7 +130,7 @@ def open_model(
 
 
 def find_checkpoint(folder: RunFolder, inside: str, is_imported: bool) -> Path | None:
-    """Give the newest valid checkpoint of a run, or the one named `checkpoints/NAME`.
+    """Return the newest valid checkpoint of a run, or the one named `checkpoints/NAME`.
 
     None stands for the imported weights of a run that was not trained on from them.
     """

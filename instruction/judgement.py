@@ -84,7 +84,7 @@ def judge(request: JudgeRequest, environment: Mapping[str, str]) -> None:
 
 
 def settings_of(request: JudgeRequest) -> JudgeSettings:
-    """Give what the requests depend on."""
+    """Return what the requests depend on."""
     return JudgeSettings(
         judges=tuple(request.judge),
         seed=request.seed,
@@ -97,7 +97,7 @@ def settings_of(request: JudgeRequest) -> JudgeSettings:
 
 
 def caps_of(request: JudgeRequest) -> Caps:
-    """Give the caps on tries, time and spend."""
+    """Return the caps on tries, time and spend."""
     return Caps(
         tries=request.tries,
         parallel=request.parallel,
@@ -108,7 +108,7 @@ def caps_of(request: JudgeRequest) -> Caps:
 
 
 def collect(collector: Collector, prompts: Sequence[JudgePrompt], replies: Replies, caps: Caps) -> str:
-    """Ask for the replies that are missing, with a progress bar; gives why it stopped early, or nothing."""
+    """Ask for the replies that are missing, with a progress bar; returns why it stopped early, or nothing."""
     missing = replies.missing(prompts, caps.tries)
     with progress_bar(len(missing), "reply") as bar:
         collector.collect(missing, bar.update)

@@ -51,7 +51,7 @@ class Caps:
     price_per_million_tokens: float | None
 
     def price(self, tokens: int) -> float | None:
-        """Give what tokens cost; None where the price is not known."""
+        """Return what tokens cost; None where the price is not known."""
         return None if self.price_per_million_tokens is None else tokens * self.price_per_million_tokens / 1e6
 
 
@@ -195,7 +195,7 @@ class Replies:
         return PromptOutcome(prompt, "open", {}) if refusal is None else PromptOutcome(prompt, "refused", {}, refusal)
 
     def missing(self, prompts: Sequence[JudgePrompt], tries: int) -> list[JudgePrompt]:
-        """Give the prompts to ask for: those without an outcome, then those refused, which get another chance.
+        """Return the prompts to ask for: those without an outcome, then those refused, which get another chance.
 
         A refusal may be the request's fault, or that of an account or a server that has been put right since.
         """
@@ -288,7 +288,7 @@ class Collector:
             self._halt(f"the endpoint refuses every request ({refusal})")
 
     def _ask(self, prompt: JudgePrompt, reserved: int) -> UnavailableError | RefusedError | None:
-        """Send one request and keep what came of it; gives the failure where there was no reply."""
+        """Send one request and keep what came of it; returns the failure where there was no reply."""
         line: dict[str, object] = {"endpoint": self._endpoint.name, "text": None, "tokens": 0}
         failure: UnavailableError | RefusedError | None = None
         try:

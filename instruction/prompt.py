@@ -63,7 +63,7 @@ def messages_for(answers: Sequence[Answer], salt: object) -> list[dict[str, str]
 
 
 def read_reply(text: str, labels: Sequence[str]) -> Mapping[str, float] | None:
-    """Give the score of every label, or None where the reply is not what was asked for.
+    """Return the score of every label, or None where the reply is not what was asked for.
 
     A code block around the JSON is taken off, because many models write one; prose around it is not.
     """

@@ -139,7 +139,7 @@ def in_both_orders(outcomes: Iterable[PromptOutcome]) -> list[Both]:
 
 
 def _ratings(both: Iterable[Both]) -> dict[tuple[object, ...], float]:
-    """Give the mean score of every answer, by item, seed and model."""
+    """Return the mean score of every answer, by item, seed and model."""
     found: dict[tuple[object, ...], list[float]] = defaultdict(list)
     for pair in both:
         for scores in pair.scores:

@@ -1,6 +1,6 @@
 """One model through the recipe: fine-tuned once for each seed, asked, and picked up where a kill left it.
 
-What is under way lies in OUT/partial: the fine-tuned weights of the seed at hand, and the answers so far. It goes
+What is under way lies in OUT/partial: the fine-tuned weights of the current seed, and the answers so far. It goes
 when the model's file of answers is written.
 """
 
@@ -129,7 +129,7 @@ def _respond_once(
 def _fine_tuned(
     model: EvaluatedModel, eval_set: EvalSet, seed: int, weights: Path, progress: ShowProgress
 ) -> nn.Module:
-    """Give the model fine-tuned with one seed, from disk where an earlier start got as far as that."""
+    """Return the model fine-tuned with one seed, from disk where an earlier start got as far as that."""
     if weights.is_file():
         return model.open(weights)
     tuned = model.open(None)
@@ -146,7 +146,7 @@ def _fine_tuned(
 
 @torch.no_grad()
 def ask(model: nn.Module, batch: Sequence[Example], recipe: Recipe, seed: int) -> list[Answer]:
-    """Give a fine-tuned model's answers to one batch, with the loss of the references and the scores."""
+    """Return a fine-tuned model's answers to one batch, with the loss of the references and the scores."""
     losses = response_losses(model, batch).tolist()  # waits for the device
     written = write_answers(model, [example.prompt for example in batch], recipe.max_tokens)
     return [

@@ -244,7 +244,7 @@ def verify(path: Path) -> None:
 
 
 def imported_weights(folder: RunFolder, sha256: str) -> Path:
-    """Give the file of a run's imported weights; raises CheckpointError unless it is the one train.json names."""
+    """Return the file of a run's imported weights; raises CheckpointError unless it is the one train.json names."""
     path = folder.imported / MODEL_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: found no such file, wanted the weights of train.json (initial_weights)")

@@ -11,8 +11,9 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from harness.report.html import Tone
 
+Floats = NDArray[np.float64]
 WIDTH = 720
 COLOURS = 8
 GRID_POINTS = 240
@@ -20,7 +21,7 @@ GRID_POINTS = 240
 
 @dataclass(frozen=True)
 class Interval:
-    """One difference with its interval, and the part of it that is training noise alone; in nats per token."""
+    """One difference with its 95% interval, and an inner interval that covers the noise of training alone."""
 
     label: str
     value: float
@@ -29,6 +30,7 @@ class Interval:
     inner_low: float
     inner_high: float
     verdict: str
+    tone: Tone
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,6 @@ class Curve:
     mean: Floats
     low: Floats
     high: Floats
-
-
-def tone_of(verdict: str) -> str:
-    """Return the CSS class of a verdict: better, worse, or open."""
-    if verdict in ("HELPS", "LEANS BETTER"):
-        return "better"
-    return "worse" if verdict in ("HURTS", "LEANS WORSE") else "open"
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -84,7 +79,7 @@ def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative 
         y = top + row * (number + 0.5)
         title = f"{item.label}: {item.value:+.4f} ({item.low:+.4f} to {item.high:+.4f}), {item.verdict}"
         parts.append(
-            f'<g class="{tone_of(item.verdict)}"><title>{escape(title)}</title>'
+            f'<g class="{item.tone}"><title>{escape(title)}</title>'
             f"{text('label', left - 10, y + 4, shortened(item.label), 'end')}"
             f'<line class="interval" x1="{x(item.low):.1f}" x2="{x(item.high):.1f}" y1="{y}" y2="{y}"/>'
             f'<line class="inner" x1="{x(item.inner_low):.1f}" x2="{x(item.inner_high):.1f}" y1="{y}" y2="{y}"/>'

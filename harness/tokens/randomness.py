@@ -31,7 +31,7 @@ def initial_normal(init_seed: int, name: str, shape: tuple[int, ...], std: float
 
 
 def seed_dropout(dropout_seed: int, global_step: int, accumulation_step: int, rank: int) -> None:
-    """Seed torch's generators (CPU and devices) for the dropout masks of one micro-batch; does not wait for a device."""
+    """Seed torch's generators (CPU and devices) for the dropout masks of one micro-batch; waits for no device."""
     torch.manual_seed(stream_seed("dropout", dropout_seed, global_step, accumulation_step, rank))
 
 

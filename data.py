@@ -1,8 +1,7 @@
-"""Getting a dataset, checking it, and which micro-batch goes where.
+"""Downloads and checks datasets, and reads the micro-batch of a rank at a global step.
 
-A split is read anew for every micro-batch, so no process holds more of it than that, however long the file. Which
-tokens a rank sees at a step is a pure function of the plan and the seeds: there is no iterator to save and none to
-restore.
+Every micro-batch is read from disk when it is needed, so memory does not grow with the file. Which tokens a rank sees
+at a step is a pure function of the plan and the seeds, so there is no iterator state to save or restore.
 """
 
 import hashlib
@@ -32,40 +31,43 @@ FINGERPRINT_TOKENS = 2**20
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """What one pass over a split's used tokens found."""
+    """What one pass over tokens [start, start + count) of a split found."""
 
     start: int
     count: int
     highest_id: int
     sha256: str
+    """Over the file's type, and the tokens as little-endian uint32."""
 
 
 def check_tokens(file: TokenFile, start: int, count: int, vocab_size: int) -> TokenCheck:
-    """Check that every id in [start, start + count) is below vocab_size, and fingerprint those tokens.
+    """Check that every id in [start, start + count) is in [0, vocab_size), and hash those tokens.
 
-    One pass in chunks. The result is kept beside the file until its size or time changes, so that resuming does
-    not read gigabytes again. Raises DataError with the place of the first id that does not fit.
+    The result is cached beside the file until its size or time changes, so that resuming does not read gigabytes
+    again. Raises DataError with the index of the first id that is out of range.
     """
     size, mtime_ns = file.size_and_time()
-    kept = file.path.with_name(f".{file.path.stem}-{start}-{count}.check.json")
+    cache = file.path.with_name(f".{file.path.stem}-{start}-{count}.check.json")
     key = {"size": size, "mtime_ns": mtime_ns}
-    result = _kept_check(kept, key)
+    result = _cached_check(cache, key)
     if result is None or result.highest_id >= vocab_size:
         result = _read_and_check(file, start, count, vocab_size)
         try:
-            temporary = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
+            temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
             temporary.write_text(json.dumps({**key, **asdict(result)}))
-            temporary.replace(kept)
+            temporary.replace(cache)
         except OSError:
-            pass  # a read-only dataset folder only costs the pass again
+            pass  # a read-only dataset folder costs another pass at the next start, nothing else
     return result
 
 
-def _kept_check(path: Path, key: dict[str, int]) -> TokenCheck | None:
+def _cached_check(path: Path, key: dict[str, int]) -> TokenCheck | None:
     try:
-        kept = json.loads(path.read_text())
-        if all(kept[name] == value for name, value in key.items()):
-            return TokenCheck(int(kept["start"]), int(kept["count"]), int(kept["highest_id"]), str(kept["sha256"]))
+        cached = json.loads(path.read_text())
+        if all(cached[name] == value for name, value in key.items()):
+            return TokenCheck(
+                int(cached["start"]), int(cached["count"]), int(cached["highest_id"]), str(cached["sha256"])
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
@@ -90,17 +92,17 @@ def _read_and_check(file: TokenFile, start: int, count: int, vocab_size: int) ->
 def ensure_dataset(datasets_dir: Path, config: TrainConfig) -> None:
     """Download a run's two files from the Hub if they are not on disk; raises DataError.
 
-    Must be called before the process group exists: a collective that waited for a download would time out.
+    Must be called before the process group exists, because collectives waiting for a download would time out.
     """
-    # A folder of one's own needs no validation split unless the run validates.
-    is_own = bool(split_files(datasets_dir / config.dataset, "train")) and config.validation_interval is None
-    download_missing(datasets_dir, config.dataset, config.dataset_revision, SPLITS[:1] if is_own else SPLITS)
+    # A local folder needs no validation split unless the run validates.
+    is_local = bool(split_files(datasets_dir / config.dataset, "train")) and config.validation_interval is None
+    download_missing(datasets_dir, config.dataset, config.dataset_revision, SPLITS[:1] if is_local else SPLITS)
 
 
 def download_missing(datasets_dir: Path, dataset: str, revision: str | None, splits: Sequence[str]) -> None:
     """Download those of a dataset's `splits` that are not on disk; raises DataError.
 
-    Every process may call it: a lock lets one download while the others wait for its files.
+    Every process may call it: a file lock lets one download while the others wait.
     """
     folder = datasets_dir / dataset
 
@@ -112,7 +114,7 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
     with hub_errors(f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded", DataError):
         failpoint("download")
         datasets_dir.mkdir(parents=True, exist_ok=True)
-        # Beside the folder, because the Hub client takes a folder that is there for a finished download.
+        # The lock is beside the folder, because the Hub client takes an existing folder for a finished download.
         with FileLock(datasets_dir / f".{dataset.replace('/', '--')}.lock"):
             if names := missing():
                 commit = HfApi().dataset_info(dataset, revision=revision).sha
@@ -125,15 +127,16 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
 
 @dataclass(frozen=True)
 class TrainData:
-    """The train split as the plan cuts it: sequence s is tokens [start + s*T, start + s*T + T + 1)."""
+    """The train split cut into sequences: sequence s is tokens [start + s*T, start + s*T + T + 1)."""
 
     file: TokenFile
     start_token: int
     plan: Plan
     order: Permutation | None
+    """Of the sequences, if they are shuffled."""
 
     def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
-        """Give tokens and targets, each (B, T) int64 on the CPU, of one rank's micro-batch."""
+        """Return tokens and targets of one rank's micro-batch, each (B, T) int64 on the CPU."""
         size, length = self.plan.microbatch_size, self.plan.context_length
         first = self.plan.microbatch_index(global_step, accumulation_step, rank) * size
         if self.order is None:
@@ -147,9 +150,9 @@ class TrainData:
         return block[:, :-1], block[:, 1:]
 
     def fingerprint(self) -> str:
-        """Give a SHA-256 (hex) that tells other data apart at little cost, so that no run resumes on it.
+        """Return a SHA-256 (hex) that is cheap to compute and prevents a run from resuming on other data.
 
-        Over the file's length and type, and the first and last stretches of at most 2^20 tokens from the run's start.
+        It covers the file's length and type, start_token, and up to 2^20 tokens from there and at the file's end.
         """
         digest = hashlib.sha256(f"{self.file.dtype} {self.file.length} {self.start_token}".encode())
         count = min(FINGERPRINT_TOKENS, self.file.length - self.start_token)
@@ -159,7 +162,7 @@ class TrainData:
 
 
 class SyntheticData:
-    """Random tokens in place of a dataset, the same for every step: for trials and benchmarks."""
+    """Random tokens instead of a dataset, the same at every step; for trials and benchmarks."""
 
     def __init__(self, plan: Plan, vocab_size: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -167,19 +170,19 @@ class SyntheticData:
         self._blocks = torch.randint(0, vocab_size, size, generator=generator)
 
     def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
-        """Give tokens and targets, each (B, T) int64 on the CPU, of an accumulation step."""
+        """Return tokens and targets of an accumulation step, each (B, T) int64 on the CPU."""
         block = self._blocks[accumulation_step]  # (B, T + 1)
         return block[:, :-1], block[:, 1:]
 
 
 def as_sequences(tokens: NDArray[np.int64], context_length: int) -> tuple[Tensor, Tensor]:
-    """Cut B*T + 1 consecutive tokens into inputs and targets, each (B, T); targets are one token later."""
+    """Return B*T + 1 consecutive tokens as inputs and targets, each (B, T); targets are shifted by one token."""
     flat = torch.from_numpy(tokens)
     return flat[:-1].view(-1, context_length), flat[1:].view(-1, context_length)
 
 
 def train_data(file: TokenFile, config: TrainConfig, plan: Plan) -> TrainData:
-    """Prepare a plan's data; with `shuffle`, over all whole sequences from start_train_token on."""
+    """Return a plan's train data; `shuffle` permutes all complete sequences from start_train_token on."""
     sequences = (file.length - config.start_train_token - 1) // plan.context_length
     order = order_permutation(config.seed_of("order"), 0, sequences) if config.shuffle else None
     return TrainData(file, config.start_train_token, plan, order)
@@ -187,21 +190,22 @@ def train_data(file: TokenFile, config: TrainConfig, plan: Plan) -> TrainData:
 
 @dataclass(frozen=True)
 class Splits:
-    """The data of a run, cut by its plan; `checks` are those of the process that read through it."""
+    """A run's plan and its open data."""
 
     plan: Plan
     train: TrainData | SyntheticData
     validation: TokenFile | None
     checks: list[TokenCheck]
+    """Of the splits in order; empty in a process that did not check."""
     fingerprint: str
-    """SHA-256 that tells other train data apart; see TrainData.fingerprint."""
+    """Of the train data; see TrainData.fingerprint."""
 
     def describe(self) -> list[dict[str, object]]:
-        """Give what was read through, for run.json."""
+        """Return the checks as run.json holds them."""
         return [asdict(check) for check in self.checks]
 
     def checked(self) -> dict[str, str]:
-        """Give the SHA-256 of the tokens that this process read through, by their place."""
+        """Return the SHA-256 of the tokens that this process checked, by split and range."""
         names = ("train", "validation")
         return {
             f"{name} tokens {check.start} to {check.start + check.count}": check.sha256
@@ -212,9 +216,9 @@ class Splits:
 def open_splits(
     datasets_dir: Path, model: ModelConfig, config: TrainConfig, world_size: int, reads_through: bool
 ) -> Splits:
-    """Open a run's data and work out its plan; raises DataError and ConfigError.
+    """Open a run's data and make its plan; raises DataError and ConfigError.
 
-    With `reads_through`, every token that will be used is checked; one process a machine is enough for that.
+    With `reads_through`, every token that will be used is checked; one process per machine should do so.
     """
     file = open_split(datasets_dir, config.dataset, "train")
     plan = make_plan(model, config, world_size, file.length - config.start_train_token)
@@ -237,7 +241,7 @@ def open_splits(
 def evaluation_batches(
     file: TokenFile, start_token: int, sequences: range, context_length: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give tokens and targets, each (up to batch_size, T), of `sequences` counted from start_token."""
+    """Yield tokens and targets, each (up to batch_size, T), of `sequences` counted from start_token."""
     for first in range(sequences.start, sequences.stop, batch_size):
         count = min(batch_size, sequences.stop - first)
         yield as_sequences(

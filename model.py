@@ -1,7 +1,7 @@
-"""The GPT and its toggles, and the one way in which every command opens a model.
+"""The GPT and its toggles, and the functions with which every command loads a model.
 
-Shapes in comments: B batch, T positions, C channels (emb_dim), H heads, D head size, V vocabulary. Module names
-are chosen so that the state dict is the file format: nothing is renamed on the way to disk or back.
+Shapes in comments: B batch, T positions, C channels (emb_dim), H heads, D head size, V vocabulary. Module names are
+those of the published checkpoints, so a state dict is saved and loaded without renaming.
 """
 
 import hashlib
@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from harness.engine.checkpoint import read_tensors
 from harness.engine.key_value_cache import KeyValueCache
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.errors import CheckpointError
@@ -26,7 +25,7 @@ from harness.tokens.randomness import initial_normal
 INITIAL_STD = 0.02  # GPT-2's; small enough that a tied head starts at a loss near ln(V)
 HEAD = "out_head.weight"
 TOKEN_EMBEDDING = "tok_emb.weight"
-# Causal masks that the published harness stored with every block; they hold no information.
+# The published checkpoints store each block's causal mask, which is a constant.
 STORED_MASK = re.compile(r"trf_blocks\.\d+\.att\.mask")
 
 
@@ -57,8 +56,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Let every position of x (B, T, C) attend to itself and those before it; gives (B, T, C)."""
-        # One product for the three: x is read, and under autocast copied to half precision, once.
+        """Return the attention output (B, T, C) for x (B, T, C); each position sees itself and those before it."""
+        # One matrix product for all three reads x once, and under autocast converts it to half precision once.
         projections = (self.W_query, self.W_key, self.W_value)
         weight = torch.cat([projection.weight for projection in projections])
         bias = None if self.W_query.bias is None else torch.cat([projection.bias for projection in projections])
@@ -80,7 +79,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, four times as wide in between, with GELU's tanh approximation."""
+    """Two linear layers with a hidden width of 4C and the tanh approximation of GELU between them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,7 +89,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform every position of x (B, T, C) by itself."""
+        """Transform every position of x (B, T, C) independently."""
         y: Tensor = self.layers(x)
         return y
 
@@ -107,7 +106,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.drop_rate)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Add both branches to x (B, T, C)."""
+        """Add both branches to the residual stream x (B, T, C)."""
         attended: Tensor = x + self.dropout(self.att(self.norm1(x), cache))
         transformed: Tensor = attended + self.dropout(self.ff(self.norm2(attended)))
         return transformed
@@ -116,7 +115,7 @@ class Block(nn.Module):
 class GPTModel(nn.Module):
     """A GPT-2-style language model.
 
-    Its parameters' values are `initialise`'s or `load_weights`'s to give; see `uninitialized_model`.
+    Make it with `uninitialized_model`, and set its parameters with `initialise` or `load_weights`.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
@@ -128,22 +127,22 @@ class GPTModel(nn.Module):
         self.dropout = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = LayerNorm(config.emb_dim)
-        # A tied model has no head of its own, so that the shared matrix exists, and is stored, once.
+        # A tied model has no head module, so the shared matrix is one parameter and is stored once.
         self.out_head = None if config.tie_weights else nn.Linear(config.emb_dim, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Give logits (B, T, V) for token ids (B, T), where T is at most the context length.
+        """Return logits (B, T, V) for token ids (B, T), where T is at most the context length.
 
-        With a cache, the tokens stand at its positions and also see what it holds of earlier calls; for evaluation.
+        With a cache, the tokens continue those of earlier calls and attend to them; for evaluation only.
         """
         return F.linear(self.hidden_states(tokens, cache), self.head_weight())
 
     def head_weight(self) -> Tensor:
-        """Give the output head's matrix (V, C), which a tied model shares with the token embedding."""
+        """Return the output head's matrix (V, C), which a tied model shares with the token embedding."""
         return self.tok_emb.weight if self.out_head is None else self.out_head.weight
 
     def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Give the states (B, T, C) that the output head turns into logits, for token ids (B, T)."""
+        """Return the final hidden states (B, T, C), the input of the output head, for token ids (B, T)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions
         x = self.dropout(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, C)
         for block in self.trf_blocks:
@@ -156,21 +155,22 @@ class GPTModel(nn.Module):
 
 
 def uninitialized_model(config: ModelConfig, activation_checkpointing: bool = False) -> GPTModel:
-    """Make a model on the CPU whose parameters have no values yet, without the time to draw PyTorch's defaults."""
+    """Return a model on the CPU whose parameters are unset, which skips PyTorch's slow default initialisation."""
     with torch.device("meta"):
         model = GPTModel(config, activation_checkpointing)
     return model.to_empty(device="cpu")
 
 
 def initialise(model: GPTModel, init_seed: int) -> None:
-    """Give every parameter its initial value, which depends on (init_seed, parameter name, its shape) alone.
+    """Set every parameter to its initial value, which depends only on init_seed, the parameter's name and its shape.
 
-    Matrices and embeddings N(0, 0.02) and biases 0 as in GPT-2. The two projections into the residual stream are
+    As in GPT-2, matrices and embeddings are N(0, 0.02) and biases 0. The two projections into the residual stream are
     divided by sqrt(2 x (block + 1)), so that the stream's variance does not grow with depth (Zhang et al. 2019,
-    arXiv:1908.11365; GPT-2 divides all by sqrt(2 x blocks), which would tie a block's values to the model's depth).
+    arXiv:1908.11365). GPT-2 divides all by sqrt(2 x blocks), which would make a block's values depend on the number
+    of blocks.
     """
 
-    def give_value(named: tuple[str, nn.Parameter]) -> None:
+    def set_initial_value(named: tuple[str, nn.Parameter]) -> None:
         name, parameter = named
         shape = tuple(parameter.shape)
         if name.endswith((".bias", ".shift")):
@@ -183,8 +183,8 @@ def initialise(model: GPTModel, init_seed: int) -> None:
         else:
             raise ValueError(f"parameter {name} {shape} has no rule for its initial value")
 
-    with ThreadPoolExecutor() as pool:  # no value depends on another, so any order will do
-        list(pool.map(give_value, model.named_parameters()))
+    with ThreadPoolExecutor() as pool:  # values are independent, so order does not matter
+        list(pool.map(set_initial_value, model.named_parameters()))
 
 
 def _residual_divisor(name: str) -> float:
@@ -193,7 +193,7 @@ def _residual_divisor(name: str) -> float:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Give the SHA-256 (hex) of all parameters: names, shapes and float32 values in name order."""
+    """Return the SHA-256 (hex) of all parameters: names, shapes and float32 values in name order."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} ".encode())
@@ -202,9 +202,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def load_weights(model: GPTModel, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Copy `tensors` into the model, every parameter once; raises CheckpointError naming what does not fit.
+    """Copy `tensors` into the model; raises CheckpointError naming missing, unknown and misshapen tensors.
 
-    Stored causal masks are ignored, and a tied model's shared matrix may come under either of its names.
+    Stored causal masks are ignored, and a tied model's shared matrix may have either of its names.
     """
     found = {name: value for name, value in tensors.items() if not STORED_MASK.fullmatch(name)}
     if model.out_head is None and HEAD in found:
@@ -229,21 +229,11 @@ def load_weights(model: GPTModel, tensors: Mapping[str, Tensor], source: object)
     model.load_state_dict(found)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a safetensors file; raises CheckpointError."""
-    if Path(path).is_dir():
-        raise CheckpointError(f"{path}: found a folder, wanted the model.safetensors in it")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
-
-
 def load_model(model_json: str | Path, safetensors_file: str | Path, device: torch.device) -> GPTModel:
-    """Open a trained model for evaluation: float32, on `device`, dropout off.
+    """Load a trained model for evaluation: float32, on `device`, dropout off.
 
     Raises ConfigError for the configuration and CheckpointError for the weights.
     """
     model = uninitialized_model(load_model_config(model_json))
-    load_weights(model, read_weights(safetensors_file), safetensors_file)
+    load_weights(model, read_tensors(Path(safetensors_file)), safetensors_file)
     return model.to(device).eval()

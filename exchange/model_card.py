@@ -10,6 +10,7 @@ from harness.run.files import read_json
 from harness.run.model_size import count_parameters
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
+from harness.run.score import Score
 
 CHART = "loss.png"
 LOADING = """\
@@ -33,17 +34,8 @@ There is no tokenizer in this folder: the model's ids are not those of the GPT-2
 """
 
 
-@dataclass(frozen=True)
-class Score:
-    """A test loss in nats per token, with the 95% interval that the choice of test text leaves (None: unknown)."""
-
-    dataset: str
-    split: str
-    start_token: int
-    tokens: int
-    loss: float
-    interval: tuple[float, float] | None
-    bits_per_byte: float | None
+Interval = tuple[float, float] | None
+"""95% interval of a test loss that the choice of test text leaves; None where nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,9 @@ class Publication:
     has_chart: bool
 
 
-def model_card(folder: RunFolder, step: int, scores: Iterable[Score], publication: Publication) -> str:
+def model_card(
+    folder: RunFolder, step: int, scores: Iterable[tuple[Score, Interval]], publication: Publication
+) -> str:
     """Write the README.md of a run's checkpoint: YAML front matter, then Markdown."""
     name = (publication.repository or folder.path.name).rpartition("/")[2]
     place = json.dumps(publication.repository or "path/to/this/folder")
@@ -75,7 +69,7 @@ def model_card(folder: RunFolder, step: int, scores: Iterable[Score], publicatio
 
 
 def _front_matter(folder: RunFolder, publication: Publication) -> str:
-    """Give the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
+    """Return the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
     dataset, source = _ran(folder).get("dataset"), _source(folder)
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
     if publication.licence:
@@ -112,14 +106,14 @@ def _was_trained(folder: RunFolder) -> bool:
 
 
 def _ran(folder: RunFolder) -> dict[str, Any]:
-    """Give the training configuration that ran, or that would run, without what is not set: a valid train.json."""
+    """Return the training configuration that ran, or that would run, without what is not set: a valid train.json."""
     written = RunRecord.read(folder.run_json).train or asdict(folder.read_configs()[1])
     unused = {"gradient_accumulation_steps"} if written.get("global_batch_size") else set()
     return {key: value for key, value in written.items() if value is not None and key not in unused}
 
 
 def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
-    """Give what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
+    """Return what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
     if not _was_trained(folder):
         return []
     run, ran = RunRecord.read(folder.run_json), _ran(folder)
@@ -169,15 +163,15 @@ def _software(folder: RunFolder) -> str:
     return ", ".join([*named, *([f"code at commit `{commit}`"] if commit else [])])
 
 
-def _test_losses(scores: Iterable[Score]) -> str:
+def _test_losses(scores: Iterable[tuple[Score, Interval]]) -> str:
     rows = [
         (
             f"`{score.dataset}`, {score.split}, {score.tokens:,} tokens from token {score.start_token:,}",
             f"{score.loss:.6f}",
-            "" if score.interval is None else f"{score.interval[0]:.4f} to {score.interval[1]:.4f}",
+            "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
             "" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}",
         )
-        for score in scores
+        for score, interval in scores
     ]
     if not rows:
         return ""

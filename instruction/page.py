@@ -19,7 +19,7 @@ JUDGE_HEADINGS = ("judge", "read", "unparsable", "refused", "no reply", "other o
 
 
 def rows_of(ranking: Ranking) -> list[list[str]]:
-    """Give one row of text for each model, under `HEADINGS`."""
+    """Return one row of text for each model, under `HEADINGS`."""
     rows = []
     for score, strength in zip(ranking.scores, ranking.strengths, strict=True):
         preferred = ""
@@ -30,7 +30,7 @@ def rows_of(ranking: Ranking) -> list[list[str]]:
 
 
 def judge_rows(ranking: Ranking) -> list[list[str]]:
-    """Give one row of text for each judge, under `JUDGE_HEADINGS`."""
+    """Return one row of text for each judge, under `JUDGE_HEADINGS`."""
     rows = []
     for judge in ranking.judges:
         flips = "" if judge.flip_rate is None else f"{judge.flip_rate:.1%} of {judge.decided:,}"
@@ -45,7 +45,7 @@ def judge_rows(ranking: Ranking) -> list[list[str]]:
 
 
 def notes_of(ranking: Ranking) -> list[str]:
-    """Give the sentences below the tables."""
+    """Return the sentences below the tables."""
     notes = [f"{row.model}: {row.sentence}" for row in ranking.strengths[1:]]
     for judge in ranking.judges:
         if judge.first_preferred is not None:
@@ -64,7 +64,7 @@ def notes_of(ranking: Ranking) -> list[str]:
 
 
 def as_text(ranking: Ranking) -> str:
-    """Give all of it for a terminal."""
+    """Return all of it for a terminal."""
     return "\n".join(
         [
             *aligned(HEADINGS, rows_of(ranking)),
@@ -77,7 +77,7 @@ def as_text(ranking: Ranking) -> str:
 
 
 def as_json(ranking: Ranking) -> dict[str, object]:
-    """Give all of it as JSON; what is not known is null."""
+    """Return all of it as JSON; what is not known is null."""
     return {
         "baseline": ranking.baseline,
         "items": ranking.items,
@@ -110,7 +110,7 @@ def _judge_as_json(judge: JudgeReport) -> dict[str, object]:
 
 
 def page(ranking: Ranking, models: Sequence[ModelAnswers], title: str) -> str:
-    """Give the page as HTML; everything that models and judges wrote is escaped."""
+    """Return the page as HTML; everything that models and judges wrote is escaped."""
     template = string.Template((ASSETS / "judging.html").read_text(encoding="utf-8"))
     verdict = HEADINGS.index("verdict")
     leaderboard = [

@@ -1,4 +1,4 @@
-"""From a batch of raw items to tokens; called in worker threads, so nothing here has a state."""
+"""Turns a batch of raw items into tokens. Worker threads call it, so nothing here keeps state."""
 
 import json
 import re
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from harness.run.errors import DataError
 from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from preparation.readers import Batch
-from preparation.settings import Settings, content_digest
+from preparation.selection import PreparationSettings, content_digest
 
-# The encoding's regular expression overflows its stack on a million white-space characters in a row before a word.
-# All but the last of them are one word to GPT-2, so a text can be cut before the last. (Python's \s has four control
-# characters that are no white space to GPT-2.)
+# tiktoken's regular expression overflows its stack on a million white-space characters in a row before a word.
+# GPT-2 takes all but the last of them as one word, so cutting the text before the last changes no token. (Python's
+# \s also matches four control characters that GPT-2 does not count as white space.)
 SPACE = r"[^\S\x1c-\x1f]"
 LONGEST_SPACE = 100_000
 LONG_SPACE = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONGEST_SPACE},}}+")
@@ -22,31 +22,30 @@ LONG_SPACE = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONGEST_SPACE},}}+")
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch's documents: `tokens` of all, document ends included, and for each the count of tokens and UTF-8 bytes.
-
-    `split_keys` and `contents` (digests; empty unless duplicates are dropped) have an entry for each document too.
-    """
+    """The tokens of a batch's N documents, and what is known of each document."""
 
     batch: Batch
     tokens: NDArray[np.uint16]
-    counts: NDArray[np.int64]
-    text_bytes: NDArray[np.int64]
-    split_keys: NDArray[np.uint64]
-    contents: list[bytes]
+    """Of all documents in order, each followed by its end-of-text token."""
+    token_counts: NDArray[np.int64]  # (N,)
+    text_bytes: NDArray[np.int64]  # (N,), of UTF-8
+    split_keys: NDArray[np.uint64]  # (N,)
+    content_digests: list[bytes]
+    """One for each document; empty unless duplicates are dropped."""
     empty_documents: int
 
 
-def encode_batch(batch: Batch, settings: Settings) -> EncodedBatch:
-    """Tokenise a batch; raises DataError naming the first line or row that is no document."""
+def encode_batch(batch: Batch, settings: PreparationSettings) -> EncodedBatch:
+    """Tokenise a batch; raises DataError naming the first line or row that is not a document."""
     texts = [text for number, item in enumerate(batch.items) if (text := _text_of(batch, number, item, settings))]
     empty = sum(1 for item in batch.items if not _is_blank(batch, item)) - len(texts)
     raw = [text.encode() for text in texts]
     encoded = [encode(text) for text in texts]
     if batch.long:
-        keys, contents = [batch.long.split_key], [batch.long.content]
+        keys, digests = [batch.long.split_key], [batch.long.content_digest]
     else:
         keys = [settings.split_key([text]) for text in raw]
-        contents = [content_digest([text]) for text in raw] if settings.drop_duplicates else []
+        digests = [content_digest([text]) for text in raw] if settings.drop_duplicates else []
     if not batch.long or batch.long.is_last:
         encoded = [np.append(tokens, np.uint16(END_OF_TEXT_ID)) for tokens in encoded]
     return EncodedBatch(
@@ -55,13 +54,13 @@ def encode_batch(batch: Batch, settings: Settings) -> EncodedBatch:
         np.array([len(tokens) for tokens in encoded], dtype=np.int64),
         np.array([len(text) for text in raw], dtype=np.int64),
         np.array(keys, dtype=np.uint64),
-        contents,
+        digests,
         empty,
     )
 
 
 def encode(text: str) -> NDArray[np.uint16]:
-    """Give a text's GPT-2 tokens; a written <|endoftext|> is text like any other. No lock is held meanwhile."""
+    """Return a text's GPT-2 tokens, treating a written <|endoftext|> as ordinary text; releases the GIL."""
     encoding = gpt2_encoding()
     cuts = []
     if len(text) > LONGEST_SPACE:
@@ -72,7 +71,7 @@ def encode(text: str) -> NDArray[np.uint16]:
 
 
 def without_surrogates(text: str) -> str:
-    """Give a text that UTF-8 can hold: half a pair of surrogates, which JSON can, becomes U+FFFD as in tiktoken."""
+    """Return the text with each unpaired surrogate, which JSON can hold but UTF-8 cannot, as U+FFFD (as tiktoken)."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -81,12 +80,12 @@ def without_surrogates(text: str) -> str:
 
 
 def _is_blank(batch: Batch, item: bytes | str | None) -> bool:
-    """Whether an item is no document at all: a line of white space between the lines of a .jsonl."""
+    """Return whether an item is a blank line between the lines of a .jsonl, and so not a document."""
     return batch.file.kind == "jsonl" and isinstance(item, bytes) and not item.strip()
 
 
-def _text_of(batch: Batch, number: int, item: bytes | str | None, settings: Settings) -> str:
-    """Give an item's text, "" where it is empty or null; raises DataError."""
+def _text_of(batch: Batch, number: int, item: bytes | str | None, settings: PreparationSettings) -> str:
+    """Return an item's text, "" where it is empty or null; raises DataError."""
     if not isinstance(item, bytes):
         return item or ""
     if _is_blank(batch, item):

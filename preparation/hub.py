@@ -1,4 +1,4 @@
-"""Datasets on the Hub: their files at one commit, fetched one at a time."""
+"""Datasets on the Hugging Face Hub: lists their files at one commit and downloads one at a time."""
 
 import hashlib
 import shutil
@@ -17,7 +17,7 @@ PREFIX = "hf:"
 
 
 def dataset_of(source: str) -> tuple[str, str | None]:
-    """Cut hf:OWNER/NAME[/sub/folder] into the dataset and the folder in it; raises ConfigError."""
+    """Split hf:OWNER/NAME[/sub/folder] into the dataset and the folder in it; raises ConfigError."""
     parts = source.removeprefix(PREFIX).strip("/").split("/")
     if len(parts) < 2 or not all(parts):
         raise ConfigError(f"SOURCE: found {source}, wanted {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME/sub/folder")
@@ -25,16 +25,16 @@ def dataset_of(source: str) -> tuple[str, str | None]:
 
 
 def commit_of(source: str, revision: str | None) -> str:
-    """Ask the Hub for the commit that a revision (None: the newest) stands for; raises DataError."""
+    """Return the commit that a revision stands for on the Hub (None: the newest); raises DataError."""
     dataset, _ = dataset_of(source)
     with hub_errors(f"{source}: cannot be had from the Hub", DataError):
         return str(HfApi().dataset_info(dataset, revision=revision).sha)
 
 
 def hub_files(source: str, commit: str) -> list[SourceFile]:
-    """List the files of a dataset, or of a folder or file in it, in the order of names; raises DataError.
+    """List the files of a dataset, or of a folder or file in it, sorted by name; raises DataError.
 
-    README.md is the dataset's card and no document.
+    README.md is left out: it is the dataset's card, not a document.
     """
     dataset, place = dataset_of(source)
     is_file = place is not None and kind_of(place)[0] is not None
@@ -60,17 +60,17 @@ def hub_files(source: str, commit: str) -> list[SourceFile]:
 
 
 @contextmanager
-def fetched(source: str, commit: str, file: SourceFile, folder: Path) -> Iterator[SourceFile]:
-    """Download one file into `folder`, for as long as the context lasts; raises DataError.
+def downloaded(source: str, commit: str, file: SourceFile, folder: Path) -> Iterator[SourceFile]:
+    """Yield a file downloaded into `folder`, which is deleted when the block ends without an error; raises DataError.
 
-    An interrupted download is continued, so nothing is deleted where the context ends in an error. What is left over
-    from another file goes first: there is never more than one.
+    After an error it stays, so that an interrupted download can be resumed. Leftovers of other files are deleted
+    first, so that at most one download is on disk.
     """
     home = folder / hashlib.sha256(file.name.encode()).hexdigest()[:16]
     for other in folder.glob("*"):
         if other.is_dir() and other != home:
             shutil.rmtree(other)
-        elif other.is_file():  # unpacked from what was fetched
+        elif other.is_file():  # decompressed from the download
             other.unlink()
     with hub_errors(f"{source}: cannot be had from the Hub", DataError):
         dataset, _ = dataset_of(source)

@@ -1,4 +1,4 @@
-"""The English documentation inside this Python installation, as a corpus that needs no network."""
+"""The English documentation inside this Python installation: a corpus that needs no network."""
 
 import ast
 import importlib.metadata
@@ -20,34 +20,34 @@ TEST_FOLDERS = {"test", "tests", "testing", "_tests", "idle_test", "site-package
 
 
 def python_docs() -> Iterator[str]:
-    """Give the `pydoc` topics, and one document for each module with docstrings.
+    """Yield the `pydoc` topics, and one document for each module with docstrings.
 
     The modules are those of the standard library and of the packages that this project depends on. They are parsed,
     never imported.
     """
-    from pydoc_data import topics  # a large table, wanted here only
+    from pydoc_data import topics  # a large table that only this function needs
 
     paths = [path for _, path in documented_modules()]
     with ProcessPoolExecutor(os.cpu_count(), initializer=_end_with_parent) as pool:
-        texts = pool.map(docstrings, paths, chunksize=16)  # before the caller has threads, which forking forbids
+        texts = pool.map(docstrings, paths, chunksize=16)  # now: forking is unsafe once the caller has threads
         for _, topic in sorted(topics.topics.items()):
             yield topic.strip()
         yield from filter(None, texts)
 
 
 def _end_with_parent() -> None:
-    """Let this process end when its parent does, however that ends; it would wait for work for ever."""
+    """End this process when its parent ends, even by SIGKILL; it would otherwise wait for work for ever."""
 
-    def watch() -> None:
+    def exit_after_parent() -> None:
         if parent := multiprocessing.parent_process():
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
 def documented_modules() -> list[tuple[str, Path]]:
-    """Give names and paths of the modules whose docstrings `python-docs` holds, in the order of their names."""
+    """Return names and paths of the modules whose docstrings `python-docs` holds, sorted by name."""
     standard_library = Path(sysconfig.get_path("stdlib"))
     modules = [(f"python/{path.relative_to(standard_library)}", path) for path in standard_library.rglob("*.py")]
     for package in _dependencies():
@@ -57,7 +57,7 @@ def documented_modules() -> list[tuple[str, Path]]:
 
 
 def _dependencies() -> list[str]:
-    """Give the names of the project's own dependencies, without versions."""
+    """Return the names of the project's own dependencies, without versions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return sorted(
         "".join(itertools.takewhile(lambda c: c.isalnum() or c in "-_", entry)) for entry in project["dependencies"]
@@ -65,9 +65,9 @@ def _dependencies() -> list[str]:
 
 
 def docstrings(path: Path) -> str:
-    """Give a module's docstrings in source order, each but the first under its qualified name; "" if none."""
+    """Return a module's docstrings in source order, each but the first below its qualified name; "" if none."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd escapes in other people's strings
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's strings
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return ""

@@ -1,7 +1,7 @@
-"""Reading a source file as a stream of batches, in bounded memory, from wherever reading stopped.
+"""Reads a source file as a stream of batches, in bounded memory, starting at any item.
 
 A file is a sequence of items: lines of a .jsonl, rows of a .parquet, pieces of a .txt or .md. Items are cut by the
-file's content alone, so "the first n items are done" means the same in every process that reads it.
+file's content alone, so an item has the same number in every process that reads the file.
 """
 
 import codecs
@@ -20,58 +20,57 @@ from typing import IO, Any
 
 from harness.run.errors import ConfigError, DataError, first_line
 from preparation.python_docs import python_docs
-from preparation.settings import Settings, content_digest
+from preparation.selection import PreparationSettings, content_digest
 from preparation.sources import SourceFile, kind_of
 
 READ_BYTES = 2**20
 BATCH_BYTES = 2**19
-ITEM_BYTES = 64  # an empty item costs memory too
+ITEM_BYTES = 64  # what Python needs for an item besides its text
 ROWS_AT_ONCE = 64
 PIECE_CHARACTERS = 2**20
 LONGEST_BYTES = 2**28
-"""Of a line, or of a stretch of text without white space: more is no document but a mistake."""
+"""Of a line, or of text without white space; anything longer is taken for a mistake."""
 
-# Where a text may be cut without a change of its tokens: GPT-2's words hold white space at their beginning only.
-# (\\S is anything that Python does not count as white space, and Python counts more than the encoding does.)
+# Cutting a text here changes none of its tokens, because GPT-2's words have white space only at their beginning.
+# (Python's \S is stricter than the encoding's: Python counts more characters as white space.)
 CUT = re.compile(r"\S(?=[ \n])")
 INSTALL_DATA = "pip install -e '.[data]'"
 
 
 @dataclass(frozen=True)
 class LongDocument:
-    """Of what document a batch's only item is a piece, and which; `split_key` and `content` are the document's."""
+    """The document that a batch's only item is a piece of, and where in it the piece is."""
 
     split_key: int
-    content: bytes
+    content_digest: bytes
     is_first: bool
     is_last: bool
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive items of one file: documents, or one piece of a long document.
-
-    `first_item` counts from 0; `file_bytes` is how far into the file on disk, or the download, reading has come.
-    """
+    """Consecutive items of one file: documents, or one piece of a long document."""
 
     file: SourceFile
     first_item: int
+    """Index of the first item in the file."""
     items: list[bytes | str | None]
     file_bytes: int
+    """Bytes of the file on disk that were read up to here."""
     long: LongDocument | None = None
 
 
 class Position:
-    """How far into the file on disk reading has come, in bytes."""
+    """How many bytes of the file on disk have been read."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
 
-def read_batches(file: SourceFile, settings: Settings, first_item: int, scratch: Path) -> Iterator[Batch]:
-    """Give a file's batches from item `first_item` on; raises DataError where the file is damaged.
+def read_batches(file: SourceFile, settings: PreparationSettings, first_item: int, scratch: Path) -> Iterator[Batch]:
+    """Yield a file's batches from item `first_item` on; raises DataError where the file is damaged.
 
-    Memory: a batch of half a mebibyte or one item, whichever is more; of a text a piece of 2^20 characters.
+    Holds one batch in memory: half a mebibyte, or one item if that is longer; of a text, 2^20 characters.
     """
     position = Position()
     if file.kind == "text":
@@ -100,10 +99,12 @@ def _batches(file: SourceFile, items: Iterator[Any], first_item: int, position: 
         yield Batch(file, first_item, batch, file.size)
 
 
-def _text_batches(file: SourceFile, settings: Settings, first_item: int, position: Position) -> Iterator[Batch]:
-    """Give a text as one document: whole where it is one piece, else piece by piece.
+def _text_batches(
+    file: SourceFile, settings: PreparationSettings, first_item: int, position: Position
+) -> Iterator[Batch]:
+    """Yield a text as one document, in pieces if it is long.
 
-    A long text is read twice, because which split it belongs to depends on all of it.
+    A long text is read twice, because its split depends on all of it.
     """
     pieces = _pieces(file, position)
     start = list(itertools.islice(pieces, 2))
@@ -111,19 +112,19 @@ def _text_batches(file: SourceFile, settings: Settings, first_item: int, positio
         yield from _batches(file, iter(start[first_item:]), first_item, position)
         return
     key = settings.split_key(piece.encode() for piece in _pieces(file, Position()))
-    content = b""
+    digest = b""
     if settings.drop_duplicates:
-        content = content_digest(piece.encode() for piece in _pieces(file, Position()))
+        digest = content_digest(piece.encode() for piece in _pieces(file, Position()))
     for number, (piece, following) in enumerate(itertools.pairwise(itertools.chain(start, pieces, [None]))):
         if piece is not None and number >= first_item:
-            long = LongDocument(key, content, number == 0, following is None)
+            long = LongDocument(key, digest, number == 0, following is None)
             yield Batch(file, number, [piece], position.bytes, long)
 
 
 def _pieces(file: SourceFile, position: Position) -> Iterator[str]:
-    """Cut a UTF-8 text into pieces whose tokens, one after the other, are the tokens of the text.
+    """Yield a UTF-8 text in pieces whose tokens, concatenated, are the tokens of the text.
 
-    Line ends become \\n, as Python reads text.
+    Line ends become \\n, as when Python reads a text file.
     """
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     parts: list[str] = []
@@ -161,7 +162,7 @@ def _pieces(file: SourceFile, position: Position) -> Iterator[str]:
 
 
 def _last_cut(text: str, start: int) -> int:
-    """Give the place of the last cut from `start` on, or 0; searched backwards in steps, as the last is near."""
+    """Return the index of the last cut from `start` on, or 0; searches backwards, because the last cut is near."""
     end = len(text)
     while end > start:
         begin = max(start, end - 4096)
@@ -188,7 +189,7 @@ def _rows(file: SourceFile, text_field: str, position: Position, scratch: Path) 
     except ImportError:
         raise ConfigError(f"{file.shown}: Parquet is read with pyarrow, which is missing: {INSTALL_DATA}") from None
     with ExitStack() as stack:
-        path = stack.enter_context(_unpacked(file, scratch))
+        path = stack.enter_context(_seekable(file, scratch))
         try:
             table = stack.enter_context(pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES))
             _check_column(file, table.schema_arrow, text_field)
@@ -222,8 +223,8 @@ def _python_docs(position: Position) -> Iterator[str]:
 
 
 @contextmanager
-def _unpacked(file: SourceFile, scratch: Path) -> Iterator[Path]:
-    """Give the path of a file that can be read from any place in it: a compressed one is unpacked into `scratch`."""
+def _seekable(file: SourceFile, scratch: Path) -> Iterator[Path]:
+    """Yield the path of a seekable copy of a file: compressed files are decompressed into `scratch` for the block."""
     assert file.path is not None
     if not kind_of(file.path.name)[1]:
         yield file.path
@@ -238,7 +239,7 @@ def _unpacked(file: SourceFile, scratch: Path) -> Iterator[Path]:
 
 @contextmanager
 def opened(file: SourceFile, position: Position) -> Iterator[IO[bytes]]:
-    """Open a file's bytes, decompressed; a damaged or truncated one raises DataError wherever that is noticed."""
+    """Yield a file's bytes, decompressed; raises DataError as soon as it proves damaged or truncated."""
     assert file.path is not None
     _, compression = kind_of(file.path.name)
     with ExitStack() as stack:
@@ -259,7 +260,7 @@ def opened(file: SourceFile, position: Position) -> Iterator[IO[bytes]]:
 
 
 class _Counting(io.RawIOBase):
-    """A readable stream that notes how far the file beneath it has been read."""
+    """A readable stream that records how many bytes of the underlying file were read."""
 
     def __init__(self, stream: IO[bytes], file: IO[bytes], position: Position) -> None:
         self._stream, self._file, self._position = stream, file, position
@@ -291,7 +292,7 @@ def _zstd_errors(compression: str) -> tuple[type[Exception], ...]:
 
 
 def _zstd() -> Any:
-    """Give Python 3.14's module, or the same for earlier ones, or None. It notices truncated files; others do not."""
+    """Return Python 3.14's module or its backport, or None; other packages do not detect truncated files."""
     try:
         from compression import zstd
     except ImportError:

@@ -1,4 +1,4 @@
-"""Which files a source is made of, in which order, and how much disk their tokens will take."""
+"""Lists the files of a source in a fixed order, and estimates how much disk space their tokens take."""
 
 import glob
 import os
@@ -14,34 +14,37 @@ from harness.run.errors import ConfigError, DataError, StorageError
 Kind = Literal["text", "jsonl", "parquet", "python-docs"]
 KINDS: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".xz", ".zst")
-WORK_FOLDER = ".partial"
+PARTIAL_FOLDER = ".partial"
 WANTED = f"{', '.join(KINDS)} (each also {', '.join(COMPRESSIONS)})"
 
-# Bytes of text in a byte on disk, as English web text compresses; Parquet's own compression is about that of .gz, but
-# a file holds other columns too.
-TEXT_IN_A_BYTE = {".gz": 2.7, ".xz": 3.6, ".zst": 3.0, ".parquet": 1.7}
-# Two bytes a token, and about four bytes of English text in a GPT-2 token.
-TOKEN_BYTES_OF_TEXT = 2 / 4
+# Bytes of text per byte on disk, measured on English web text. Parquet compresses about as .gz does, but a file also
+# holds other columns.
+TEXT_PER_DISK_BYTE = {".gz": 2.7, ".xz": 3.6, ".zst": 3.0, ".parquet": 1.7}
+# Two bytes per token on disk, and about four bytes of English text per GPT-2 token.
+TOKEN_BYTES_PER_TEXT_BYTE = 2 / 4
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the source; `name` is its place in the source, `path` where it lies, None while it is remote."""
+    """One file of a source."""
 
     name: str
+    """Its path relative to the source."""
     kind: Kind
     size: int
+    """Bytes on disk."""
     path: Path | None = None
+    """Its path on this machine; None until it is downloaded."""
     mtime_ns: int = 0
 
     @property
     def shown(self) -> str:
-        """The name as errors give it."""
+        """The name to show in errors."""
         return str(self.path or self.name)
 
 
 def kind_of(name: str) -> tuple[Kind | None, str]:
-    """Give what a file holds, None where it is nothing that can be read, and its compression's suffix or ""."""
+    """Return a file's kind by its name (None: cannot be read), and its compression suffix or ""."""
     path = Path(name)
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
@@ -50,9 +53,9 @@ def kind_of(name: str) -> tuple[Kind | None, str]:
 
 
 def local_files(source: str, out_dir: Path) -> list[SourceFile]:
-    """Find the files of a folder (at any depth), a glob or a path, in the order of names; raises HarnessError.
+    """Find the files of a folder (at any depth), a glob or a path, sorted by name; raises HarnessError.
 
-    A download that lies in `out_dir` is left out, so that OUT_DIR may be inside the source or the source itself.
+    Unfinished work in `out_dir` is left out, so that OUT_DIR may be inside the source or be the source.
     """
     root = Path(source)
     if root.is_dir():
@@ -62,7 +65,7 @@ def local_files(source: str, out_dir: Path) -> list[SourceFile]:
     else:
         root = Path(source[: match.start()]).parent if (match := re.search(r"[*?\[]", source)) else root.parent
         found = [path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file()]
-    inside = (out_dir / WORK_FOLDER).resolve()
+    inside = (out_dir / PARTIAL_FOLDER).resolve()
     paths = sorted(path for path in found if not path.resolve().is_relative_to(inside))
     if not paths:
         raise DataError(f"SOURCE: found no file in {source}, wanted {WANTED}")
@@ -70,11 +73,11 @@ def local_files(source: str, out_dir: Path) -> list[SourceFile]:
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """Give what lies in a folder at any depth, also behind links to folders, each of which is entered once."""
+    """Yield all paths below a folder, following links to folders; each folder is entered once."""
     seen: set[Path] = set()
     for place, folders, names in os.walk(root, followlinks=True):
         real = Path(place).resolve()
-        if real in seen:  # a link in a circle, or a second way to the same documents
+        if real in seen:  # a link to a parent, or a second link to the same documents
             folders.clear()
             continue
         seen.add(real)
@@ -92,27 +95,28 @@ def _local_file(path: Path, root: Path) -> SourceFile:
 
 
 def token_bytes(files: Sequence[SourceFile]) -> int:
-    """Estimate the bytes of token files: text by its size on disk and the usual ratio of its format."""
+    """Estimate the bytes of the token files from the sizes on disk and each format's usual compression ratio."""
     total = 0.0
     for file in files:
         _, compression = kind_of(file.name)
-        ratio = TEXT_IN_A_BYTE.get(compression, 1.0) * (TEXT_IN_A_BYTE[".parquet"] if file.kind == "parquet" else 1.0)
-        total += file.size * ratio * TOKEN_BYTES_OF_TEXT
+        unpacked = file.size * TEXT_PER_DISK_BYTE.get(compression, 1.0)
+        text = unpacked * (TEXT_PER_DISK_BYTE[".parquet"] if file.kind == "parquet" else 1.0)
+        total += text * TOKEN_BYTES_PER_TEXT_BYTE
     return round(total)
 
 
 def scratch_bytes(files: Sequence[SourceFile]) -> int:
-    """Estimate the most that one file at a time takes beside them: a download, or a Parquet file unpacked."""
+    """Estimate the bytes of the largest temporary file: a download, or a Parquet file decompressed."""
     return max(
         (file.size if file.path is None else 0)
-        + (round(file.size * TEXT_IN_A_BYTE[suffix]) if file.kind == "parquet" and suffix else 0)
+        + (round(file.size * TEXT_PER_DISK_BYTE[suffix]) if file.kind == "parquet" and suffix else 0)
         for file in files
         for suffix in [kind_of(file.name)[1]]
     )
 
 
 def check_space(folder: Path, files: Sequence[SourceFile], written_bytes: int) -> None:
-    """Raise StorageError where the tokens of `files` will not fit beside what is already written."""
+    """Raise StorageError if the disk has no room for the tokens of `files`, less `written_bytes` already there."""
     wanted = max(0, token_bytes(files) - written_bytes) + scratch_bytes(files)
     free = shutil.disk_usage(folder).free
     if wanted > free:

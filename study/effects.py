@@ -31,7 +31,7 @@ def _finding(name: str, estimate: Estimate, p_holm: float, margin: float) -> Fin
 def stack_findings(
     baseline: Group, arms: Sequence[Group], factors: Sequence[str], training: Training | None, margin: float = MARGIN
 ) -> list[Finding]:
-    """Give whether a stack's gains add up, and whether it beats its best part; nothing where an arm is missing."""
+    """Return whether a stack's gains add up, and whether it beats its best part; nothing where an arm is missing."""
     by_name = {arm.recipe: arm for arm in arms}
     needed = [*factors, STACK]
     known = [baseline, *(by_name[name] for name in needed if name in by_name)]

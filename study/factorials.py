@@ -51,7 +51,7 @@ class Contrast:
 
 
 def contrasts_of(design: Design) -> list[Contrast]:
-    """Give all contrasts of a factorial, one less than it has arms, each with the effects it mixes up."""
+    """Return all contrasts of a factorial, one less than it has arms, each with the effects it mixes up."""
     count = len(design.factors)
     relation = defining_relation(design.generators)
     found, covered = [], set(relation)
@@ -67,7 +67,7 @@ def contrasts_of(design: Design) -> list[Contrast]:
 
 
 def factorial_findings(design: Design, groups: Sequence[Group], reading: Reading) -> tuple[list[Finding], str]:
-    """Give the effects of one and two factors, of more where they are told, and in words where their noise is from.
+    """Return the effects of one and two factors, of more where they are told, and in words where their noise is from.
 
     Raises ConfigError where no seed has a loss of every arm.
     """
@@ -94,7 +94,7 @@ def factorial_findings(design: Design, groups: Sequence[Group], reading: Reading
 
 
 def losses_by_complete_seed(groups: Sequence[Group]) -> Floats:
-    """Give the losses of those seeds on which every arm has one, a row for each; raises ConfigError without any.
+    """Return the losses of those seeds on which every arm has one, a row for each; raises ConfigError without any.
 
     A seed on which an arm diverged or is missing has no contrast: it costs that seed alone.
     """
@@ -115,7 +115,7 @@ def _signed(design: Design, contrast: Contrast) -> Floats:
 def _estimates(
     contrasts: Sequence[Contrast], by_seed: Floats, reading: Reading
 ) -> tuple[Sequence[Estimate | None], str]:
-    """Give the estimate of every contrast, None of those that were taken for error, and the source of the noise."""
+    """Return the estimate of every contrast, None of those that were taken for error, and the source of the noise."""
     seeds, means, arms = len(by_seed), by_seed.mean(axis=0), len(contrasts) + 1
     if reading.given_noise is not None:
         se = 2 * reading.given_noise.sd / math.sqrt(arms * seeds)

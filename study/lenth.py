@@ -29,12 +29,12 @@ class LenthEstimate(Estimate):
         return tail(self.contrasts, 1, abs(self.t))
 
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
-        """Give the confidence interval: the effect plus and minus Lenth's margin of error, exact at any level."""
+        """Return the confidence interval: the effect plus and minus Lenth's margin of error, exact at any level."""
         half = self.se * critical(self.contrasts, 1, 1 - level)
         return self.difference - half, self.difference + half
 
     def p_equivalent(self, margin: float) -> float:
-        """Give the p value of two one-sided tests that the effect lies within +-margin (Schuirmann 1987)."""
+        """Return the p value of two one-sided tests that the effect lies within +-margin (Schuirmann 1987)."""
         inside = margin - abs(self.difference)
         if self.se == 0:
             return 0.0 if inside > 0 else 1.0
@@ -43,7 +43,7 @@ class LenthEstimate(Estimate):
 
 
 def pseudo_standard_error(effects: Floats) -> Floats:
-    """Give Lenth's pseudo standard error of every row of effects (rows, contrasts).
+    """Return Lenth's pseudo standard error of every row of effects (rows, contrasts).
 
     1.5 times the median of those absolute effects below 2.5 s0, where s0 is 1.5 times the median of all (Lenth 1989,
     Technometrics 31, 469, equations 1 and 2).
@@ -57,14 +57,14 @@ def pseudo_standard_error(effects: Floats) -> Floats:
 
 
 def lenth_estimates(effects: Sequence[float]) -> list[LenthEstimate]:
-    """Give every contrast of an unreplicated design with Lenth's error; all contrasts are needed, not only a few."""
+    """Return every contrast of an unreplicated design with Lenth's error; all contrasts are needed, not a few."""
     values = np.asarray(effects, dtype=np.float64)
     error = float(pseudo_standard_error(values[None, :])[0])
     return [LenthEstimate(float(value), error, len(values) / 3, len(values)) for value in values]
 
 
 def critical(contrasts: int, family: int, alpha: float = ALPHA) -> float:
-    """Give the value that the largest of `family` null ratios exceeds with probability alpha.
+    """Return the value that the largest of `family` null ratios exceeds with probability alpha.
 
     A family of one gives the margin of error, a family of all contrasts the simultaneous margin of error, both in
     units of the pseudo standard error.
@@ -73,7 +73,7 @@ def critical(contrasts: int, family: int, alpha: float = ALPHA) -> float:
 
 
 def tail(contrasts: int, family: int, ratio: float) -> float:
-    """Give the chance that the largest of `family` absolute null ratios, of so many contrasts, reaches `ratio`."""
+    """Return the chance that the largest of `family` absolute null ratios, of so many contrasts, reaches `ratio`."""
     drawn = _largest(contrasts, family)
     above = len(drawn) - int(np.searchsorted(drawn, ratio, side="left"))
     return (above + 1) / (len(drawn) + 1)

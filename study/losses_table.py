@@ -39,7 +39,7 @@ def read_losses(path: Path) -> list[Result]:
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Give every row with its line; raises ConfigError where the table as a whole cannot be one of test losses."""
+    """Return every row with its line; raises ConfigError where the table as a whole cannot be one of test losses."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
             reader = csv.reader(file, strict=True)

@@ -21,7 +21,7 @@ NUMBER_HEADINGS = {"n", "test loss", "Δ", "Holm p", "tok/s", "cost", "worth"}
 
 
 def page(study: Study, title: str) -> str:
-    """Give the page as HTML."""
+    """Return the page as HTML."""
     groups = [study.judgement.baseline, *(item.group for item in study.judgement.arms)]
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     # Only this script may run, whatever a run's notes or samples say.
@@ -46,7 +46,7 @@ def page(study: Study, title: str) -> str:
 
 
 def style() -> str:
-    """Give the style sheet of all pages."""
+    """Return the style sheet of all pages."""
     return (ASSETS / "report.css").read_text(encoding="utf-8")
 
 

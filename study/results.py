@@ -88,7 +88,7 @@ class Group:
         return [result.metadata for result in self.results if result.metadata is not None]
 
     def mean_sequence_losses(self) -> Floats | None:
-        """Give every test sequence's loss averaged over the runs; None where a run has none."""
+        """Return every test sequence's loss averaged over the runs; None where a run has none."""
         if len(self.metadata) < len(self.results) or not self.metadata:
             return None
         mean: Floats = np.mean([item.sequence_losses for item in self.metadata], axis=0)

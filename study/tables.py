@@ -24,7 +24,7 @@ MORE_HEADINGS = ("tok/s", "cost", "worth")
 
 
 def as_json(study: Study) -> dict[str, Any]:
-    """Give a judged study as JSON; numbers that are not known are null."""
+    """Return a judged study as JSON; numbers that are not known are null."""
     judgement = study.judgement
     baseline = judgement.baseline
     document: dict[str, Any] = {
@@ -51,6 +51,8 @@ def as_json(study: Study) -> dict[str, Any]:
             }
             for item in study.findings
         ]
+    if study.notes:
+        document["notes"] = list(study.notes)
     return document
 
 
@@ -97,7 +99,7 @@ def _numbers(estimate: Estimate | None) -> dict[str, float | None]:
 
 
 def _difference(item: Judged, baseline: Group) -> float | None:
-    """Give the difference of the means, which needs no noise; None where a run diverged."""
+    """Return the difference of the means, which needs no noise; None where a run diverged."""
     if item.estimate is not None:
         return item.estimate.difference
     mine, theirs = _mean(item.group), _mean(baseline)
@@ -116,7 +118,7 @@ def _average(values: Sequence[float | None]) -> float | None:
 
 
 def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Give headings and one row of text for the baseline and each arm."""
+    """Return headings and one row of text for the baseline and each arm."""
     document, judgement = as_json(study), study.judgement
     baseline = document["baseline"]
     currency = next((item.currency for item in judgement.baseline.metadata), "")
@@ -171,7 +173,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def notes_of(study: Study) -> list[str]:
-    """Give the sentences below a table: every verdict, every finding, and where the noise comes from."""
+    """Return the sentences below a table: every verdict, every finding, and where the noise comes from."""
     judgement = study.judgement
     notes = [f"{item.group.recipe}: {note}" for item in judgement.arms for note in (item.sentence, *item.warnings)]
     for finding in study.findings:
@@ -192,7 +194,7 @@ def notes_of(study: Study) -> list[str]:
         alike = [f"{item.group.recipe} {item.correlation:+.2f}" for item in known]
         if alike:
             notes.append(f"Correlation with the baseline over seeds: {', '.join(alike)}.")
-    return notes
+    return [*notes, *study.notes]
 
 
 def render(study: Study, format_name: Format) -> str:
@@ -213,7 +215,7 @@ def render(study: Study, format_name: Format) -> str:
 
 
 def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Give headings and rows as lines with columns one under another."""
+    """Return headings and rows as lines with columns one under another."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -22,7 +22,7 @@ from tiktoken_ext import openai_public
 import prepare_dataset
 from harness.tokens import tokenizer
 from preparation import encoding, readers, sources
-from preparation.duplicates import SeenDocuments
+from preparation.selection import SeenDocuments
 from preparation.token_writer import TokenWriter
 from tests.conftest import Called
 from tests.helpers import ROOT
@@ -233,7 +233,7 @@ def test_duplicates_are_dropped_and_never_in_both_splits(
 
 
 def test_seen_documents_are_a_set_that_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preparation.duplicates.RECENT", 10)
+    monkeypatch.setattr("preparation.selection.RECENT", 10)
     generator = np.random.default_rng(0)
     # Few bytes and many zeros, at the end too: what a comparison of padded strings could take for equal.
     digests = [bytes(14) + bytes(generator.integers(0, 12, 2).tolist()) for _ in range(300)]
@@ -425,12 +425,12 @@ READ_ALL = """
 import resource, sys
 from pathlib import Path
 from preparation.readers import read_batches
-from preparation.settings import Settings
+from preparation.selection import PreparationSettings
 from preparation.sources import local_files
 
 (file,) = local_files(sys.argv[1], Path("nowhere"))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-batches = read_batches(file, Settings(sys.argv[1]), 0, Path("nowhere"))
+batches = read_batches(file, PreparationSettings(sys.argv[1]), 0, Path("nowhere"))
 next(batches)
 before, read = peak(), 0
 for batch in batches:
@@ -474,7 +474,7 @@ def test_somebody_else_s_dataset_is_not_replaced(call: Call, tmp_path: Path) -> 
     np.arange(10, dtype=np.uint16).tofile(tmp_path / "out" / "val.bin")
     done = call(prepare_dataset.main, write_corpus(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
     assert done.status == 2
-    assert "not from here" in done.stderr
+    assert "not made by prepare_dataset.py" in done.stderr
 
 
 # --- the page ------------------------------------------------------------------------------------------------

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 
 import prepare_dataset
+from preparation import partial_dataset, readers
 from preparation import prepare as room
-from preparation import readers
-from preparation import work as work_room
+from preparation.partial_dataset import PartialDataset, locked
 from preparation.token_writer import TokenWriter
-from preparation.work import Work, locked
 from tests.conftest import Called
 from tests.helpers import OFFLINE, ROOT, wait_for
 from tests.preparation_helpers import TEXTS, file_bytes, metadata, splits, write_corpus
@@ -31,8 +30,8 @@ LONG = "a long text, " * 700
 # The command itself, but it saves and cuts often enough for a small corpus.
 SCRIPT = """
 import sys
-from preparation import readers, work
-work.SAVE_SECONDS = 0
+from preparation import partial_dataset, readers
+partial_dataset.SAVE_SECONDS = 0
 readers.BATCH_BYTES = readers.PIECE_CHARACTERS = int(sys.argv.pop(1))
 from harness.run.errors import exit_status_of
 import prepare_dataset
@@ -65,7 +64,7 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save after every batch of a few documents, and cut texts into many pieces."""
-    monkeypatch.setattr(work_room, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(partial_dataset, "SAVE_SECONDS", 0)
     monkeypatch.setattr(readers, "BATCH_BYTES", 2000)
     monkeypatch.setattr(readers, "PIECE_CHARACTERS", 2000)
 
@@ -103,7 +102,7 @@ def test_stopped_after_every_step(
         return do
 
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "save", dying(Work.save))
+        patch.setattr(PartialDataset, "save", dying(PartialDataset.save))
         patch.setattr(TokenWriter, "copy_tail", dying(TokenWriter.copy_tail))
         patch.setattr(TokenWriter, "finish", dying(TokenWriter.finish))
         patch.setattr(Path, "unlink", dying(Path.unlink))
@@ -154,15 +153,15 @@ def test_killed_and_run_again(call: Call, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def unfinished(call: Call, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, often: None) -> Path:
     """An OUT_DIR with work that was killed in c.parquet."""
-    original = Work.save
+    original = PartialDataset.save
 
-    def save(work: Work) -> None:
+    def save(work: PartialDataset) -> None:
         original(work)
         if work.progress.files == 2:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "save", save)
+        patch.setattr(PartialDataset, "save", save)
         with pytest.raises(Killed):
             call(prepare_dataset.main, corpus, tmp_path / "out")
     return tmp_path / "out"
@@ -190,7 +189,7 @@ def test_changed_sources_are_refused(call: Call, corpus: Path, unfinished: Path,
         write_corpus(corpus / "Z.txt", ["new"])
     done = call(prepare_dataset.main, corpus, unfinished)
     assert done.status == 2
-    assert "a.jsonl.gz was already read and is not as it was" in done.stderr
+    assert "a.jsonl.gz was already read and has changed since" in done.stderr
     assert call(prepare_dataset.main, corpus, unfinished, "--fresh").status == 0
     assert call(prepare_dataset.main, corpus, tmp_path / "whole").status == 0
     assert file_bytes(unfinished) == file_bytes(tmp_path / "whole")
@@ -209,10 +208,10 @@ def test_work_is_saved_now_and_then_however_small_the_files(
     for number in range(100):
         write_corpus(tmp_path / "in" / f"{number}.txt", [f"text {number}"])
     clock = itertools.count()
-    monkeypatch.setattr(work_room.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(partial_dataset.time, "monotonic", lambda: next(clock))
     saved = []
-    original = Work.save
-    monkeypatch.setattr(Work, "save", lambda work: (original(work), saved.append(work.progress.files)))
+    original = PartialDataset.save
+    monkeypatch.setattr(PartialDataset, "save", lambda work: (original(work), saved.append(work.progress.files)))
     assert call(prepare_dataset.main, tmp_path / "in", tmp_path / "out").status == 0
     assert 5 < len(saved) < 50
 

@@ -88,12 +88,12 @@ def draw(folder: RunFolder) -> None:
 
 
 def column(lines: list[dict[str, Any]], key: str) -> Series:
-    """Give one metric of all lines as float64, NaN where it is missing or null."""
+    """Return one metric of all lines as float64, NaN where it is missing or null."""
     return np.array([np.nan if line.get(key) is None else line[key] for line in lines], dtype=np.float64)
 
 
 def smoothed(values: Series, window: int) -> Series:
-    """Give the mean of the last `window` values at every place, leaving NaN out."""
+    """Return the mean of the last `window` values at every place, leaving NaN out."""
     good = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(good)])
@@ -183,7 +183,7 @@ def _latest_mean(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _window(lines: list[dict[str, Any]]) -> int:
-    """Give the steps to average over: a fiftieth of what there is."""
+    """Return the steps to average over: a fiftieth of what there is."""
     return max(1, len(lines) // 50)
 
 

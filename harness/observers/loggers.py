@@ -113,7 +113,7 @@ class Run:
         return str(self.record.recipe_hash)[:12]
 
     def place(self, name: str) -> Path:
-        """Give the folder of a logger, made if need be."""
+        """Return the folder of a logger, made if need be."""
         path = self.folder.loggers / name
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -222,7 +222,7 @@ LOGGERS: dict[str, Callable[[Run], Logger]] = {
 
 
 def follow(run: Run, poll_seconds: float = POLL_SECONDS) -> Iterator[Line]:
-    """Give the lines of metrics.jsonl from the run's first step on as they come, until the trainer is gone."""
+    """Yield the lines of metrics.jsonl from the run's first step on as they come, until the trainer is gone."""
     place, next_step, is_over = 0, run.from_step, False
     while not is_over:
         # Only its end can be read from the pipe to the trainer; what was written until then is read below.

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
-from study.statistics import Floats
+Floats = NDArray[np.float64]
 
 WIDTH = 720
 COLOURS = 8
@@ -42,14 +43,14 @@ class Curve:
 
 
 def tone_of(verdict: str) -> str:
-    """Give the CSS class of a verdict: better, worse, or open."""
+    """Return the CSS class of a verdict: better, worse, or open."""
     if verdict in ("HELPS", "LEANS BETTER"):
         return "better"
     return "worse" if verdict in ("HURTS", "LEANS WORSE") else "open"
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Give round numbers that cover most of [low, high]."""
+    """Return round numbers that cover most of [low, high]."""
     span = high - low
     if span <= 0:
         return [low]

@@ -1,9 +1,10 @@
-"""What the command lines of all commands share: argument types, options, and arguments as frozen dataclasses."""
+"""Argument types and options that the commands share; arguments are parsed into frozen dataclasses."""
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from inspect import cleandoc
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,21 +15,30 @@ ArgumentsT = TypeVar("ArgumentsT")
 
 
 def parser_of(description: str | None, program: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser that shows a module's docstring as it stands; bad usage exits with status 2."""
+    """Return a parser whose help shows `description` unwrapped; bad usage exits with status 2."""
     return argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program, description=cleandoc(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def dispatch(description: str | None, verbs: Mapping[str, Callable[[list[str]], None]]) -> None:
+    """Call the verb that the command line begins with, with the words that follow it."""
+    parser = parser_of(description)
+    parser.add_argument("verb", metavar="VERB", choices=verbs, help=" | ".join(verbs))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="what the verb takes")
+    arguments = parser.parse_args()
+    verbs[arguments.verb](arguments.rest)
 
 
 def parse_into(
     arguments_class: type[ArgumentsT], parser: argparse.ArgumentParser, words: Sequence[str] | None = None
 ) -> ArgumentsT:
-    """Parse the command line into a frozen dataclass, whose fields are the parser's destinations."""
+    """Parse the command line into a frozen dataclass, whose fields have the names of arguments."""
     parsed = vars(parser.parse_args(words))
     return arguments_class(**{item.name: parsed[item.name] for item in fields(arguments_class)})  # type: ignore[arg-type]
 
 
-def add_runs_dir(parser: argparse.ArgumentParser, help_text: str = "where runs live (default: runs)") -> None:
+def add_runs_dir(parser: argparse.ArgumentParser, help_text: str = "folder of runs (default: runs)") -> None:
     """Add --runs-dir, which defaults to the checkout's own runs."""
     parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help=help_text)
 
@@ -38,12 +48,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
-def whole_number(lowest: int = 1) -> Callable[[str], int]:
-    """Return the type of an argument that is a whole number of at least `lowest`, and below 2^63."""
+def whole_number(lowest: int = 1, highest: int = 2**63 - 1) -> Callable[[str], int]:
+    """Return the argument type of whole numbers from `lowest` to `highest`."""
+    wanted = f"of at least {lowest}" if highest == 2**63 - 1 else f"from {lowest} to {highest}"
 
     def number(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and len(text) < 20) or not lowest <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number of at least {lowest}")
+        if not (text.isascii() and text.isdecimal() and len(text) < 20) or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number {wanted}")
         return int(text)
 
     return number
@@ -62,6 +73,14 @@ def positive_or_zero(text: str) -> float:
     value = _number(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"found {text!r}, wanted a number of at least 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Read a number between 0 and 1, neither included."""
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a number between 0 and 1")
     return value
 
 

@@ -166,12 +166,12 @@ class TrainConfig:
         return self.schedule or ("cosine" if self.schedule_learning_rate else "constant")
 
     def seed_of(self, purpose: Purpose) -> int:
-        """Give the seed of one purpose, which is random_seed unless set apart."""
+        """Return the seed of one purpose, which is random_seed unless set apart."""
         seed: int | None = getattr(self, f"{purpose}_seed")
         return self.random_seed if seed is None else seed
 
     def seeds(self) -> dict[str, int]:
-        """Give the three seeds by their keys."""
+        """Return the three seeds by their keys."""
         return {f"{purpose}_seed": self.seed_of(purpose) for purpose in PURPOSES}
 
 
@@ -231,7 +231,7 @@ def _unknown_key(key: str, config_class: type) -> str:
 
 
 def _conflicts(data: dict[str, Any]) -> list[str]:
-    """Give what keys of one file, each right by itself, say against each other."""
+    """Return what keys of one file, each right by itself, say against each other."""
 
     def multiple(key: str, of: str) -> list[str]:
         value, divisor = data.get(key), data.get(of)

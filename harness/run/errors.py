@@ -94,7 +94,7 @@ class StopRequestedError(HarnessError):
 
 
 def as_harness_error(error: BaseException) -> HarnessError | None:
-    """Give the documented error behind `error`, or None if it is a defect that deserves its traceback."""
+    """Return the documented error behind `error`, or None if it is a defect that deserves its traceback."""
     if isinstance(error, HarnessError):
         return error
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
@@ -112,12 +112,12 @@ def fit_to_print(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _hub_reason(error: BaseException) -> str:
-    """Give in one line why the Hugging Face Hub refused; its client puts that below a line with a request id."""
+    """Return in one line why the Hugging Face Hub refused; its client puts that below a line with a request id."""
     text = " ".join(REQUEST_ID.sub("", str(error)).split())
     return text[:400] or type(error).__name__
 

@@ -37,7 +37,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def json_text(value: object) -> str:
-    """Give a value as `write_json` writes it; NaN and Infinity are refused."""
+    """Return a value as `write_json` writes it; NaN and Infinity are refused."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_number(value: float) -> float | None:
-    """Give a number as strict JSON can hold it: null where it is not finite."""
+    """Return a number as strict JSON can hold it: null where it is not finite."""
     return value if math.isfinite(value) else None
 
 
@@ -84,7 +84,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """Give the SHA-256 (hex) of a file."""
+    """Return the SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -99,5 +99,5 @@ def fsync_folder(path: Path) -> None:
 
 
 def utc_now() -> str:
-    """Give the time in UTC, for people; durations are measured with a monotonic clock elsewhere."""
+    """Return the time in UTC, for people; durations are measured with a monotonic clock elsewhere."""
     return datetime.now(UTC).isoformat(timespec="seconds")

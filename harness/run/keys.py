@@ -47,24 +47,28 @@ Later = Annotated[T, AddedLater()]
 
 
 def keys_of(config_class: type, *parts: Part) -> list[str]:
-    """Give the keys of a file that belong to one of `parts`, in the order of the fields."""
+    """Return the keys of a file that belong to one of `parts`, in the order of the fields."""
     return [item.name for item in fields(config_class) if part_of(config_class, item.name) in parts]
 
 
 def part_of(config_class: type, key: str) -> Part:
-    """Give the part that a key belongs to."""
+    """Return the part that a key belongs to."""
     return next(mark for mark in marks_of(config_class)[key] if isinstance(mark, Part))
 
 
 def changes_nothing(config_class: type, item: Field[Any], value: object) -> bool:
     """Say whether a key came after the first release and has its default, so that it is as if it were not there."""
-    is_later = any(isinstance(mark, AddedLater) for mark in marks_of(config_class)[item.name])
-    return is_later and bool(value == _default(item))
+    return came_later(config_class, item.name) and bool(value == _default(item))
+
+
+def came_later(config_class: type, key: str) -> bool:
+    """Say whether a key came after the first release."""
+    return any(isinstance(mark, AddedLater) for mark in marks_of(config_class)[key])
 
 
 @functools.cache
 def marks_of(config_class: type) -> dict[str, tuple[object, ...]]:
-    """Give the marks on every field of a file, by its key."""
+    """Return the marks on every field of a file, by its key."""
     return {key: hint.__metadata__ for key, hint in get_type_hints(config_class, include_extras=True).items()}
 
 

@@ -46,6 +46,6 @@ class MetricsFile:
             write_text(self.path, kept)
 
     def tokens_per_second(self) -> float | None:
-        """Give the run's speed over all its steps; None before there is one."""
+        """Return the run's speed over all its steps; None before there is one."""
         lines = self.read()
         return lines[-1]["tokens"] / lines[-1]["elapsed"] if lines and lines[-1].get("elapsed") else None

@@ -42,7 +42,7 @@ class Plan:
         return self.train_tokens + 1
 
     def batch_split(self) -> dict[str, int]:
-        """Give how the global batch is split, which may change from one start of a run to the next."""
+        """Return how the global batch is split, which may change from one start of a run to the next."""
         return {
             "world_size": self.world_size,
             "microbatch_size": self.microbatch_size,
@@ -50,7 +50,7 @@ class Plan:
         }
 
     def microbatch_index(self, global_step: int, accumulation_step: int, rank: int) -> int:
-        """Give the place of a micro-batch in the data: ranks take turns within an accumulation step."""
+        """Return the place of a micro-batch in the data: ranks take turns within an accumulation step."""
         return (global_step * self.accumulation_steps + accumulation_step) * self.world_size + rank
 
     def is_checkpoint_step(self, global_step: int, interval: int) -> bool:
@@ -67,7 +67,7 @@ class Plan:
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Give micro-batches per GPU per global step; raises ConfigError where the global batch does not divide."""
+    """Return micro-batches per GPU per global step; raises ConfigError where the global batch does not divide."""
     if train.global_batch_size is None:
         return train.gradient_accumulation_steps
     per_pass = train.microbatch_size * world_size
@@ -111,5 +111,5 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
 
 
 def validation_sequences(train: TrainConfig, plan: Plan) -> int:
-    """Give the sequences of one validation."""
+    """Return the sequences of one validation."""
     return (train.validation_batches or 0) * plan.global_batch

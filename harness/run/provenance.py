@@ -26,7 +26,7 @@ class StartRecord:
     """The tokens that were read through."""
 
     def describe(self) -> dict[str, object]:
-        """Give the entry of run.json, with the time, the code's commit and the versions at hand."""
+        """Return the entry of run.json, with the time, the code's commit and the versions in use."""
         return {
             "time": utc_now(),
             "from_step": self.from_step,
@@ -92,7 +92,7 @@ def record_start(path: Path, model: ModelConfig, train: TrainConfig, plan: Plan,
 
 
 def git_state(folder: Path) -> dict[str, object]:
-    """Give the commit of the code and whether it was changed since; None where git cannot say."""
+    """Return the commit of the code and whether it was changed since; None where git cannot say."""
 
     def git(*words: str) -> str | None:
         try:

@@ -22,7 +22,7 @@ INTRODUCTION = (
 
 
 def schema_of(config_class: type) -> dict[str, Any]:
-    """Give the JSON Schema of a configuration file, with descriptions, and `$schema` allowed as a key."""
+    """Return the JSON Schema of a configuration file, with descriptions, and `$schema` allowed as a key."""
     schema = TypeAdapter(config_class).json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for name in keys_of(config_class, *Part):
@@ -32,12 +32,12 @@ def schema_of(config_class: type) -> dict[str, Any]:
 
 
 def schema_text(config_class: type) -> str:
-    """Give a schema as it is written to disk."""
+    """Return a schema as it is written to disk."""
     return json.dumps(schema_of(config_class), indent=2) + "\n"
 
 
 def reference() -> str:
-    """Give the reference of all keys as Markdown, in the order of the fields."""
+    """Return the reference of all keys as Markdown, in the order of the fields."""
     parts = ["# Configuration", "", *INTRODUCTION]
     for name, config_class in CONFIG_FILES.items():
         parts += ["", f"## {name}.json", "", "| key | part | type | default | meaning |", "|---|---|---|---|---|"]

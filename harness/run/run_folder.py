@@ -92,26 +92,26 @@ class RunFolder:
         return self.path / IMPORTED
 
     def checkpoint(self, step: int) -> Path:
-        """Give the folder of the checkpoint written after global step `step`, or of the imported weights."""
+        """Return the folder of the checkpoint written after global step `step`, or of the imported weights."""
         return self.imported if step == IMPORTED_STEP else self.checkpoints / f"step-{step:08d}"
 
     def weights(self, step: int) -> Path:
-        """Give the weights file of that checkpoint."""
+        """Return the weights file of that checkpoint."""
         return self.checkpoint(step) / MODEL_FILE
 
     def state_json(self, step: int) -> Path:
-        """Give the file of that checkpoint that holds everything but tensors."""
+        """Return the file of that checkpoint that holds everything but tensors."""
         return self.checkpoint(step) / STATE_FILE
 
     def checkpoint_steps(self) -> list[int]:
-        """Give the steps of all checkpoint folders, oldest first, valid or not."""
+        """Return the steps of all checkpoint folders, oldest first, valid or not."""
         if not self.checkpoints.is_dir():
             return []
         matches = (STEP_FOLDER.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def model_steps(self) -> list[int]:
-        """Give the steps of all that can be sampled or scored: imported weights first, then every checkpoint."""
+        """Return the steps of all that can be sampled or scored: imported weights first, then every checkpoint."""
         return [IMPORTED_STEP] * self.imported.is_dir() + self.checkpoint_steps()
 
     def remove_unfinished(self) -> list[str]:
@@ -179,7 +179,7 @@ def open_run(runs_dir: Path, name: str) -> RunFolder:
 
 
 def run_of_model_file(path: Path) -> tuple[RunFolder, int] | None:
-    """Give the run and global step whose checkpoint a model file belongs to, or None for a loose file."""
+    """Return the run and global step whose checkpoint a model file belongs to, or None for a loose file."""
     checkpoint = path.resolve().parent
     if checkpoint.name == IMPORTED and RunFolder(checkpoint.parent).model_json.is_file():
         return RunFolder(checkpoint.parent), IMPORTED_STEP

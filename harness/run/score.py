@@ -86,7 +86,7 @@ class Score:
         write_json(self.path, {**document, **of_run, "time": document["time"]})
 
     def read_losses(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Give every sequence's mean loss, and the number of the document that it begins in (N,)."""
+        """Return every sequence's mean loss, and the number of the document that it begins in (N,)."""
         with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as arrays:
             return arrays["sequence_losses"], arrays["sequence_documents"]
 
@@ -96,12 +96,12 @@ class Score:
 
 
 def score_path(folder: Path, split: str, start_token: int, tokens: int, model_name: str) -> Path:
-    """Give where a score lies in an evals folder; `model_name` is the checkpoint's folder, or a loose file's stem."""
+    """Return a score's place in an evals folder; `model_name` is a checkpoint's folder, or a loose file's stem."""
     return folder / f"loss-{split}-{start_token}-{tokens}-{model_name}.json"
 
 
 def perplexity_of(loss: float) -> float | None:
-    """Give exp(loss), or None where that is too large for a number."""
+    """Return exp(loss), or None where that is too large for a number."""
     return json_number(math.exp(loss)) if loss < 700 else None
 
 

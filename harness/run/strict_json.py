@@ -63,7 +63,7 @@ def _not_json_in(value: object) -> _NotJson | None:
 
 
 def shown(value: object) -> str:
-    """Give a value as JSON for a message, cut where it is long."""
+    """Return a value as JSON for a message, cut where it is long."""
     if isinstance(value, _NotJson):
         return value.name
     if isinstance(value, float) and not math.isfinite(value):

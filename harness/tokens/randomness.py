@@ -1,8 +1,8 @@
-"""Random streams keyed by purpose, never by history.
+"""Random streams that depend on a seed and a key, never on earlier draws.
 
-Every draw in the harness starts from a key that says what it is for: (init seed, parameter name), (dropout seed,
-global step, accumulation step, rank), (order seed, epoch). Turning one thing on or off therefore cannot disturb
-another, and a resumed run needs no random state to be exact.
+The keys are (init seed, parameter name, shape), (dropout seed, global step, accumulation step, rank) and (order seed,
+epoch). So turning one feature on or off does not change the draws of another, and resuming needs no saved generator
+state.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import torch
 
 
 def stream_seed(purpose: str, *key: int | str) -> int:
-    """Give a 64-bit seed for one purpose and key: the first 8 bytes of a SHA-256 over both."""
+    """Return a 64-bit seed for a purpose and key: the first 8 bytes of a SHA-256 over both."""
     text = "\0".join([purpose, *(str(part) for part in key)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
@@ -21,8 +21,8 @@ def stream_seed(purpose: str, *key: int | str) -> int:
 def initial_normal(init_seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
     """Draw a parameter's initial values from N(0, std), float32 on the CPU.
 
-    The values depend on (init_seed, name, shape) alone. They come from NumPy's counter-based Philox generator,
-    whose normals do not depend on vector instructions or devices, so that two machines agree to the bit.
+    The values depend only on init_seed, name and shape. NumPy's counter-based Philox generator computes them without
+    vector instructions or devices, so all machines get the same bits.
     """
     generator = np.random.Generator(np.random.Philox(stream_seed("init", init_seed, name, *shape)))
     values = generator.standard_normal(shape, dtype=np.float32)
@@ -31,23 +31,24 @@ def initial_normal(init_seed: int, name: str, shape: tuple[int, ...], std: float
 
 
 def seed_dropout(dropout_seed: int, global_step: int, accumulation_step: int, rank: int) -> None:
-    """Seed torch's generators (CPU and devices) for the dropout masks of one micro-batch; no device sync."""
+    """Seed torch's generators (CPU and devices) for the dropout masks of one micro-batch; does not wait for a device."""
     torch.manual_seed(stream_seed("dropout", dropout_seed, global_step, accumulation_step, rank))
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """A keyed permutation of range(length) that is computed entry by entry and stores nothing.
+    """A keyed permutation of range(length) that computes each entry on demand and stores none.
 
-    A balanced Feistel network over the next even power of two, walked until it lands inside the range (Black and
-    Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): four rounds, under four walks on average.
+    A four-round balanced Feistel network over the next even power of two, applied again until the value is in the
+    range ("cycle walking", Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): under four times on
+    average.
     """
 
     length: int
     key: int
 
     def __getitem__(self, index: int) -> int:
-        """Give the image of `index`."""
+        """Return the image of `index`."""
         half_bits = max(1, ((self.length - 1).bit_length() + 1) // 2)
         mask = (1 << half_bits) - 1
         value = index
@@ -65,5 +66,5 @@ class Permutation:
 
 
 def order_permutation(order_seed: int, epoch: int, sequences: int) -> Permutation:
-    """Give the order of a split's `sequences` in one epoch."""
+    """Return the order of a split's `sequences` in one epoch."""
     return Permutation(sequences, stream_seed("order", order_seed, epoch))

@@ -1,11 +1,11 @@
-"""Where a split's tokens lie on disk, and how to read a stretch of them: safetensors, nanoGPT and llm.c files.
+"""Finds and reads the token files of a split: safetensors, nanoGPT and llm.c.
 
     DATASET/train.safetensors     DATASET/validation.safetensors    one 1-D tensor `tokens`
     DATASET/train.bin             DATASET/val.bin                   nanoGPT: raw uint16
     DATASET/*_train_000001.bin    DATASET/*_val_000000.bin          llm.c: shards, each with a header of 256 int32
 
-The first that is there is taken. A raw file cannot be told from any other file: whether its ids fit is checked, as
-for every split, before they are used. Nothing is kept open or mapped between reads, so memory stays flat.
+The first that exists is used. A raw file has no header to recognise it by, so its ids are checked against the
+vocabulary before use, as for every split. Files are not kept open or mapped between reads, so memory stays flat.
 """
 
 import itertools
@@ -24,8 +24,9 @@ TENSOR = "tokens"
 DTYPES = ("U16", "I32", "U32")
 BIN_NAMES = {"train": ("train",), "validation": ("val", "validation")}
 
-# llm.c's dev/data/data_common.py: 256 int32, of which the first three are the magic number, the version and the
-# number of tokens. As uint16 the magic number begins with 55432, which is no GPT-2 id, so no raw file looks like it.
+# The header of llm.c's dev/data/data_common.py: 256 int32, of which the first three are a magic number, the version and
+# the number of tokens. Read as uint16, the magic number begins with 55432, which is not a GPT-2 id, so no raw file of
+# GPT-2 tokens begins with it.
 LLMC_MAGIC = 20240520
 LLMC_VERSION = 1
 LLMC_HEADER_BYTES = 4 * 256
@@ -33,7 +34,7 @@ LLMC_HEADER_BYTES = 4 * 256
 
 @dataclass(frozen=True)
 class Shard:
-    """A stretch of uint16 tokens in a file, from byte `offset` to its end."""
+    """uint16 tokens in a file, from byte `offset` to its end; `length` in tokens."""
 
     path: Path
     offset: int
@@ -42,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split on disk; `length` in tokens. Where there are several shards, `path` is the first."""
+    """One split on disk; `length` in tokens. `path` is the first shard if there are several."""
 
     path: Path
     length: int
@@ -51,7 +52,7 @@ class TokenFile:
     shards: tuple[Shard, ...] = ()
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Read tokens [start, start + count) as int64, fewer where the split ends."""
+        """Read tokens [start, start + count) as int64, (count,); fewer at the end of the split."""
         end = min(start + count, self.length)
         if self.shards:
             return self._read_shards(start, end)
@@ -61,7 +62,7 @@ class TokenFile:
 
     def _read_shards(self, start: int, end: int) -> NDArray[np.int64]:
         parts = [np.empty(0, dtype=np.int64)]
-        first = 0  # token of the split that the shard begins with
+        first = 0  # index in the split of the shard's first token
         for shard in self.shards:
             low, high = max(start, first), min(end, first + shard.length)
             if low < high:
@@ -71,13 +72,13 @@ class TokenFile:
         return np.concatenate(parts)
 
     def size_and_time(self) -> tuple[int, int]:
-        """Give bytes on disk and the newest time of change, in nanoseconds, of all that the split lies in."""
+        """Return bytes on disk and newest modification time (nanoseconds) over all files of the split."""
         stats = [path.stat() for path in ([shard.path for shard in self.shards] or [self.path])]
         return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """Find the file or, in order, the shards of a split; an empty list where there are none."""
+    """Find the file of a split, or its shards in order; an empty list if there are none."""
     candidates = [folder / f"{split}.safetensors", *(folder / f"{name}.bin" for name in BIN_NAMES[split])]
     if found := [path for path in candidates if path.is_file()]:
         return found[:1]
@@ -87,7 +88,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def open_split(datasets_dir: Path, dataset: str, split: str) -> TokenFile:
-    """Open a split and check its form; raises DataError naming the file and what is wrong."""
+    """Open a split and check its format; raises DataError naming the file and what is wrong."""
     paths = split_files(datasets_dir / dataset, split)
     if not paths:
         path = datasets_dir / dataset / f"{split}.safetensors"
@@ -118,7 +119,7 @@ def _open_safetensors(path: Path) -> TokenFile:
 
 
 def _check_shard_names(paths: list[Path]) -> None:
-    """Raise DataError where shards are of several datasets, or one between them is missing."""
+    """Raise DataError if the shards belong to several datasets, or one in between is missing."""
     parts = [re.fullmatch(r"(.*?)(\d*)", path.stem) for path in paths]
     prefixes = [part[1] for part in parts if part]
     if len(set(prefixes)) > 1:

@@ -1,4 +1,4 @@
-"""The GPT-2 encoding, built from the merges that ship with the project, so tokenising never needs a network."""
+"""The GPT-2 encoding, built from the merges file in assets/, so tokenising never needs a network."""
 
 import functools
 import hashlib
@@ -15,14 +15,14 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
 
-# How GPT-2 cuts text before merging: contractions, words, numbers, other signs, white space (Radford et al. 2019,
-# "Language Models are Unsupervised Multitask Learners", released code).
+# GPT-2 splits text by this pattern before merging: contractions, words, numbers, other characters, white space
+# (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", released code).
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Give the GPT-2 encoding (50,257 ids); raises DataError where the shipped merges are not as shipped."""
+    """Return the GPT-2 encoding (50,257 ids); raises DataError if the merges file is missing or changed."""
     raw = MERGES.read_bytes() if MERGES.is_file() else b""
     if hashlib.sha256(raw).hexdigest() != MERGES_SHA256:
         raise DataError(f"{MERGES}: found a missing or changed file, wanted GPT-2's merges (SHA-256 {MERGES_SHA256})")
@@ -36,7 +36,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
 
 def _ranked_tokens(merges: str) -> Iterator[tuple[bytes, int]]:
-    """Give every token's bytes with its rank: the 256 single bytes first, then the merges in file order."""
+    """Yield every token's bytes with its rank: the 256 single bytes first, then the merges in file order."""
     byte_of = {character: byte for byte, character in _byte_alphabet()}
     rank = 0
     for byte, _ in _byte_alphabet():
@@ -48,7 +48,7 @@ def _ranked_tokens(merges: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _byte_alphabet() -> list[tuple[int, str]]:
-    """Give bytes with the printable characters that stand for them in the merges file, in rank order.
+    """Return (byte, printable character that stands for it in the merges file) in rank order.
 
     Bytes that print as themselves in Latin-1 come first; the others are shifted to code points from 256 on.
     """
@@ -58,7 +58,7 @@ def _byte_alphabet() -> list[tuple[int, str]]:
 
 
 def printable_vocabulary() -> dict[str, int]:
-    """Give every GPT-2 id by its token, in the printable characters that stand for bytes in the merges file."""
+    """Return token -> id for all GPT-2 ids, with tokens spelled in the merges file's printable characters."""
     character_of = dict(_byte_alphabet())
     encoding = gpt2_encoding()
     tokens = ("".join(character_of[b] for b in encoding.decode_single_token_bytes(n)) for n in range(END_OF_TEXT_ID))
@@ -67,7 +67,7 @@ def printable_vocabulary() -> dict[str, int]:
 
 @functools.cache
 def bytes_per_token() -> tuple[int, ...]:
-    """Give the length in UTF-8 bytes of every GPT-2 id; a document end counts 0."""
+    """Return the length in UTF-8 bytes of every GPT-2 id; a document end counts 0."""
     encoding = gpt2_encoding()
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(END_OF_TEXT_ID)]
     return (*lengths, 0)

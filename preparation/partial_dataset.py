@@ -1,15 +1,14 @@
-"""The work in hand: OUT_DIR/.partial, from which an interrupted preparation goes on.
+"""An unfinished dataset in OUT_DIR/.partial, from which an interrupted preparation resumes.
 
     train.safetensors  validation.safetensors    tokens so far, without a header
-    digests                                      of the documents so far, where duplicates are dropped
+    digests                                      of the documents so far, if duplicates are dropped
     download/                                    the one file that is being read
-    progress.json                                how far all of them are known to be whole; replaced atomically
+    progress.json                                how much of each is complete; replaced atomically
 
-What lies in a file beyond progress.json is cut off, so a kill at any moment costs what was done since it was written.
+On resuming, whatever a file holds beyond progress.json is cut off. So a kill loses only the work since the last save.
 """
 
 import itertools
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,40 +21,41 @@ from filelock import FileLock, Timeout
 from harness.run.errors import ConfigError, RunLockedError
 from harness.run.files import fsync_folder, read_json, write_json
 from harness.tokens.token_files import SPLITS
-from preparation.duplicates import SeenDocuments
-from preparation.settings import Settings
-from preparation.sources import WORK_FOLDER, SourceFile
-from preparation.token_writer import Counts, TokenWriter
+from preparation.selection import PreparationSettings, SeenDocuments
+from preparation.sources import PARTIAL_FOLDER, SourceFile
+from preparation.token_writer import SplitCounts, TokenWriter
 
 SAVE_SECONDS = 10.0
 LAYOUT = 1
-"""Of progress.json, and of how a text is cut into pieces; work of another layout is not continued."""
+"""Version of progress.json and of how texts are cut; work of another version is not resumed."""
 
 
 @dataclass
-class Progress:
-    """How much of the source is in the files: `files` of it whole, and `items` of the next.
-
-    `keeps_long` says whether the long document that is being read is kept. `is_divided` says that reading is over
-    and the splits are as they shall be.
-    """
+class PreparationProgress:
+    """How much of the source is in the files."""
 
     files: int = 0
+    """Source files that were read completely."""
     items: int = 0
+    """Items of the next source file that were read."""
     commit: str | None = None
-    train: Counts = field(default_factory=Counts)
-    validation: Counts = field(default_factory=Counts)
+    """Hub commit that is read."""
+    train: SplitCounts = field(default_factory=SplitCounts)
+    validation: SplitCounts = field(default_factory=SplitCounts)
     digests: int = 0
+    """Digests of different documents in the file `digests`."""
     empty_documents: int = 0
     duplicates: int = 0
     keeps_long: bool = True
+    """Whether the long document that is being read is kept, not dropped as a duplicate."""
     is_divided: bool = False
+    """Whether all is read and both splits have their final documents."""
 
 
-class Work:
-    """The files of an unfinished preparation, opened where they are known to be whole."""
+class PartialDataset:
+    """The open files of an unfinished dataset."""
 
-    def __init__(self, folder: Path, settings: Settings, progress: Progress) -> None:
+    def __init__(self, folder: Path, settings: PreparationSettings, progress: PreparationProgress) -> None:
         self.folder = folder
         self.progress = progress
         self.settings = settings
@@ -66,16 +66,16 @@ class Work:
         self.seen = SeenDocuments(folder / "digests", progress.digests) if settings.drop_duplicates else None
 
     def save_if_due(self) -> None:
-        """Save, unless that was done a short while ago."""
+        """Save if the last save was over SAVE_SECONDS ago."""
         if time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Make all that is in the files durable, then say so."""
+        """Make the files durable, then record their lengths in progress.json."""
         for writer in (self.train, self.validation):
             writer.sync()
         if self.seen is not None:
-            os.fsync(self.seen.flush().fileno())
+            self.seen.sync()
             self.progress.digests = self.seen.count
         done = self.sources[: self.progress.files + (self.progress.items > 0)]
         sources = [[file.name, file.size, file.mtime_ns] for file in done]
@@ -92,18 +92,18 @@ class Work:
 
 @contextmanager
 def locked(out_dir: Path) -> Iterator[Path]:
-    """Give OUT_DIR/.partial, to this process alone; raises RunLockedError.
+    """Yield OUT_DIR/.partial, locked for this process; raises RunLockedError.
 
-    On an error before anything was saved, nothing is left behind.
+    If nothing was saved in the block, the folders made for it are deleted again.
     """
-    folder = out_dir / WORK_FOLDER
+    folder = out_dir / PARTIAL_FOLDER
     made = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise RunLockedError(f"{out_dir}: another prepare_dataset.py is at work in it") from None
+        raise RunLockedError(f"{out_dir}: another prepare_dataset.py is running in it") from None
     try:
         yield folder
     finally:
@@ -115,8 +115,8 @@ def locked(out_dir: Path) -> Iterator[Path]:
         lock.release()
 
 
-def load_progress(folder: Path, settings: Settings) -> Progress | None:
-    """Read how far earlier work came, None where there is none; raises ConfigError where it was other work."""
+def load_progress(folder: Path, settings: PreparationSettings) -> PreparationProgress | None:
+    """Read the progress of earlier work, None if there is none; raises ConfigError if its settings differ."""
     if not (folder / "progress.json").exists():
         return None
     value = read_json(folder / "progress.json")
@@ -126,32 +126,32 @@ def load_progress(folder: Path, settings: Settings) -> Progress | None:
     if difference := settings.difference(value["settings"]):
         raise ConfigError(f"{folder}: found unfinished work with other options ({difference}), {hint}")
     try:
-        names = {name: value[name] for name in Progress.__dataclass_fields__}
-        return Progress(**{**names, **{split: Counts(**value[split]) for split in SPLITS}})
+        names = {name: value[name] for name in PreparationProgress.__dataclass_fields__}
+        return PreparationProgress(**{**names, **{split: SplitCounts(**value[split]) for split in SPLITS}})
     except (KeyError, TypeError):
         raise ConfigError(f"{folder}: found damaged work, {hint}") from None
 
 
 def discard(folder: Path) -> None:
-    """Forget earlier work, so that none of it is taken for this one's; a download may still be of use."""
+    """Delete earlier work, except a download, which may be useful again."""
     for name in ("progress.json", "digests", *(f"{split}.safetensors" for split in SPLITS)):
         (folder / name).unlink(missing_ok=True)
 
 
 def check_sources(folder: Path, sources: Sequence[SourceFile]) -> None:
-    """Raise ConfigError where a file that was already read, whole or in part, is not as it was."""
+    """Raise ConfigError if a source file that was read, completely or in part, has changed since."""
     done = read_json(folder / "progress.json").get("sources", [])
     now = [[file.name, file.size, file.mtime_ns] for file in sources[: len(done)]]
     if now != done:
         changed = next(old[0] for old, new in itertools.zip_longest(done, now) if old != new)
         raise ConfigError(
-            f"{folder}: {changed} was already read and is not as it was, wanted the same sources, "
+            f"{folder}: {changed} was already read and has changed since, wanted the same sources, "
             "or --fresh to start over"
         )
 
 
-def publish(folder: Path, progress: Progress, out_dir: Path, metadata: dict[str, str]) -> None:
-    """Give both splits their headers and put them in place; may be repeated after a kill at any moment."""
+def move_into_place(folder: Path, progress: PreparationProgress, out_dir: Path, metadata: dict[str, str]) -> None:
+    """Write both splits' headers and move the files to OUT_DIR; may be repeated after a kill at any moment."""
     counts = {"train": progress.train, "validation": progress.validation}
     paths = {split: folder / f"{split}.safetensors" for split in SPLITS}
     unplaced = {split: path for split, path in paths.items() if path.exists()}

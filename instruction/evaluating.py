@@ -1,29 +1,20 @@
-"""Fine-tune models on instructions by one frozen recipe, let them answer held-out items, and compare them.
+"""Fine-tune models on instructions, let them answer, and compare them: the work of `instruct.py respond`."""
 
-  python ift_respond.py quickstart my-run quickstart/untrained --out evals/instructions
-
-RUN is a run's newest checkpoint, RUN/checkpoints/NAME another one, RUN/untrained its initial weights, be they drawn
-or imported. The same command goes on after an interruption; with more runs and the same --out it adds them. Compared
-are the runs that are named, with the first.
-"""
-
-import argparse
-import math
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from harness.engine import checkpoint, resume
-from harness.engine.distributed import Launch, choose_device, device_name, set_up_kernels
+from harness.engine.distributed import device_name
 from harness.engine.sampling import require_gpt2_ids
-from harness.run.errors import CheckpointError, ConfigError, DataError, exit_status_of
-from harness.run.files import ROOT, RUNS, read_json, utc_now, write_json
+from harness.run.config import ModelConfig, TrainConfig
+from harness.run.console import progress_bar
+from harness.run.errors import CheckpointError, ConfigError, DataError
+from harness.run.files import ROOT, read_json, utc_now, write_json
 from harness.run.provenance import git_state
 from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
 from harness.run.score import describe_checkpoint
@@ -33,66 +24,59 @@ from instruction.items import BUILTIN_SET, load_items, split_items
 from instruction.journal import held
 from instruction.measures import HEADINGS, LOSS, measure, measures_as_json, measures_as_rows
 from instruction.recipe import DEFAULT_RECIPE, Recipe, differences, load_recipe
-from instruction.respondent import EvalSet, EvaluatedModel, respond
-from model import fingerprint, load_weights, read_weights, uninitialized_model
+from instruction.responding import EvalSet, EvaluatedModel, respond
 from study.tables import aligned
-from study.verdicts import MARGIN
-from training.context import give_initial_weights
 
 UNTRAINED = "untrained"
 
 
-def main() -> None:
-    """Fine-tune, ask, store and compare."""
-    arguments = parse_arguments()
-    device = choose_device(arguments.device, Launch())
-    set_up_kernels(device, use_tf32=False, deterministic=True)
-    with held(arguments.out):
-        questions, description = settle(arguments)
-        respondents = [open_respondent(arguments.runs_dir, name, questions.recipe, device) for name in arguments.runs]
-        write_json(arguments.out / "recipe.json", asdict(questions.recipe))
-        write_json(arguments.out / "data.json", description)
-        models = [respond(respondent, questions, arguments.out, with_progress) for respondent in respondents]
-        report(arguments, questions, models, device)
+@dataclass(frozen=True)
+class RespondRequest:
+    """What to evaluate, and where the results go."""
+
+    runs: list[str]
+    """RUN, RUN/checkpoints/NAME or RUN/untrained; the first is the baseline."""
+    out: Path
+    data: str | None
+    recipe: Path | None
+    margin: float
+    device: str
+    runs_dir: Path
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line; bad usage exits with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="models to compare; the first is the baseline")
-    parser.add_argument("--data", metavar="FILE_OR_HUB_ID", help="Alpaca format (.json, .jsonl, .parquet), or "
-                        "hf:OWNER/NAME[/PATH][@REVISION] (default: the set that ships)")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
-    parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="(default: DIR's, or assets/instructions/recipe.json)"
-    )
-    parser.add_argument(
-        "--margin", type=_positive, default=MARGIN, help="smallest loss difference that matters (0.01)"
-    )
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu", "mps"], default="auto")
-    parser.add_argument("--runs-dir", type=Path, default=RUNS, help="(default: runs)")
-    arguments = parser.parse_args()
-    if len(set(arguments.runs)) < len(arguments.runs):
-        parser.error("RUN: found one twice, wanted each model once")
-    return arguments
+@dataclass(frozen=True)
+class ModelSource:
+    """How models are made, which this package leaves to its caller."""
+
+    build: Callable[[RunFolder, ModelConfig, TrainConfig, Path | None], nn.Module]
+    """Makes a run's model on the CPU, with the weights of a file or, for None, its initial ones."""
+    fingerprint: Callable[[nn.Module], str]
+    """SHA-256 (hex) of a model's parameters."""
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a number above 0")
-    return value
+def evaluate(request: RespondRequest, source: ModelSource, device: torch.device) -> None:
+    """Fine-tune, ask, store and compare; raises HarnessError."""
+    with held(request.out):
+        eval_set, description = settle(request)
+        found = [open_model(request.runs_dir, name, eval_set.recipe, source, device) for name in request.runs]
+        write_json(request.out / "recipe.json", asdict(eval_set.recipe))
+        write_json(request.out / "data.json", description)
+        models = [respond(model, eval_set, request.out, with_progress) for model in found]
+        report(request, eval_set, models, device)
 
 
-def settle(arguments: argparse.Namespace) -> tuple[EvalSet, dict[str, object]]:
+def with_progress(words: str, things: Iterable[Any]) -> Iterator[Any]:
+    """Go through things while a progress bar shows how far that is."""
+    with progress_bar(None, "it", iterable=things, desc=words) as bar:
+        yield from bar
+
+
+def settle(request: RespondRequest) -> tuple[EvalSet, dict[str, object]]:
     """Read recipe and items, hold them against those that the output folder was begun with, describe the items."""
-    recipe_json, data_json = arguments.out / "recipe.json", arguments.out / "data.json"
-    recipe = load_recipe(arguments.recipe or (recipe_json if recipe_json.is_file() else DEFAULT_RECIPE))
+    recipe_json, data_json = request.out / "recipe.json", request.out / "data.json"
+    recipe = load_recipe(request.recipe or (recipe_json if recipe_json.is_file() else DEFAULT_RECIPE))
     begun_with = read_json(data_json)
-    data = load_items(arguments.data or begun_with.get("source", BUILTIN_SET))
+    data = load_items(request.data or begun_with.get("source", BUILTIN_SET))
     if recipe_json.is_file() and (other := differences(recipe, load_recipe(recipe_json))):
         raise ConfigError(
             f"{recipe_json}: found another {', '.join(other)}, wanted one recipe for all models of a folder "
@@ -114,7 +98,9 @@ def settle(arguments: argparse.Namespace) -> tuple[EvalSet, dict[str, object]]:
     return EvalSet(recipe, data.sha256, train, test), description
 
 
-def open_respondent(runs_dir: Path, name: str, recipe: Recipe, device: torch.device) -> EvaluatedModel:
+def open_model(
+    runs_dir: Path, name: str, recipe: Recipe, source: ModelSource, device: torch.device
+) -> EvaluatedModel:
     """Find a model and check it, before any work is done; raises ConfigError and CheckpointError."""
     run, _, inside = name.partition("/")
     folder = open_run(runs_dir, run)
@@ -128,26 +114,23 @@ def open_respondent(runs_dir: Path, name: str, recipe: Recipe, device: torch.dev
     found = None if inside == UNTRAINED else find_checkpoint(folder, inside, train.initial_weights is not None)
 
     def opened(weights: Path | None) -> nn.Module:
-        model = uninitialized_model(replace(config, drop_rate=recipe.drop_rate))
         if weights is None and found is not None:
             weights = found / MODEL_FILE
-        if weights is None:
-            give_initial_weights(model, folder, train)
-        else:
-            load_weights(model, read_weights(weights), weights)
-        return model.to(device).eval()
+        return source.build(folder, replace(config, drop_rate=recipe.drop_rate), train, weights).to(device).eval()
 
     if found is None:
         # Imported weights have seen tokens too, but nobody here knows how many.
         seen = 0 if train.initial_weights is None else None
-        return EvaluatedModel(name, {"sha256": fingerprint(opened(None)), "step": None, "tokens_seen": seen}, opened)
+        return EvaluatedModel(
+            name, {"sha256": source.fingerprint(opened(None)), "step": None, "tokens_seen": seen}, opened
+        )
     manifest, step = read_json(found / checkpoint.MANIFEST_FILE), int(found.name.removeprefix("step-"))
     sha256 = manifest["files"][MODEL_FILE]["sha256"]
     return EvaluatedModel(name, {"sha256": sha256, "step": step, **describe_checkpoint(folder, step)}, opened)
 
 
 def find_checkpoint(folder: RunFolder, inside: str, is_imported: bool) -> Path | None:
-    """Give the newest valid checkpoint of a run, or the one named `checkpoints/NAME`.
+    """Return the newest valid checkpoint of a run, or the one named `checkpoints/NAME`.
 
     None stands for the imported weights of a run that was not trained on from them.
     """
@@ -167,25 +150,18 @@ def find_checkpoint(folder: RunFolder, inside: str, is_imported: bool) -> Path |
     return found
 
 
-def with_progress(words: str, things: Iterable[Any]) -> Iterator[Any]:
-    """Show a progress bar on stderr; a log file gets few lines."""
-    yield from tqdm(things, desc=words, mininterval=0.5 if sys.stderr.isatty() else 30)
-
-
-def report(
-    arguments: argparse.Namespace, questions: EvalSet, models: list[ModelAnswers], device: torch.device
-) -> None:
+def report(request: RespondRequest, eval_set: EvalSet, models: list[ModelAnswers], device: torch.device) -> None:
     """Print the comparison and write results.json."""
     require_comparable(models)
     baseline = models[0].model
-    tables = measure(models, baseline, arguments.margin)
-    output = arguments.out / "results.json"
+    tables = measure(models, baseline, request.margin)
+    output = request.out / "results.json"
     document = {
         "baseline": baseline,
-        "recipe_hash": questions.recipe.hash(),
-        "data": read_json(arguments.out / "data.json"),
-        "seeds": questions.recipe.seeds,
-        "margin": arguments.margin,
+        "recipe_hash": eval_set.recipe.hash(),
+        "data": read_json(request.out / "data.json"),
+        "seeds": eval_set.recipe.seeds,
+        "margin": request.margin,
         "models": [
             {**row, "checkpoint": model.checkpoint}
             for row, model in zip(measures_as_json(tables), models, strict=True)
@@ -198,16 +174,12 @@ def report(
         },
     }
     write_json(output, document)
-    seeds = len(questions.recipe.seeds)
+    seeds = len(eval_set.recipe.seeds)
     print(*aligned(HEADINGS, measures_as_rows(tables)), "", sep="\n")
     for row in tables[LOSS][1:]:
         print(f"{row.model}: {row.sentence}")
     print(
-        f"Loss in nats per response token, over {len(questions.test)} items and {seeds} fine-tunings of each model. "
+        f"Loss in nats per response token, over {len(eval_set.test)} items and {seeds} fine-tunings of each model. "
         "Intervals cover other items and other fine-tunings, not other pre-trainings."
     )
-    print(f"Wrote {output}; the answers are in {arguments.out / 'answers'}")
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status_of(main))
+    print(f"Wrote {output}; the answers are in {request.out / 'answers'}")

@@ -28,7 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("losses", type=Path, metavar="CSV")
     recipes = read(parser.parse_args().losses)
-    variances, dfs = [float(x.var(ddof=1)) for x in recipes], [len(x) - 1.0 for x in recipes]
+    variances = [float(x.var(ddof=1)) for x in recipes]
+    dfs = [float(len(x) - 1) for x in recipes]
     sd, df = fit_prior(variances, dfs)
     print(f"{sum(map(len, recipes))} runs of {len(recipes)} recipes: sd {sd:.5f} on {df:.1f} df")
     whole = [place for place, losses in enumerate(recipes) if len(losses) >= BASELINES + ARMS]
@@ -46,7 +47,7 @@ def read(path: Path) -> list[Floats]:
     return [np.array(losses) for losses in found.values() if len(set(losses)) > 1]
 
 
-def fit_without(variances: list[float], dfs: list[float], place: int) -> NoisePrior:
+def fit_without(variances: Sequence[float], dfs: Sequence[float], place: int) -> NoisePrior:
     """Fit the prior to all recipes but one."""
     others = [index for index in range(len(variances)) if index != place]
     return NoisePrior(*fit_prior([variances[i] for i in others], [dfs[i] for i in others]), "")

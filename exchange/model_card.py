@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness.report.text import markdown_table
 from harness.run.files import read_json
 from harness.run.model_size import count_parameters
 from harness.run.provenance import RunRecord
@@ -136,7 +137,7 @@ def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
     if (loss := state.get("last_interval_loss")) is not None:
         rows.append(("Train loss", f"{loss:.4f} nats per token, the mean over a checkpoint interval"))
     rows.append(("Software", _software(folder)))
-    return [(label, _cell(value)) for label, value in rows if value]
+    return [(label, value) for label, value in rows if value]
 
 
 def _duration(seconds: float) -> str:
@@ -198,12 +199,5 @@ def _section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def _table(headings: list[str], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    head = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join([*head, *lines]) + "\n" if lines else ""
-
-
-def _cell(text: str) -> str:
-    """Keep a value inside its table cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+def _table(headings: list[str], rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(markdown_table(headings, rows)) + "\n" if rows else ""

@@ -11,6 +11,7 @@ from torch import nn
 from harness.engine import checkpoint, resume
 from harness.engine.distributed import device_name
 from harness.engine.sampling import require_gpt2_ids
+from harness.report.text import aligned
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.console import progress_bar
 from harness.run.errors import CheckpointError, ConfigError, DataError
@@ -25,7 +26,6 @@ from instruction.journal import held
 from instruction.measures import HEADINGS, LOSS, measure, measures_as_json, measures_as_rows
 from instruction.recipe import DEFAULT_RECIPE, Recipe, differences, load_recipe
 from instruction.responding import EvalSet, EvaluatedModel, respond
-from study.tables import aligned
 
 UNTRAINED = "untrained"
 

@@ -5,13 +5,14 @@ import string
 from collections.abc import Sequence
 from html import escape
 
+from harness.report.html import style, table, verdict_mark
 from harness.report.svg import Interval, forest
+from harness.report.text import aligned
 from harness.run.files import ASSETS, json_number, utc_now
 from instruction.answers import Answer, ModelAnswers
 from instruction.compare import Row
 from instruction.ranking import HEADINGS, JudgeReport, Ranking
-from study.page import style, table, verdict_mark
-from study.tables import aligned
+from study.verdicts import tone_of
 
 ITEMS_SHOWN = 30
 JUDGE_HEADINGS = ("judge", "read", "unparsable", "refused", "no reply", "other order missing", "flips",
@@ -114,7 +115,10 @@ def page(ranking: Ranking, models: Sequence[ModelAnswers], title: str) -> str:
     template = string.Template((ASSETS / "judging.html").read_text(encoding="utf-8"))
     verdict = HEADINGS.index("verdict")
     leaderboard = [
-        [verdict_mark(cell) if place == verdict and cell else escape(cell) for place, cell in enumerate(row)]
+        [
+            verdict_mark(cell, tone_of(cell)) if place == verdict and cell else escape(cell)
+            for place, cell in enumerate(row)
+        ]
         for row in rows_of(ranking)
     ]
     judges = [[escape(cell) for cell in row] for row in judge_rows(ranking)]
@@ -122,10 +126,10 @@ def page(ranking: Ranking, models: Sequence[ModelAnswers], title: str) -> str:
         style=style(),
         title=escape(title),
         subtitle=escape(f"{len(models)} models · baseline {ranking.baseline} · written {utc_now()}"),
-        leaderboard=table(HEADINGS, leaderboard, [""] * len(HEADINGS)),
+        leaderboard=table(HEADINGS, leaderboard),
         strengths=forest(_intervals(ranking.strengths), "log-odds of being preferred, positive is better"),
         scores=forest(_intervals(ranking.scores), "points, positive is better"),
-        judges=table(JUDGE_HEADINGS, judges, [""] * len(JUDGE_HEADINGS)),
+        judges=table(JUDGE_HEADINGS, judges),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes_of(ranking)),
         shown=f"{min(ITEMS_SHOWN, ranking.cells)} of {ranking.cells:,} judged questions, with mean scores.",
         answers=_shown(ranking, models),
@@ -138,7 +142,7 @@ def _intervals(rows: Sequence[Row]) -> list[Interval]:
         if row.difference is not None:
             inner = row.difference if row.by_seeds is None else row.by_seeds
             ends = (*row.difference.interval(), *inner.interval())
-            found.append(Interval(row.model, row.difference.difference, *ends, row.verdict))
+            found.append(Interval(row.model, row.difference.difference, *ends, row.verdict, tone_of(row.verdict)))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from harness.report.text import aligned, markdown_table
 from harness.run.files import json_number
 from study.assemble import Study
 from study.results import Group, difference_in_words
@@ -208,16 +209,5 @@ def render(study: Study, format_name: Format) -> str:
         return file.getvalue().rstrip("\n")
     headings, rows = without_empty_columns(headings, rows)
     if format_name == "markdown":
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [headings, *rows]]
-        lines.insert(1, "|" + "---|" * len(headings))
-        return "\n".join([*lines, "", *(f"- {note}" for note in notes_of(study))])
+        return "\n".join([*markdown_table(headings, rows), "", *(f"- {note}" for note in notes_of(study))])
     return "\n".join([*aligned(headings, rows), "", *notes_of(study)])
-
-
-def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return headings and rows as lines with columns one under another."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [headings, *rows]
-    ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from harness.report.html import Tone
 from harness.run.errors import ConfigError
 from study.results import Group
 from study.statistics import (
@@ -36,6 +37,13 @@ LEANS_BETTER, LEANS_WORSE = "LEANS BETTER", "LEANS WORSE"
 CANNOT_TELL, NO_LARGER = "CANNOT TELL", "NO DIFFERENCE LARGER THAN"
 MARGIN = 0.01
 WELCH_RUNS, WELCH_RATIO = 4, 3.0
+
+
+def tone_of(verdict: str) -> Tone:
+    """Return the colour that a verdict has on a page."""
+    if verdict in (HELPS, LEANS_BETTER):
+        return "better"
+    return "worse" if verdict in (HURTS, LEANS_WORSE) else "open"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Charts as inline SVG: intervals of differences, and training curves with bands over replicates.
+"""Charts as inline SVG: differences with intervals, and training curves with bands over replicates.
 
-Colours are the page's own (CSS variables), so that a chart follows dark mode and prints well.
+Colours are CSS variables of the page, so that charts follow dark mode and print well.
 """
 
 import math
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from harness.report.curves import Floats, fill_gaps, moving_average
+from harness.report.html import Tone
 
 WIDTH = 720
 COLOURS = 8
@@ -20,7 +20,7 @@ GRID_POINTS = 240
 
 @dataclass(frozen=True)
 class Interval:
-    """One difference with its interval, and the part of it that is training noise alone; in nats per token."""
+    """One difference with its 95% interval, and an inner interval that covers the noise of training alone."""
 
     label: str
     value: float
@@ -29,6 +29,7 @@ class Interval:
     inner_low: float
     inner_high: float
     verdict: str
+    tone: Tone
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,6 @@ class Curve:
     mean: Floats
     low: Floats
     high: Floats
-
-
-def tone_of(verdict: str) -> str:
-    """Return the CSS class of a verdict: better, worse, or open."""
-    if verdict in ("HELPS", "LEANS BETTER"):
-        return "better"
-    return "worse" if verdict in ("HURTS", "LEANS WORSE") else "open"
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -84,7 +78,7 @@ def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative 
         y = top + row * (number + 0.5)
         title = f"{item.label}: {item.value:+.4f} ({item.low:+.4f} to {item.high:+.4f}), {item.verdict}"
         parts.append(
-            f'<g class="{tone_of(item.verdict)}"><title>{escape(title)}</title>'
+            f'<g class="{item.tone}"><title>{escape(title)}</title>'
             f"{text('label', left - 10, y + 4, shortened(item.label), 'end')}"
             f'<line class="interval" x1="{x(item.low):.1f}" x2="{x(item.high):.1f}" y1="{y}" y2="{y}"/>'
             f'<line class="inner" x1="{x(item.inner_low):.1f}" x2="{x(item.inner_high):.1f}" y1="{y}" y2="{y}"/>'
@@ -95,7 +89,7 @@ def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative 
 
 
 def curves(series: Sequence[Curve]) -> str:
-    """Draw training curves over tokens, each with its band; the first tenth may run out of the picture."""
+    """Draw training curves over tokens, each with its band; values of the first tenth may be cut off."""
     height, left, right, top, bottom = 360, 52, 12, 10, 40
     late = [np.concatenate([item.low[len(item.low) // 10 :], item.high[len(item.high) // 10 :]]) for item in series]
     values = np.concatenate(late)
@@ -136,28 +130,18 @@ def curves(series: Sequence[Curve]) -> str:
 
 
 def curve_of(label: str, runs: Sequence[tuple[Floats, Floats]]) -> Curve | None:
-    """Average smoothed training curves of replicates (tokens, losses) over a common grid; None without any."""
-    usable = [(tokens, smoothed(losses)) for tokens, losses in runs if len(tokens) > 1]
+    """Average the curves (tokens, losses) of replicates, smoothed over a thirtieth of the steps; None without any."""
+    usable = [
+        (tokens, moving_average(fill_gaps(losses), max(1, len(losses) // 30)))
+        for tokens, losses in runs
+        if len(tokens) > 1
+    ]
     if not usable:
         return None
     end = min(tokens[-1] for tokens, _ in usable)
     grid = np.linspace(min(tokens[0] for tokens, _ in usable), end, GRID_POINTS)
     table = np.array([np.interp(grid, tokens, losses) for tokens, losses in usable])
     return Curve(label, grid, table.mean(axis=0), table.min(axis=0), table.max(axis=0))
-
-
-def smoothed(losses: Floats) -> Floats:
-    """Average over the last thirtieth of the steps; a step without a loss takes the mean of its neighbours."""
-    good = np.isfinite(losses)
-    if not good.any():
-        return losses
-    filled = np.interp(np.arange(len(losses)), np.flatnonzero(good), losses[good])
-    window = max(1, len(losses) // 30)
-    total = np.concatenate([[0.0], np.cumsum(filled)])
-    start = np.maximum(np.arange(1, len(losses) + 1) - window, 0)
-    ends = np.arange(1, len(losses) + 1)
-    mean: Floats = (total[ends] - total[start]) / (ends - start)
-    return mean
 
 
 def in_short(value: float) -> str:
@@ -169,12 +153,12 @@ def in_short(value: float) -> str:
 
 
 def shortened(label: str, most: int = 26) -> str:
-    """Cut a label to fit beside a chart; the whole of it is in the tooltip."""
+    """Shorten a label to fit beside a chart; the tooltip has it in full."""
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:
-    """Write words into a chart, with a CSS class."""
+    """Return an SVG text element with CSS class `kind`."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 

@@ -54,9 +54,7 @@ def fit_without(variances: Sequence[float], dfs: Sequence[float], place: int) ->
     return NoisePrior(*fit_prior([variances[i] for i in others], [dfs[i] for i in others]), "")
 
 
-def report(
-    title: str, recipes: list[Floats], whole: list[int], priors: list[NoisePrior | None] | list[NoisePrior]
-) -> None:
+def report(title: str, recipes: list[Floats], whole: list[int], priors: Sequence[NoisePrior | None]) -> None:
     """Print how often the effect is called HELPS, and how often a study without effects has a false verdict."""
     generator = np.random.default_rng(1)
     rates = [

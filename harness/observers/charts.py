@@ -1,8 +1,8 @@
 """Draws a run's charts and the HTML page that shows them, from the files in the run's folder.
 
 Drawing runs in a separate process (`python -m harness.observers.charts RUN_FOLDER`), so that it neither slows
-training nor stops it by an error. The page is one file with its images inside, runs no script, and reloads itself while
-the run is running.
+training nor stops it by an error. The page is one file with its images inside, runs no script, and reloads itself
+while the run is running.
 """
 
 from __future__ import annotations

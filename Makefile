@@ -6,15 +6,22 @@ RUN := quickstart
 
 .PHONY: quickstart test lint format generated soak
 
+# What pyproject.toml asks for, without the project itself, which is a checkout and no package.
+NEEDS = import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  more = [need for extra in sys.argv[1:] for need in project["optional-dependencies"][extra]]; \
+  print("\n".join(project["dependencies"] + more))
+
 # What training needs, and on top of it what the tests need.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -c '$(NEEDS)' > $(VENV)/needs.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/needs.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -c '$(NEEDS)' dev > $(VENV)/needs-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/needs-dev.txt
 	touch $@
 
 # Trains a small model on Python's own documentation, scores it, and lets it write.
@@ -43,8 +50,8 @@ format: $(VENV)/.installed-dev
 
 # JSON Schemas for editors, the reference of all keys, and the instruction set.
 generated: $(VENV)/.installed
-	$(BIN)/python -m harness.config
-	$(BIN)/python -m instruction.own_set
+	$(BIN)/python -m harness.run.reference
+	$(BIN)/python -m assets.instructions.builtin_set
 
 # Kills a run at random 220 times and races 50 pairs of trainers for one: 20 minutes on two cores.
 soak: $(VENV)/.installed-dev

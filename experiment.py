@@ -9,11 +9,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness.run.arguments import add_runs_dir, parse_into, parser_of, positive, whole_number
+from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, positive, whole_number
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
 from study.assemble import ComparisonRequest, assemble
@@ -30,14 +29,10 @@ from study.verdicts import MARGIN
 
 def main() -> None:
     """Do what the verb asks for; raises HarnessError."""
-    verbs: dict[str, Callable[[list[str]], None]] = {
-        "plan": plan_verb, "run": run_verb, "compare": compare_verb, "report": report_verb, "noise": noise_verb,
-    }  # fmt: skip
-    parser = parser_of(__doc__)
-    parser.add_argument("verb", metavar="VERB", choices=verbs, help=" | ".join(verbs))
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="what the verb takes")
-    arguments = parser.parse_args()
-    verbs[arguments.verb](arguments.rest)
+    dispatch(
+        __doc__,
+        {"plan": plan_verb, "run": run_verb, "compare": compare_verb, "report": report_verb, "noise": noise_verb},
+    )
 
 
 def plan_verb(words: list[str]) -> None:
@@ -145,6 +140,9 @@ def compare_verb(words: list[str]) -> None:
     parser.add_argument("--noise-sd", type=positive, metavar="S", help="training noise by hand, with --noise-df")
     parser.add_argument("--noise-df", type=positive, metavar="D")
     parser.add_argument("--only-named", action="store_true", help="do not look for replicates of the named runs")
+    parser.add_argument(
+        "--higher-orders-as-error", action="store_true", help="factorial: effects of 3 and more changes are noise"
+    )
     parser.add_argument("--format", choices=FORMATS, default="table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
     sources, parsed = _sources(parser, words)
@@ -155,7 +153,8 @@ def compare_verb(words: list[str]) -> None:
     if sources.baseline is None and not sources.experiment:
         parser.error("--baseline: missing, wanted a run or a recipe to compare with")
     noise = None if parsed.noise_sd is None else Noise(parsed.noise_sd, parsed.noise_df)
-    study = assemble(sources.request(noise, parsed.only_named))
+    request = replace(sources.request(noise, parsed.only_named), higher_orders_as_error=parsed.higher_orders_as_error)
+    study = assemble(request)
     if not study.judgement.arms:
         raise ConfigError("RUN: found nothing to compare with the baseline, wanted at least one other recipe")
     output_format: Format = parsed.format

@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from harness.engine.checkpoint import read_tensors
 from harness.engine.key_value_cache import KeyValueCache
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.errors import CheckpointError
@@ -230,21 +229,11 @@ def load_weights(model: GPTModel, tensors: Mapping[str, Tensor], source: object)
     model.load_state_dict(found)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a safetensors file; raises CheckpointError."""
-    if Path(path).is_dir():
-        raise CheckpointError(f"{path}: found a folder, wanted the model.safetensors in it")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
-
-
 def load_model(model_json: str | Path, safetensors_file: str | Path, device: torch.device) -> GPTModel:
     """Load a trained model for evaluation: float32, on `device`, dropout off.
 
     Raises ConfigError for the configuration and CheckpointError for the weights.
     """
     model = uninitialized_model(load_model_config(model_json))
-    load_weights(model, read_weights(safetensors_file), safetensors_file)
+    load_weights(model, read_tensors(Path(safetensors_file)), safetensors_file)
     return model.to(device).eval()

@@ -160,7 +160,7 @@ def with_progress(batches: Iterator[tuple[Tensor, Tensor]], sequences: int) -> I
 
 
 def target_bytes(file: TokenFile, start: int, count: int) -> int | None:
-    """Give the UTF-8 bytes that tokens [start, start + count) stand for; None where they are not GPT-2's."""
+    """Return the UTF-8 bytes that tokens [start, start + count) stand for; None where they are not GPT-2's."""
     if file.metadata.get("tokenizer", "gpt2") != "gpt2":
         return None
     lengths = np.array(bytes_per_token())
@@ -174,7 +174,7 @@ def target_bytes(file: TokenFile, start: int, count: int) -> int | None:
 
 
 def first_documents(file: TokenFile, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
-    """Give for each sequence the number of the document that its first token belongs to, counted from the first.
+    """Return for each sequence the number of the document that its first token belongs to, counted from the first.
 
     Sequences that begin in one document are not independent of each other, so they form a cluster. None where
     document ends are not known.
@@ -189,7 +189,7 @@ def first_documents(file: TokenFile, start: int, sequences: int, length: int) ->
 
 
 def by_frequency(arguments: ScoreArguments, tally: LossTally, vocab_size: int) -> list[dict[str, object]] | None:
-    """Give losses by how often the target occurs in the dataset's train split; None where that is not on disk."""
+    """Return losses by how often the target occurs in the dataset's train split; None where that is not on disk."""
     if not split_files(arguments.datasets_dir / arguments.dataset, "train"):
         return None
     file = open_split(arguments.datasets_dir, arguments.dataset, "train")
@@ -201,7 +201,7 @@ def by_frequency(arguments: ScoreArguments, tally: LossTally, vocab_size: int) -
 
 
 def described(buckets: list[Bucket]) -> list[dict[str, object]]:
-    """Give buckets as JSON; the last has no upper bound where that is infinite."""
+    """Return buckets as JSON; the last has no upper bound where that is infinite."""
     return [
         {"from": item.low, "below": json_number(item.high), "tokens": item.tokens, "loss": json_number(item.loss)}
         for item in buckets
@@ -209,7 +209,7 @@ def described(buckets: list[Bucket]) -> list[dict[str, object]]:
 
 
 def output_file(arguments: ScoreArguments) -> Path:
-    """Give where the result goes: as asked, into the run's evals folder, or beside a loose model file.
+    """Return where the result goes: as asked, into the run's evals folder, or beside a loose model file.
 
     Makes the folder, so that one that cannot be written is known before the work is done.
     """

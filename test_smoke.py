@@ -79,7 +79,7 @@ def parse_arguments() -> SmokeArguments:
 
 
 def sample(arguments: SmokeArguments, model_json: Path, weights: Path, device: torch.device) -> str:
-    """Give one model's text, and keep it in evals/smoke.jsonl where the model is a run's checkpoint."""
+    """Return one model's text, and keep it in evals/smoke.jsonl where the model is a run's checkpoint."""
     model = load_model(model_json, weights, device)
     settings = SampleSettings(arguments.num_tokens, arguments.temperature, arguments.top_k or None, arguments.seed)
     text = continue_text(model, model.config, arguments.prompt, settings)

@@ -47,7 +47,7 @@ class Shape:
         return self.microbatch_size * self.accumulation_steps * self.model.context_length
 
     def microbatches(self) -> list[tuple[Tensor, Tensor]]:
-        """Give the same random tokens and targets, each (B, T), to every arrangement."""
+        """Return the same random tokens and targets, each (B, T), to every arrangement."""
         plan = Plan(1, self.microbatch_size, self.accumulation_steps, self.model.context_length, 1)
         made_up = SyntheticData(plan, self.model.vocab_size)
         return [made_up.microbatch(0, step, 0) for step in range(self.accumulation_steps)]
@@ -57,7 +57,7 @@ class NaiveAttention(Attention):
     """Attention as the textbook writes it: all scores, a mask, softmax, dropout, and a weighted sum."""
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Let every position of x (B, T, C) attend to itself and those before it; gives (B, T, C)."""
+        """Let every position of x (B, T, C) attend to itself and those before it; returns (B, T, C)."""
         length = x.shape[1]
         query, key, value = (
             projection(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
@@ -97,7 +97,7 @@ class Techniques:
 
 
 def build_arrangement(shape: Shape, device: torch.device, techniques: Techniques) -> Step:
-    """Give a global step of our model in an arrangement; on a CPU it computes in float32."""
+    """Return a global step of our model in an arrangement; on a CPU it computes in float32."""
     model = prepared_model(shape, device, techniques)
     is_cuda = device.type == "cuda"
     dtype = torch.bfloat16 if techniques.bfloat16 else torch.float16
@@ -142,7 +142,7 @@ class PlainObjective(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
+        """Return the mean loss of a micro-batch; tokens and targets (B, T)."""
         return next_token_loss(self.model(tokens), targets)
 
 
@@ -164,7 +164,7 @@ def replace_modules(model: GPTModel, techniques: Techniques) -> None:
 
 
 def build_default(shape: Shape, device: torch.device) -> Step:
-    """Give the global step of `ddp_train.py` itself: its own functions, on made-up tokens."""
+    """Return the global step of `ddp_train.py` itself: its own functions, on made-up tokens."""
     config = train_config(shape)
     plan = Plan(1, shape.microbatch_size, shape.accumulation_steps, shape.model.context_length, 10**6)
     distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=False)
@@ -182,7 +182,7 @@ def build_default(shape: Shape, device: torch.device) -> Step:
 
 
 def train_config(shape: Shape) -> TrainConfig:
-    """Give the training configuration of the published runs with clipping, in bfloat16 on a GPU."""
+    """Return the training configuration of the published runs with clipping, in bfloat16 on a GPU."""
     return TrainConfig(
         dataset="made-up",
         min_train_tokens=shape.tokens_per_step,

@@ -80,14 +80,14 @@ def main() -> None:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Give the seconds that `action` takes."""
+    """Return the seconds that `action` takes."""
     began = time.monotonic()
     action()
     return time.monotonic() - began
 
 
 def fraction(save_seconds: float, tokens_per_second: float) -> float:
-    """Give the share of all time that training waits."""
+    """Return the share of all time that training waits."""
     training = INTERVAL_STEPS * TOKENS_PER_STEP / tokens_per_second
     return save_seconds / (save_seconds + training)
 

@@ -116,7 +116,7 @@ def read(datasets_dir: Path, rank: int, processes: int, shuffled: bool, microbat
 
 
 def resident_mib() -> float:
-    """Give the most memory that this process has held."""
+    """Return the most memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEBIBYTE
 
 

@@ -49,14 +49,14 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Give a tensor like the query."""
+        """Return a tensor like the query."""
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give tensors like query, key and value."""
+        """Return tensors like query, key and value."""
         query, key, value, _, _ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
@@ -79,7 +79,7 @@ class CudaAutocast(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Give a function that does the same under this mode."""
+        """Return a function that does the same under this mode."""
 
         def inside(*args: Any) -> Any:
             with self:
@@ -174,7 +174,7 @@ def count(
 
 
 def peak_bytes(config: ModelConfig, techniques: Techniques, size: int, is_lean: bool, checkpointing: bool) -> int:
-    """Give the peak bytes of one forward and backward pass, besides weights, gradients and moments."""
+    """Return the peak bytes of one forward and backward pass, besides weights, gradients and moments."""
     with torch.device("meta"):
         model = GPTModel(config, checkpointing)
         tokens = torch.zeros(size, config.context_length, dtype=torch.int64)

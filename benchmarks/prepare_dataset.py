@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(folder: Path, copies: int, rounds: int) -> dict[str, object]:
-    """Give tokens per second of each way, and what they were measured on."""
+    """Return tokens per second of each way, and what they were measured on."""
     corpus = folder / "corpus.jsonl"
     with corpus.open("w", encoding="utf-8") as file:
         for number in range(copies):
@@ -98,7 +98,7 @@ def measure(folder: Path, copies: int, rounds: int) -> dict[str, object]:
 
 
 def cpu_of_children() -> float:
-    """Give the seconds of CPU that all finished child processes took."""
+    """Return the seconds of CPU that all finished child processes took."""
     times = os.times()
     return times.children_user + times.children_system
 

@@ -22,7 +22,7 @@ MODELS = 5
 
 
 def simulate(items: int, seeds: int, item_sd: float, luck_sd: float) -> dict[str, float]:
-    """Give the share of intervals that hold 0, their median half width, and the share of studies that are wrong."""
+    """Return the share of intervals that hold 0, their median half width, and the share of studies that are wrong."""
     generator = np.random.default_rng([items, seeds, round(100 * item_sd), round(100 * luck_sd)])
     cells = Cells.of([(f"{item:04d}", seed) for item in range(items) for seed in range(seeds)])
     held, halves, wrong = 0, [], 0
@@ -42,7 +42,7 @@ def simulate(items: int, seeds: int, item_sd: float, luck_sd: float) -> dict[str
 
 
 def draw(generator: np.random.Generator, items: int, seeds: int, item_sd: float, luck_sd: float) -> Floats:
-    """Give one model's scores, (items x seeds,); the baseline's are drawn alike, so each has half of the variance."""
+    """Return one model's scores, (items x seeds,); the baseline's are drawn alike, each with half of the variance."""
     values = generator.normal(0, item_sd, (items, 1)) + generator.normal(0, luck_sd, (1, seeds))
     both: Floats = ((values + generator.normal(size=(items, seeds))) / np.sqrt(2)).ravel()
     return both

@@ -200,7 +200,7 @@ def holds(judged: verdicts.Judged, truth: float) -> bool:
 
 
 def binomial_se(rate: float, count: int) -> float:
-    """Give the standard error of a rate."""
+    """Return the standard error of a rate."""
     return math.sqrt(rate * (1 - rate) / count)
 
 

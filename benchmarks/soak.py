@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def command(base: Path, folder: Path) -> list[str]:
-    """Give the command that a user would repeat."""
+    """Return the command that a user would repeat."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"),
         *("ddp_train.py", folder.name, str(base), "--runs-dir", str(folder.parent), "--device", "cpu"),
@@ -234,7 +234,7 @@ def send_kill(pid: int) -> None:
 
 
 def workers_of(folder: Path) -> dict[int, str]:
-    """Give process numbers and ranks of the run's workers."""
+    """Return process numbers and ranks of the run's workers."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -263,13 +263,13 @@ def wait_for_workers_to_leave(folder: Path, tally: Tally) -> None:
 
 
 def newest_complete(folder: Path) -> int | None:
-    """Give the step of the newest checkpoint that has a manifest, which is written last."""
+    """Return the step of the newest checkpoint that has a manifest, which is written last."""
     steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*/manifest.json")]
     return max(steps, default=None)
 
 
 def starts_of(folder: Path) -> list[dict[str, object]]:
-    """Give what run.json says of the run's starts."""
+    """Return what run.json says of the run's starts."""
     try:
         starts: list[dict[str, object]] = json.loads((folder / "run.json").read_text())["starts"]
     except OSError:
@@ -312,7 +312,7 @@ def race(base: Path, folder: Path, tally: Tally) -> None:
 
 
 def describe(tally: Tally, seed: int, untouched_seconds: float, seconds: float) -> str:
-    """Give the result as it is printed."""
+    """Return the result as it is printed."""
     kills = ", ".join(f"{name} {count}" for name, count in tally.kills.items())
     lines = [
         f"Soak of {datetime.now(UTC):%Y-%m-%d}, seed {seed}, {seconds / 60:.0f} minutes",

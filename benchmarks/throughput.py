@@ -41,7 +41,7 @@ Builder = Callable[[Shape, torch.device], Step]
 
 
 def arrangements(device: torch.device) -> dict[str, Builder]:
-    """Give the arrangements, each with one technique more than the one before it; the last is the default path."""
+    """Return the arrangements, each with one technique more than the one before it; the last is the default path."""
     rows: list[tuple[str, dict[str, bool]]] = [
         ("published", {}),
         ("+ fused attention (SDPA)", {"fused_attention": True}),
@@ -105,14 +105,14 @@ def load_contender(path: Path) -> Builder:
 
 
 def measured_peak(device: torch.device) -> float:
-    """Give the FLOP/s of the fastest of a few float32 matrix products of 1024 x 1024."""
+    """Return the FLOP/s of the fastest of a few float32 matrix products of 1024 x 1024."""
     left, right = torch.randn(1024, 1024, device=device), torch.randn(1024, 1024, device=device)
     best = min(timed(lambda: left @ right, device) for _ in range(20))
     return 2 * 1024**3 / best
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Give the seconds that `action` takes, until the device is done."""
+    """Return the seconds that `action` takes, until the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -166,7 +166,7 @@ class Row:
 def summarise(
     seconds: dict[str, list[float]], memory: dict[str, float | None], shape: Shape, peak: float
 ) -> list[Row]:
-    """Give a row for each arrangement: tokens/s, utilisation, memory, and ratios to the published arrangement."""
+    """Return a row for each arrangement: tokens/s, utilisation, memory, and ratios to the published arrangement."""
     flops = flops_per_token(shape.model)
     rows = []
     for name, values in seconds.items():
@@ -190,7 +190,7 @@ def summarise(
 
 
 def table(rows: list[Row], shape: Shape, device: torch.device, peak: float) -> str:
-    """Give the results as a Markdown table with what it was measured on."""
+    """Return the results as a Markdown table with what it was measured on."""
     model = shape.model
     lines = [
         f"{distributed.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; "

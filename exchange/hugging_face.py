@@ -6,7 +6,7 @@ in one matrix `c_attn`. Values are moved, never computed with, so a round trip i
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.run.config import ModelConfig, config_from
 from harness.run.errors import CheckpointError, ConfigError
+from harness.run.keys import came_later, changes_nothing
 from harness.run.strict_json import read_strict_json
 
 CONFIG_FILE = "config.json"
@@ -57,7 +58,7 @@ PROJECTIONS = ("W_query", "W_key", "W_value")
 
 
 def _renamed(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
-    """Give the tensors that only change their name, ours first, and whether they are transposed."""
+    """Yield the tensors that only change their name, ours first, and whether they are transposed."""
     for ours, theirs in OUTSIDE.items():
         yield ours, theirs, False
     for number in range(config.n_layers):
@@ -71,7 +72,7 @@ def _renamed(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
 
 
 def to_hugging_face(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Give a model's state dict under the names and in the layout of GPT2LMHeadModel.
+    """Return a model's state dict under the names and in the layout of GPT2LMHeadModel.
 
     Query, key and value without bias get zeros, because GPT-2 always has one. A tied head is left out.
     """
@@ -95,7 +96,7 @@ def to_hugging_face(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[
 def from_hugging_face(
     tensors: Mapping[str, Tensor], config: ModelConfig, source: object
 ) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Give GPT-2's tensors, with or without the prefix `transformer.`, under our names, float32.
+    """Return GPT-2's tensors, with or without the prefix `transformer.`, under our names, float32.
 
     Gives the configuration too, with qkv_bias off where every such bias is zero, which computes the same. Raises
     CheckpointError naming what is missing, unknown or of another shape.
@@ -128,7 +129,7 @@ def from_hugging_face(
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Give what GPT-2 of this configuration holds, by their names without the prefix."""
+    """Return what GPT-2 of this configuration holds, by their names without the prefix."""
     width = config.emb_dim
     shapes: dict[str, tuple[int, ...]] = {
         "wte.weight": (config.vocab_size, width),
@@ -194,8 +195,22 @@ def read_config(path: Path) -> ModelConfig:
     return config
 
 
+def require_expressible(config: ModelConfig, source: object) -> None:
+    """Raise ConfigError, naming the key, where a model has what GPT2LMHeadModel lacks.
+
+    That is any key that came after the first release and is in use: GPT-2's shape is what the others describe.
+    """
+    problems = [
+        f"{source}: {item.name}: found {getattr(config, item.name)!r}, which GPT2LMHeadModel cannot hold"
+        for item in fields(config)
+        if came_later(type(config), item.name) and not changes_nothing(type(config), item, getattr(config, item.name))
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
 def config_document(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
-    """Give the `config.json` of a stock GPT2LMHeadModel; `end_of_text` is the id that begins and ends texts."""
+    """Return the `config.json` of a stock GPT2LMHeadModel; `end_of_text` is the id that begins and ends texts."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -227,7 +242,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def files_of_index(path: Path) -> list[str]:
-    """Give the names of the files that a weights index lists, in order; raises CheckpointError."""
+    """Return the names of the files that a weights index lists, in order; raises CheckpointError."""
     weight_map = read_strict_json(path, MAX_JSON_BYTES).get("weight_map")
     names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):

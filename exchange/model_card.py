@@ -2,14 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness.report.text import markdown_table
 from harness.run.files import read_json
 from harness.run.model_size import count_parameters
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
+from harness.run.score import Score
 
 CHART = "loss.png"
 LOADING = """\
@@ -33,17 +35,8 @@ There is no tokenizer in this folder: the model's ids are not those of the GPT-2
 """
 
 
-@dataclass(frozen=True)
-class Score:
-    """A test loss in nats per token, with the 95% interval that the choice of test text leaves (None: unknown)."""
-
-    dataset: str
-    split: str
-    start_token: int
-    tokens: int
-    loss: float
-    interval: tuple[float, float] | None
-    bits_per_byte: float | None
+Interval = tuple[float, float] | None
+"""95% interval of a test loss that the choice of test text leaves; None where nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,9 @@ class Publication:
     has_chart: bool
 
 
-def model_card(folder: RunFolder, step: int, scores: Iterable[Score], publication: Publication) -> str:
+def model_card(
+    folder: RunFolder, step: int, scores: Iterable[tuple[Score, Interval]], publication: Publication
+) -> str:
     """Write the README.md of a run's checkpoint: YAML front matter, then Markdown."""
     name = (publication.repository or folder.path.name).rpartition("/")[2]
     place = json.dumps(publication.repository or "path/to/this/folder")
@@ -75,7 +70,7 @@ def model_card(folder: RunFolder, step: int, scores: Iterable[Score], publicatio
 
 
 def _front_matter(folder: RunFolder, publication: Publication) -> str:
-    """Give the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
+    """Return the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
     dataset, source = _ran(folder).get("dataset"), _source(folder)
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
     if publication.licence:
@@ -112,14 +107,14 @@ def _was_trained(folder: RunFolder) -> bool:
 
 
 def _ran(folder: RunFolder) -> dict[str, Any]:
-    """Give the training configuration that ran, or that would run, without what is not set: a valid train.json."""
+    """Return the training configuration that ran, or that would run, without what is not set: a valid train.json."""
     written = RunRecord.read(folder.run_json).train or asdict(folder.read_configs()[1])
     unused = {"gradient_accumulation_steps"} if written.get("global_batch_size") else set()
     return {key: value for key, value in written.items() if value is not None and key not in unused}
 
 
 def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
-    """Give what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
+    """Return what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
     if not _was_trained(folder):
         return []
     run, ran = RunRecord.read(folder.run_json), _ran(folder)
@@ -142,7 +137,7 @@ def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
     if (loss := state.get("last_interval_loss")) is not None:
         rows.append(("Train loss", f"{loss:.4f} nats per token, the mean over a checkpoint interval"))
     rows.append(("Software", _software(folder)))
-    return [(label, _cell(value)) for label, value in rows if value]
+    return [(label, value) for label, value in rows if value]
 
 
 def _duration(seconds: float) -> str:
@@ -169,15 +164,15 @@ def _software(folder: RunFolder) -> str:
     return ", ".join([*named, *([f"code at commit `{commit}`"] if commit else [])])
 
 
-def _test_losses(scores: Iterable[Score]) -> str:
+def _test_losses(scores: Iterable[tuple[Score, Interval]]) -> str:
     rows = [
         (
             f"`{score.dataset}`, {score.split}, {score.tokens:,} tokens from token {score.start_token:,}",
             f"{score.loss:.6f}",
-            "" if score.interval is None else f"{score.interval[0]:.4f} to {score.interval[1]:.4f}",
+            "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
             "" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}",
         )
-        for score in scores
+        for score, interval in scores
     ]
     if not rows:
         return ""
@@ -204,12 +199,5 @@ def _section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def _table(headings: list[str], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    head = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join([*head, *lines]) + "\n" if lines else ""
-
-
-def _cell(text: str) -> str:
-    """Keep a value inside its table cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+def _table(headings: list[str], rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(markdown_table(headings, rows)) + "\n" if rows else ""

@@ -15,7 +15,7 @@ TOKEN_EMBEDDING, POSITION_EMBEDDING, HEAD = "tok_emb.weight", "pos_emb.weight", 
 
 
 def config_of(tensors: Mapping[str, Tensor], n_heads: int | None, source: object) -> ModelConfig:
-    """Give the configuration whose model has these tensors; raises CheckpointError or ConfigError.
+    """Return the configuration whose model has these tensors; raises CheckpointError or ConfigError.
 
     `n_heads` leaves no trace in the tensors: None takes one head for every 64 channels. Nor does dropout, which is
     given as 0. The head is tied where it is left out, or equal to the token embedding to the bit.

@@ -16,7 +16,7 @@ PADDING_MULTIPLE = 64  # to which vocabularies are padded for speed: 50,257 beco
 
 
 def tokenizer_files(ids: Mapping[str, int], merges: str, end_of_text: str, context_length: int) -> dict[str, str]:
-    """Give the files, by name, from which transformers makes a byte-level BPE tokenizer.
+    """Return the files, by name, from which transformers makes a byte-level BPE tokenizer.
 
     `ids` names every token in GPT-2's printable characters; `merges` is a merges file with its version line.
     """
@@ -54,7 +54,7 @@ def tokenizer_files(ids: Mapping[str, int], merges: str, end_of_text: str, conte
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Give every token of a Hugging Face folder's tokenizer with its id; None where no file says.
+    """Return every token of a Hugging Face folder's tokenizer with its id; None where no file says.
 
     Raises ConfigError where a file cannot be read.
     """
@@ -84,7 +84,7 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
 
 def real_vocab_size(stored: int, gpt2_size: int, known: Mapping[str, int] | None, asked: int | None) -> int:
-    """Give how many of a model's `stored` ids to keep: all, or GPT-2's where the rest pads to a round number.
+    """Return how many of a model's `stored` ids to keep: all, or GPT-2's where the rest pads to a round number.
 
     `known` are the tokens of the model's own tokenizer, `asked` the user's word. Raises ConfigError where neither
     says whether ids past GPT-2's are padding.

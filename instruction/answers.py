@@ -1,4 +1,4 @@
-"""The file of one model's answers: what `ift_respond.py` writes and `ift_judge.py` reads."""
+"""The file of one model's answers: what `instruct.py respond` writes and `instruct.py judge` reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ class ModelAnswers:
     """All answers of one model, with what they rest on."""
 
     model: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)
-    """As `ift_respond.py` was told."""
+    """As `instruct.py respond` was told."""
     checkpoint: dict[str, Any]
     """Which weights: SHA-256, step, tokens seen."""
     recipe_hash: str
@@ -62,11 +62,11 @@ def load_answers(path: Path) -> ModelAnswers:
     try:
         answers = FILE.validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{path}: found no such file, wanted answers that ift_respond.py wrote") from None
+        raise DataError(f"{path}: found no such file, wanted answers that instruct.py respond wrote") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the whole file"
-        raise DataError(f"{path}: {place}: {first['msg']}; wanted answers that ift_respond.py wrote") from None
+        raise DataError(f"{path}: {place}: {first['msg']}; wanted answers that instruct.py respond wrote") from None
     if len({answer.cell for answer in answers.answers}) < len(answers.answers):
         raise DataError(f"{path}: found an item twice with one seed, wanted each once")
     return answers

@@ -66,7 +66,7 @@ def bradley_terry(preferences: Preferences, models: int, cells: int) -> Strength
 
 
 def krippendorff_alpha(ratings: Floats) -> float | None:
-    """Give Krippendorff's alpha for interval data, raters in rows and things rated in columns; NaN where not rated.
+    """Return Krippendorff's alpha for interval data, raters in rows and things rated in columns; NaN where not rated.
 
     1 is perfect agreement, 0 what chance would give, below 0 worse than that. 1 - D_o/D_e, where D_o is the mean
     squared difference of two ratings of one thing and D_e that of any two (Krippendorff 2011, "Computing
@@ -84,7 +84,7 @@ def krippendorff_alpha(ratings: Floats) -> float | None:
 
 
 def alpha_of(tables: Sequence[dict[tuple[object, ...], float]]) -> float | None:
-    """Give the agreement of raters, each a table of ratings by what is rated."""
+    """Return the agreement of raters, each a table of ratings by what is rated."""
     things = sorted({thing for table in tables for thing in table}, key=repr)
     if not things or len(tables) < 2:
         return None

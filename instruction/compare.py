@@ -35,7 +35,7 @@ class Cells:
         return cls(items.astype(np.int64), seeds.astype(np.int64))
 
     def mean(self, values: Floats, extra_variance: float = 0.0) -> tuple[Estimate, Estimate | None]:
-        """Give the mean of a value a cell with both uncertainties, and with the seeds' alone; None with one seed.
+        """Return the mean of a value a cell with both uncertainties, and with the seeds' alone; None with one seed.
 
         `extra_variance` is added to the items' part.
         """
@@ -72,7 +72,7 @@ class Row:
     sentence: str = ""
 
     def in_words(self, digits: int) -> list[str]:
-        """Give difference, interval, adjusted p and verdict as text; four empty ones for the baseline."""
+        """Return difference, interval, adjusted p and verdict as text; four empty ones for the baseline."""
         if self.difference is None:
             return [""] * 4
         low, high = self.difference.interval()
@@ -81,12 +81,12 @@ class Row:
         return [f"{self.difference.difference:+.{digits}f}", interval, p, self.verdict]
 
     def mean_in_words(self, digits: int) -> str:
-        """Give the mean and half the width of its interval as text."""
+        """Return the mean and half the width of its interval as text."""
         low, high = self.mean.interval()
         return f"{self.mean.difference:.{digits}f} ±{(high - low) / 2:.{digits}f}"
 
     def as_json(self) -> dict[str, object]:
-        """Give the row as JSON; what is not known is null."""
+        """Return the row as JSON; what is not known is null."""
         document: dict[str, object] = {"mean": self.mean.difference, **_ends(self.mean, "mean_low", "mean_high")}
         if self.difference is None:
             return document

@@ -38,7 +38,7 @@ def encode_items(items: Sequence[Item], recipe: Recipe) -> list[Example]:
 
 
 def in_batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[Example]]:
-    """Give examples in batches of similar length, the same ones on every call."""
+    """Yield examples in batches of similar length, the same ones on every call."""
     rows = max(1, ANSWERED_TOKENS // recipe.max_tokens)
     ordered = sorted(examples, key=lambda example: (len(example.prompt), example.item.key))
     for first in range(0, len(ordered), rows):

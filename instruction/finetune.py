@@ -18,7 +18,7 @@ from instruction.recipe import Recipe
 
 
 def response_losses(model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Give each example's summed cross-entropy of its response tokens in nats, float32 (B,), on the model's device.
+    """Return each example's summed cross-entropy of its response tokens in nats, float32 (B,), on the model's device.
 
     Prompt tokens are read and not scored. Rows are padded on the right, where a causal model does not look.
     """
@@ -35,12 +35,12 @@ def response_losses(model: nn.Module, examples: Sequence[Example]) -> Tensor:
 
 
 def steps_of(examples: int, recipe: Recipe) -> int:
-    """Give the optimiser steps of a fine-tuning; the last of an epoch may hold fewer items."""
+    """Return the optimiser steps of a fine-tuning; the last of an epoch may hold fewer items."""
     return recipe.epochs * -(-examples // recipe.batch_items)
 
 
 def batch_at(examples: Sequence[Example], recipe: Recipe, seed: int, step: int) -> list[Example]:
-    """Give the examples of one step, a pure function of the seed and the step."""
+    """Return the examples of one step, a pure function of the seed and the step."""
     epoch, place = divmod(step, -(-len(examples) // recipe.batch_items))
     order = order_permutation(seed, epoch, len(examples))
     first = place * recipe.batch_items

@@ -116,7 +116,7 @@ def _download(name: str) -> list[Path]:
 
 
 def _objects(path: Path) -> Iterator[tuple[str, object]]:
-    """Give the raw objects of a file, each with its place in words."""
+    """Yield the raw objects of a file, each with its place in words."""
     if path.suffix == ".parquet":
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(_rows(path), start=1))
         return

@@ -1,4 +1,4 @@
-"""Collect judges' replies: which showings there are, what was answered before, and when to stop asking.
+"""Collect judges' replies: which prompts there are, what was answered before, and when to stop asking.
 
 Every reply is on disk before it counts, under the SHA-256 of its whole request. So a judging goes on where it was
 interrupted, and is scored again without a network.
@@ -23,12 +23,12 @@ from instruction.journal import Journal
 from instruction.prompt import labels_of, messages_for, read_reply
 
 LONGEST_WAIT_SECONDS = 60.0
-FAILURES_IN_A_ROW = 3  # showings without any reply, after which the endpoint is taken to be down
+FAILURES_IN_A_ROW = 3  # prompts without any reply, after which the endpoint is taken to be down
 BYTES_PER_TOKEN = 2  # fewer than any tokenizer in use needs on average, so that a reservation is enough
 
 
 @dataclass(frozen=True)
-class Settings:
+class JudgeSettings:
     """What the replies depend on; a folder of replies is made with one of these."""
 
     judges: tuple[str, ...]
@@ -51,7 +51,7 @@ class Caps:
     price_per_million_tokens: float | None
 
     def price(self, tokens: int) -> float | None:
-        """Give what tokens cost; None where the price is not known."""
+        """Return what tokens cost; None where the price is not known."""
         return None if self.price_per_million_tokens is None else tokens * self.price_per_million_tokens / 1e6
 
 
@@ -84,18 +84,18 @@ State = Literal["read", "unreadable", "refused", "open"]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a showing; scores by model where the reply could be read."""
+class PromptOutcome:
+    """What came of a prompt; scores by model where the reply could be read."""
 
-    showing: JudgePrompt
+    prompt: JudgePrompt
     state: State
     scores: Mapping[str, float]
     reason: str = ""
     """Why the endpoint refused."""
 
 
-def plan_showings(models: Sequence[ModelAnswers], settings: Settings) -> list[JudgePrompt]:
-    """List all showings, each followed by the same in reverse; items come in an order keyed by the seed.
+def plan_prompts(models: Sequence[ModelAnswers], settings: JudgeSettings) -> list[JudgePrompt]:
+    """List all prompts, each followed by the same in reverse; items come in an order keyed by the seed.
 
     So a judging that is stopped has judged a random part of the items, whole.
     """
@@ -105,7 +105,7 @@ def plan_showings(models: Sequence[ModelAnswers], settings: Settings) -> list[Ju
     wanted = {item: place for place, item in enumerate(items[: settings.max_items])}
     names = sorted(answers)
     groups = list(itertools.combinations(names, 2)) if settings.pairs else [tuple(names)]
-    showings = []
+    prompts = []
     chosen = sorted((cell for cell in cells if cell[0] in wanted), key=lambda cell: (wanted[cell[0]], cell[1]))
     for item, seed in chosen:
         for group, judge, repeat in itertools.product(groups, settings.judges, range(settings.repeats)):
@@ -114,11 +114,11 @@ def plan_showings(models: Sequence[ModelAnswers], settings: Settings) -> list[Ju
             for is_reversed in (False, True):
                 shown = mixed[::-1] if is_reversed else mixed
                 request = _request(settings, judge, [answers[name][item, seed] for name in shown], [*place, shown])
-                showings.append(JudgePrompt(judge, item, seed, repeat, is_reversed, shown, request))
-    return showings
+                prompts.append(JudgePrompt(judge, item, seed, repeat, is_reversed, shown, request))
+    return prompts
 
 
-def _request(settings: Settings, judge: str, answers: Sequence[Answer], salt: object) -> dict[str, Any]:
+def _request(settings: JudgeSettings, judge: str, answers: Sequence[Answer], salt: object) -> dict[str, Any]:
     request: dict[str, Any] = {
         "model": judge,
         "messages": messages_for(answers, salt),
@@ -168,9 +168,9 @@ class Replies:
             self._reserved += tokens
             return True
 
-    def add(self, showing: JudgePrompt, reserved: int, line: Mapping[str, object]) -> None:
+    def add(self, prompt: JudgePrompt, reserved: int, line: Mapping[str, object]) -> None:
         """Put what came of a request on disk, and give back what was set aside for it."""
-        whole = {"key": showing.key, "judge": showing.judge, "time": utc_now(), "request": showing.request, **line}
+        whole = {"key": prompt.key, "judge": prompt.judge, "time": utc_now(), "request": prompt.request, **line}
         try:
             self.journal.append(whole)
         finally:
@@ -178,29 +178,29 @@ class Replies:
                 self._reserved -= reserved
                 self._count(whole)
 
-    def outcome(self, showing: JudgePrompt, tries: int) -> Outcome:
-        """Say what came of a showing: the first reply that can be read counts, and `tries` that cannot end it."""
-        labels, unreadable, refusal = labels_of(len(showing.shown)), 0, None
-        for line in self._by_key.get(showing.key, []):
+    def outcome(self, prompt: JudgePrompt, tries: int) -> PromptOutcome:
+        """Say what came of a prompt: the first reply that can be read counts, and `tries` that cannot end it."""
+        labels, unreadable, refusal = labels_of(len(prompt.shown)), 0, None
+        for line in self._by_key.get(prompt.key, []):
             if line.get("refused"):
                 refusal = str(line.get("reason", ""))
             if not isinstance(line.get("text"), str):
                 continue  # the endpoint did not answer
             if (scores := read_reply(line["text"], labels)) is not None:
-                by_model = {model: scores[label] for label, model in zip(labels, showing.shown, strict=True)}
-                return Outcome(showing, "read", by_model)
+                by_model = {model: scores[label] for label, model in zip(labels, prompt.shown, strict=True)}
+                return PromptOutcome(prompt, "read", by_model)
             unreadable += 1
         if unreadable >= tries:
-            return Outcome(showing, "unreadable", {})
-        return Outcome(showing, "open", {}) if refusal is None else Outcome(showing, "refused", {}, refusal)
+            return PromptOutcome(prompt, "unreadable", {})
+        return PromptOutcome(prompt, "open", {}) if refusal is None else PromptOutcome(prompt, "refused", {}, refusal)
 
-    def missing(self, showings: Sequence[JudgePrompt], tries: int) -> list[JudgePrompt]:
-        """Give the showings to ask for: those without an outcome, then those refused, which get another chance.
+    def missing(self, prompts: Sequence[JudgePrompt], tries: int) -> list[JudgePrompt]:
+        """Return the prompts to ask for: those without an outcome, then those refused, which get another chance.
 
         A refusal may be the request's fault, or that of an account or a server that has been put right since.
         """
-        states = {showing.key: self.outcome(showing, tries).state for showing in showings}
-        return [showing for state in ("open", "refused") for showing in showings if states[showing.key] == state]
+        states = {prompt.key: self.outcome(prompt, tries).state for prompt in prompts}
+        return [prompt for state in ("open", "refused") for prompt in prompts if states[prompt.key] == state]
 
 
 class Collector:
@@ -216,14 +216,14 @@ class Collector:
         self.reason = ""
         """Why it stopped early; empty where it did not."""
 
-    def collect(self, showings: Sequence[JudgePrompt], progress: Callable[[], object]) -> None:
-        """Ask until every showing has an outcome or a cap is reached; `progress` is called after each showing.
+    def collect(self, prompts: Sequence[JudgePrompt], progress: Callable[[], object]) -> None:
+        """Ask until every prompt has an outcome or a cap is reached; `progress` is called after each prompt.
 
         Raises what no further request could mend (ConfigError, an error of the disk). An interrupt waits for the
         replies under way, which are paid for.
         """
         with ThreadPoolExecutor(self._caps.parallel) as pool:
-            under_way = [pool.submit(self._settle, showing, progress) for showing in showings]
+            under_way = [pool.submit(self._settle, prompt, progress) for prompt in prompts]
             try:
                 for future in under_way:
                     future.result()
@@ -236,23 +236,23 @@ class Collector:
             self.reason = self.reason or reason
         self._stop.set()
 
-    def _settle(self, showing: JudgePrompt, progress: Callable[[], object]) -> None:
-        """Ask for one showing until its outcome is known, the endpoint fails too often, or asking stops."""
-        failures, is_second_chance = 0, self._state_of(showing) == "refused"
-        while not self._stop.is_set() and (is_second_chance or self._state_of(showing) == "open"):
+    def _settle(self, prompt: JudgePrompt, progress: Callable[[], object]) -> None:
+        """Ask for one prompt until its outcome is known, the endpoint fails too often, or asking stops."""
+        failures, is_second_chance = 0, self._state_of(prompt) == "refused"
+        while not self._stop.is_set() and (is_second_chance or self._state_of(prompt) == "open"):
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._halt("--max-minutes is reached")
                 return
-            reserved = showing.largest_cost_tokens
+            reserved = prompt.largest_cost_tokens
             if not self._replies.reserve(reserved, self._caps):
                 self._halt("--max-spend is reached")
                 return
-            failure = self._ask(showing, reserved)
+            failure = self._ask(prompt, reserved)
             if failure is None:
                 self._answered()
             elif isinstance(failure, RefusedError):
                 if not is_second_chance:
-                    self._refused(showing, failure)
+                    self._refused(prompt, failure)
                 break
             else:
                 failures += 1
@@ -264,8 +264,8 @@ class Collector:
             is_second_chance = False
         progress()
 
-    def _state_of(self, showing: JudgePrompt) -> State:
-        return self._replies.outcome(showing, self._caps.tries).state
+    def _state_of(self, prompt: JudgePrompt) -> State:
+        return self._replies.outcome(prompt, self._caps.tries).state
 
     def _answered(self) -> None:
         with self._lock:
@@ -279,20 +279,20 @@ class Collector:
         if is_down:
             self._halt(f"the endpoint does not answer ({failure})")
 
-    def _refused(self, showing: JudgePrompt, refusal: RefusedError) -> None:
+    def _refused(self, prompt: JudgePrompt, refusal: RefusedError) -> None:
         """Halt where one item after the other is refused: then it is not the items' fault."""
         with self._lock:
-            self._refused_in_a_row.add(showing.item)
+            self._refused_in_a_row.add(prompt.item)
             is_hopeless = len(self._refused_in_a_row) >= FAILURES_IN_A_ROW
         if is_hopeless:
             self._halt(f"the endpoint refuses every request ({refusal})")
 
-    def _ask(self, showing: JudgePrompt, reserved: int) -> UnavailableError | RefusedError | None:
-        """Send one request and keep what came of it; gives the failure where there was no reply."""
+    def _ask(self, prompt: JudgePrompt, reserved: int) -> UnavailableError | RefusedError | None:
+        """Send one request and keep what came of it; returns the failure where there was no reply."""
         line: dict[str, object] = {"endpoint": self._endpoint.name, "text": None, "tokens": 0}
         failure: UnavailableError | RefusedError | None = None
         try:
-            reply: Reply = self._endpoint.ask(showing.request)
+            reply: Reply = self._endpoint.ask(prompt.request)
             counted = reserved if reply.tokens is None else reply.tokens
             line |= {"text": reply.text, "tokens": counted, "is_estimate": reply.tokens is None}
         except RefusedError as error:
@@ -304,7 +304,7 @@ class Collector:
         except BaseException:
             self._stop.set()
             raise
-        self._replies.add(showing, reserved, line)
+        self._replies.add(prompt, reserved, line)
         return failure
 
     def _wait(self, failure: UnavailableError, failures: int) -> None:

@@ -50,7 +50,7 @@ def _values(name: str, answers: Sequence[Answer]) -> Floats:
 
 
 def measures_as_json(tables: Mapping[str, Sequence[Row]]) -> list[dict[str, object]]:
-    """Give one object for each model with all its measures."""
+    """Return one object for each model with all its measures."""
     return [
         {"model": row.model, **{name: rows[place].as_json() for name, rows in tables.items()}}
         for place, row in enumerate(tables[LOSS])
@@ -58,7 +58,7 @@ def measures_as_json(tables: Mapping[str, Sequence[Row]]) -> list[dict[str, obje
 
 
 def measures_as_rows(tables: Mapping[str, Sequence[Row]]) -> list[list[str]]:
-    """Give one row of text for each model, under `HEADINGS`."""
+    """Return one row of text for each model, under `HEADINGS`."""
     rows = []
     for loss, f1, exact, length, ended in zip(*tables.values(), strict=True):
         scores = [f1.mean_in_words(3), exact.mean_in_words(3)]

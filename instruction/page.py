@@ -5,13 +5,14 @@ import string
 from collections.abc import Sequence
 from html import escape
 
+from harness.report.html import style, table, verdict_mark
 from harness.report.svg import Interval, forest
+from harness.report.text import aligned
 from harness.run.files import ASSETS, json_number, utc_now
 from instruction.answers import Answer, ModelAnswers
 from instruction.compare import Row
 from instruction.ranking import HEADINGS, JudgeReport, Ranking
-from study.page import style, table, verdict_mark
-from study.tables import aligned
+from study.verdicts import tone_of
 
 ITEMS_SHOWN = 30
 JUDGE_HEADINGS = ("judge", "read", "unparsable", "refused", "no reply", "other order missing", "flips",
@@ -19,7 +20,7 @@ JUDGE_HEADINGS = ("judge", "read", "unparsable", "refused", "no reply", "other o
 
 
 def rows_of(ranking: Ranking) -> list[list[str]]:
-    """Give one row of text for each model, under `HEADINGS`."""
+    """Return one row of text for each model, under `HEADINGS`."""
     rows = []
     for score, strength in zip(ranking.scores, ranking.strengths, strict=True):
         preferred = ""
@@ -30,7 +31,7 @@ def rows_of(ranking: Ranking) -> list[list[str]]:
 
 
 def judge_rows(ranking: Ranking) -> list[list[str]]:
-    """Give one row of text for each judge, under `JUDGE_HEADINGS`."""
+    """Return one row of text for each judge, under `JUDGE_HEADINGS`."""
     rows = []
     for judge in ranking.judges:
         flips = "" if judge.flip_rate is None else f"{judge.flip_rate:.1%} of {judge.decided:,}"
@@ -45,7 +46,7 @@ def judge_rows(ranking: Ranking) -> list[list[str]]:
 
 
 def notes_of(ranking: Ranking) -> list[str]:
-    """Give the sentences below the tables."""
+    """Return the sentences below the tables."""
     notes = [f"{row.model}: {row.sentence}" for row in ranking.strengths[1:]]
     for judge in ranking.judges:
         if judge.first_preferred is not None:
@@ -64,7 +65,7 @@ def notes_of(ranking: Ranking) -> list[str]:
 
 
 def as_text(ranking: Ranking) -> str:
-    """Give all of it for a terminal."""
+    """Return all of it for a terminal."""
     return "\n".join(
         [
             *aligned(HEADINGS, rows_of(ranking)),
@@ -77,7 +78,7 @@ def as_text(ranking: Ranking) -> str:
 
 
 def as_json(ranking: Ranking) -> dict[str, object]:
-    """Give all of it as JSON; what is not known is null."""
+    """Return all of it as JSON; what is not known is null."""
     return {
         "baseline": ranking.baseline,
         "items": ranking.items,
@@ -110,11 +111,14 @@ def _judge_as_json(judge: JudgeReport) -> dict[str, object]:
 
 
 def page(ranking: Ranking, models: Sequence[ModelAnswers], title: str) -> str:
-    """Give the page as HTML; everything that models and judges wrote is escaped."""
+    """Return the page as HTML; everything that models and judges wrote is escaped."""
     template = string.Template((ASSETS / "judging.html").read_text(encoding="utf-8"))
     verdict = HEADINGS.index("verdict")
     leaderboard = [
-        [verdict_mark(cell) if place == verdict and cell else escape(cell) for place, cell in enumerate(row)]
+        [
+            verdict_mark(cell, tone_of(cell)) if place == verdict and cell else escape(cell)
+            for place, cell in enumerate(row)
+        ]
         for row in rows_of(ranking)
     ]
     judges = [[escape(cell) for cell in row] for row in judge_rows(ranking)]
@@ -122,10 +126,10 @@ def page(ranking: Ranking, models: Sequence[ModelAnswers], title: str) -> str:
         style=style(),
         title=escape(title),
         subtitle=escape(f"{len(models)} models · baseline {ranking.baseline} · written {utc_now()}"),
-        leaderboard=table(HEADINGS, leaderboard, [""] * len(HEADINGS)),
+        leaderboard=table(HEADINGS, leaderboard),
         strengths=forest(_intervals(ranking.strengths), "log-odds of being preferred, positive is better"),
         scores=forest(_intervals(ranking.scores), "points, positive is better"),
-        judges=table(JUDGE_HEADINGS, judges, [""] * len(JUDGE_HEADINGS)),
+        judges=table(JUDGE_HEADINGS, judges),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes_of(ranking)),
         shown=f"{min(ITEMS_SHOWN, ranking.cells)} of {ranking.cells:,} judged questions, with mean scores.",
         answers=_shown(ranking, models),
@@ -138,7 +142,7 @@ def _intervals(rows: Sequence[Row]) -> list[Interval]:
         if row.difference is not None:
             inner = row.difference if row.by_seeds is None else row.by_seeds
             ends = (*row.difference.interval(), *inner.interval())
-            found.append(Interval(row.model, row.difference.difference, *ends, row.verdict))
+            found.append(Interval(row.model, row.difference.difference, *ends, row.verdict, tone_of(row.verdict)))
     return found
 
 

@@ -39,12 +39,12 @@ class Verdict(BaseModel):
 
 
 def labels_of(count: int) -> list[str]:
-    """Name the answers of one showing, in the order in which they are shown."""
+    """Name the answers of one prompt, in the order in which they are shown."""
     return list(ascii_uppercase[:count])
 
 
 def messages_for(answers: Sequence[Answer], salt: object) -> list[dict[str, str]]:
-    """Ask for scores of answers to one item, in the order given; `salt` makes the fences differ between showings."""
+    """Ask for scores of answers to one item, in the order given; `salt` makes the fences differ between prompts."""
     first = answers[0]
     texts = [first.instruction, first.input, first.reference, *(answer.answer for answer in answers)]
     fence = hash_of_json([texts, salt])[:24]
@@ -63,7 +63,7 @@ def messages_for(answers: Sequence[Answer], salt: object) -> list[dict[str, str]
 
 
 def read_reply(text: str, labels: Sequence[str]) -> Mapping[str, float] | None:
-    """Give the score of every label, or None where the reply is not what was asked for.
+    """Return the score of every label, or None where the reply is not what was asked for.
 
     A code block around the JSON is taken off, because many models write one; prose around it is not.
     """

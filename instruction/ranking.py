@@ -12,7 +12,7 @@ import numpy as np
 from harness.run.errors import DataError
 from instruction.bradley_terry import Preferences, Strengths, alpha_of, bradley_terry
 from instruction.compare import Cells, Metric, Row, compare
-from instruction.judging import Outcome, State
+from instruction.judging import PromptOutcome, State
 from study.statistics import Estimate, clustered_mean
 
 STATES: tuple[State, ...] = get_args(State)
@@ -80,15 +80,15 @@ class Ranking:
     """By cell and model, over judges, repeats and orders."""
 
 
-def rank(outcomes: Sequence[Outcome], baseline: str, margin: float) -> Ranking:
+def rank(outcomes: Sequence[PromptOutcome], baseline: str, margin: float) -> Ranking:
     """Rank models by their judged answers; `margin` is the smallest difference of strength that matters, in log-odds.
 
-    A reply counts where both orders of a showing could be read, so that a judge's liking for a place falls out.
+    A reply counts where both orders of a prompt could be read, so that a judge's liking for a place falls out.
     Raises DataError where there are too few for any statement.
     """
     both = in_both_orders(outcomes)
     means = _mean_scores(both)
-    names = sorted({name for outcome in outcomes for name in outcome.showing.shown})
+    names = sorted({name for outcome in outcomes for name in outcome.prompt.shown})
     complete = sorted({cell for cell, _ in means if all((cell, name) in means for name in names)})
     if len({item for item, _ in complete}) < 2:
         raise DataError(
@@ -107,7 +107,7 @@ def rank(outcomes: Sequence[Outcome], baseline: str, margin: float) -> Ranking:
             baseline,
             fitted.prior_covariance,
         ),
-        judges=[_report(judge, outcomes, both) for judge in sorted({outcome.showing.judge for outcome in outcomes})],
+        judges=[_report(judge, outcomes, both) for judge in sorted({outcome.prompt.judge for outcome in outcomes})],
         agreement=alpha_of([_ratings([pair for pair in both if pair.judge == judge])
                             for judge in sorted({pair.judge for pair in both})]),
         cells=len(complete),
@@ -117,20 +117,20 @@ def rank(outcomes: Sequence[Outcome], baseline: str, margin: float) -> Ranking:
     )  # fmt: skip
 
 
-def in_both_orders(outcomes: Iterable[Outcome]) -> list[Both]:
-    """Put the two orders of each showing together; those of which one could not be read are left out."""
-    found: dict[tuple[object, ...], dict[bool, Outcome]] = defaultdict(dict)
+def in_both_orders(outcomes: Iterable[PromptOutcome]) -> list[Both]:
+    """Put the two orders of each prompt together; those of which one could not be read are left out."""
+    found: dict[tuple[object, ...], dict[bool, PromptOutcome]] = defaultdict(dict)
     for outcome in outcomes:
         if outcome.state == "read":
-            showing = outcome.showing
-            group = tuple(sorted(showing.shown))
-            found[showing.judge, showing.item, showing.seed, showing.repeat, group][showing.is_reversed] = outcome
+            prompt = outcome.prompt
+            group = tuple(sorted(prompt.shown))
+            found[prompt.judge, prompt.item, prompt.seed, prompt.repeat, group][prompt.is_reversed] = outcome
     return [
         Both(
-            judge=pair[False].showing.judge,
-            cell=(pair[False].showing.item, pair[False].showing.seed),
-            repeat=pair[False].showing.repeat,
-            shown=pair[False].showing.shown,
+            judge=pair[False].prompt.judge,
+            cell=(pair[False].prompt.item, pair[False].prompt.seed),
+            repeat=pair[False].prompt.repeat,
+            shown=pair[False].prompt.shown,
             scores=(pair[False].scores, pair[True].scores),
         )
         for pair in found.values()
@@ -139,7 +139,7 @@ def in_both_orders(outcomes: Iterable[Outcome]) -> list[Both]:
 
 
 def _ratings(both: Iterable[Both]) -> dict[tuple[object, ...], float]:
-    """Give the mean score of every answer, by item, seed and model."""
+    """Return the mean score of every answer, by item, seed and model."""
     found: dict[tuple[object, ...], list[float]] = defaultdict(list)
     for pair in both:
         for scores in pair.scores:
@@ -170,8 +170,8 @@ def _strengths(both: Sequence[Both], names: Sequence[str], complete: Sequence[Ce
     return bradley_terry(found, len(names), len(complete))
 
 
-def _report(judge: str, outcomes: Sequence[Outcome], both: Sequence[Both]) -> JudgeReport:
-    mine = [outcome for outcome in outcomes if outcome.showing.judge == judge]
+def _report(judge: str, outcomes: Sequence[PromptOutcome], both: Sequence[Both]) -> JudgeReport:
+    mine = [outcome for outcome in outcomes if outcome.prompt.judge == judge]
     states = Counter(outcome.state for outcome in mine)
     pairs = [pair for pair in both if pair.judge == judge]
     flips, decided, early, items = 0, 0, [], []

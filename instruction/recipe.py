@@ -48,11 +48,11 @@ class Recipe:
     """Most items to ask."""
 
     def hash(self) -> str:
-        """Give the SHA-256 (hex) of all keys."""
+        """Return the SHA-256 (hex) of all keys."""
         return hash_of_json(asdict(self))
 
     def optimization(self) -> TrainConfig:
-        """Give the optimiser's side of the recipe in the words of a training configuration."""
+        """Return the optimiser's side of the recipe in the words of a training configuration."""
         return TrainConfig(
             dataset="instructions",
             min_train_tokens=-1,

@@ -7,9 +7,11 @@ from pathlib import Path
 from harness.run.errors import ConfigError
 from harness.run.run_folder import RunFolder, open_run
 from study.designs import BASELINE, STACK
-from study.effects import Finding, factorial_findings, stack_findings
+from study.effects import Finding, stack_findings
 from study.experiment import Experiment, find_experiment, load_experiment
+from study.factorials import Reading, factorial_findings
 from study.ledger import LEDGER, Scale, find_noise, load_ledger
+from study.losses_table import read_losses
 from study.results import (
     CheckpointRule,
     Group,
@@ -17,11 +19,10 @@ from study.results import (
     group_results,
     is_scored,
     name_arms,
-    read_losses,
     read_runs,
 )
 from study.statistics import Noise
-from study.verdicts import MARGIN, Judgement, common_noise, judge
+from study.verdicts import MARGIN, Judgement, judge
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class ComparisonRequest:
     only_named: bool = False
     margin: float = MARGIN
     given_noise: Noise | None = None
+    higher_orders_as_error: bool = False
+    """Of a factorial without replicates."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ def assemble(request: ComparisonRequest) -> Study:
     left_out = tuple(sorted({run.seed for run in experiment.runs if run.run not in seen}))
     design = experiment.as_design()
     if design.is_factorial:
-        noise = common_noise(groups, request.given_noise, borrow)
+        reading = Reading(request.margin, request.given_noise, request.higher_orders_as_error)
         try:
-            effects, source = factorial_findings(design, groups, noise, request.margin)
+            effects, source = factorial_findings(design, groups, reading)
         except ConfigError as error:
             return Study(
                 tuple(groups),

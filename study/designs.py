@@ -59,7 +59,7 @@ class Design:
         return self.name in ("full-factorial", "fraction")
 
     def effect_se(self, seeds: int) -> float:
-        """Give the standard error of one effect in units of sigma, with `seeds` runs of every arm.
+        """Return the standard error of one effect in units of sigma, with `seeds` runs of every arm.
 
         A difference of two arms: sqrt(2/k). A contrast over all N runs of a two-level factorial: 2/sqrt(N). A mean
         of replicates: 1/sqrt(k) (Box, Hunter and Hunter 2005, Statistics for Experimenters, chapters 3 and 5).
@@ -69,7 +69,7 @@ class Design:
         return 2 / math.sqrt(len(self.arms) * seeds) if self.is_factorial else math.sqrt(2 / seeds)
 
     def degrees_of_freedom(self, seeds: int) -> int:
-        """Give the degrees of freedom that the experiment's own replicates leave for the noise, seeds as blocks."""
+        """Return the degrees of freedom that the experiment's own replicates leave for the noise, seeds as blocks."""
         return (seeds - 1) * max(1, len(self.arms) - 1)
 
     def sees(self) -> str:
@@ -89,18 +89,18 @@ class Design:
         }[self.name]
 
     def resolution(self) -> int | None:
-        """Give the length of the shortest word of the defining relation; None for a full factorial."""
+        """Return the length of the shortest word of the defining relation; None for a full factorial."""
         return min(map(len, defining_relation(self.generators)), default=None)
 
     def aliases(self) -> list[tuple[Word, list[Word]]]:
-        """Give every effect of one or two factors, with those of one or two factors that it is mixed up with."""
+        """Return every effect of one or two factors, with those of one or two factors that it is mixed up with."""
         relation = defining_relation(self.generators)
         small = [frozenset(c) for size in (1, 2) for c in combinations(range(len(self.factors)), size)]
         partners = {word: {word ^ other for other in relation} - {word} for word in small}
         return [(word, [other for other in small if other in partners[word]]) for word in small]
 
     def generators_in_letters(self) -> list[str]:
-        """Give the generators as they are written in textbooks, for example E=ABCD."""
+        """Return the generators as they are written in textbooks, for example E=ABCD."""
         return [f"{LETTERS[max(word)]}={spell(word - {max(word)})}" for word in self.generators]
 
 
@@ -159,7 +159,7 @@ def with_stack(design: Design) -> Design:
 
 
 def factorial_arms(factors: Sequence[str], generators: Sequence[Word]) -> Iterator[Arm]:
-    """Give the arms whose signs (+1 on, -1 off) multiply to +1 in every generator; all arms without one."""
+    """Yield the arms whose signs (+1 on, -1 off) multiply to +1 in every generator; all arms without one."""
     for size in range(len(factors) + 1):
         for on in combinations(range(len(factors)), size):
             signs = [1 if factor in on else -1 for factor in range(len(factors))]
@@ -170,7 +170,7 @@ def factorial_arms(factors: Sequence[str], generators: Sequence[Word]) -> Iterat
 
 
 def defining_relation(generators: Sequence[Word]) -> list[Word]:
-    """Give all words that the generators generate: every product of some of them."""
+    """Return all words that the generators generate: every product of some of them."""
     words = []
     for chosen in chain.from_iterable(combinations(generators, n) for n in range(1, len(generators) + 1)):
         product: Word = frozenset()
@@ -228,7 +228,7 @@ def parse_generators(texts: Sequence[str], factors: int) -> tuple[Word, ...]:
 
 
 def alternatives(factors: Sequence[str]) -> list[Design]:
-    """Give every design that these factors allow, the smallest first, so that a user sees what less would cost."""
+    """Return every design that these factors allow, the smallest first, so that a user sees what less would cost."""
     found = [make_design("one-at-a-time", factors)]
     for name in ("leave-one-out", "full-factorial"):
         if 2 <= len(factors) <= MAX_FACTORS:

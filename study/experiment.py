@@ -63,7 +63,7 @@ class Experiment:
         return tuple({run.arm: Arm(run.arm, run.on) for run in self.runs}.values())
 
     def as_design(self) -> Design:
-        """Give the design that the runs were planned by."""
+        """Return the design that the runs were planned by."""
         words: tuple[Word, ...] = tuple(frozenset(word) for word in self.generators)
         return Design(self.design, self.factors, self.arms, words)
 

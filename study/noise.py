@@ -13,7 +13,7 @@ from study.statistics import Noise, pooled_noise
 
 
 def learn_noise(group: Group) -> list[Entry]:
-    """Give ledger entries of one recipe: over all seeds, and for each purpose whose seed varied alone.
+    """Return ledger entries of one recipe: over all seeds, and for each purpose whose seed varied alone.
 
     A purpose's noise is pooled over sets of runs that share the other seeds. Runs that diverged have no loss, and the
     ledger is silent about them.
@@ -41,7 +41,7 @@ def _seeds(result: Result) -> dict[str, str]:
 
 
 def _sets_that_vary(results: Sequence[Result], component: str) -> list[list[Result]]:
-    """Give the sets of two or more runs that share every seed but one purpose's."""
+    """Return the sets of two or more runs that share every seed but one purpose's."""
 
     def others(result: Result) -> tuple[str, ...]:
         return tuple(seed for purpose, seed in _seeds(result).items() if purpose != component)

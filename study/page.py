@@ -8,20 +8,22 @@ import string
 from collections.abc import Sequence
 from html import escape
 
-from harness.report.svg import COLOURS, Curve, Interval, curve_of, curves, forest, tone_of
+from harness.report.html import style, table, verdict_mark
+from harness.report.svg import COLOURS, Curve, Interval, curve_of, curves, forest
 from harness.run.files import ASSETS, utc_now
 from study.assemble import Study
 from study.effects import Finding
 from study.results import Group
 from study.statistics import Estimate
 from study.tables import notes_of, rows_of, without_empty_columns
+from study.verdicts import tone_of
 
 LEFT_TO_WORDS = {"se train", "se eval", "t", "df", "p", "changes"}
 NUMBER_HEADINGS = {"n", "test loss", "Δ", "Holm p", "tok/s", "cost", "worth"}
 
 
 def page(study: Study, title: str) -> str:
-    """Give the page as HTML."""
+    """Return the page as HTML."""
     groups = [study.judgement.baseline, *(item.group for item in study.judgement.arms)]
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     # Only this script may run, whatever a run's notes or samples say.
@@ -45,11 +47,6 @@ def page(study: Study, title: str) -> str:
     )
 
 
-def style() -> str:
-    """Give the style sheet of all pages."""
-    return (ASSETS / "report.css").read_text(encoding="utf-8")
-
-
 def _subtitle(study: Study) -> str:
     groups = study.groups
     runs = sum(len(group.results) for group in groups)
@@ -65,17 +62,6 @@ def _subtitle(study: Study) -> str:
     return " · ".join([*parts, f"written {utc_now()}"])
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """Write a table of HTML cells that are escaped already."""
-    kinds = classes or ["number" if name in NUMBER_HEADINGS else "" for name in headings]
-    head = "".join(f'<th class="{kind}">{name}</th>' for name, kind in zip(headings, kinds, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _leaderboard(study: Study) -> str:
     """Order recipes by their mean test loss; diverged ones come last."""
     headings, rows = without_empty_columns(*rows_of(study))
@@ -85,15 +71,14 @@ def _leaderboard(study: Study) -> str:
     ordered = sorted(rows, key=lambda row: float(row[place]) if row[place] else math.inf)
     verdict = headings.index("verdict") if "verdict" in headings else None
     cells = [
-        [verdict_mark(cell) if column == verdict and cell else escape(cell) for column, cell in enumerate(row)]
+        [
+            verdict_mark(cell, tone_of(cell)) if column == verdict and cell else escape(cell)
+            for column, cell in enumerate(row)
+        ]
         for row in ordered
     ]
-    return table([escape(name) for name in headings], cells)
-
-
-def verdict_mark(word: str) -> str:
-    """Write a verdict in its colour."""
-    return f'<span class="verdict {tone_of(word)}">{escape(word)}</span>'
+    kinds = ["number" if name in NUMBER_HEADINGS else "" for name in headings]
+    return table([escape(name) for name in headings], cells, kinds)
 
 
 def _intervals(study: Study) -> list[Interval]:
@@ -105,7 +90,7 @@ def _intervals(study: Study) -> list[Interval]:
 
 
 def _interval(label: str, estimate: Estimate, inner: Estimate, verdict: str) -> Interval:
-    return Interval(label, estimate.difference, *estimate.interval(), *inner.interval(), verdict)
+    return Interval(label, estimate.difference, *estimate.interval(), *inner.interval(), verdict, tone_of(verdict))
 
 
 def _findings(findings: Sequence[Finding]) -> str:
@@ -143,7 +128,7 @@ def _differences(groups: Sequence[Group]) -> str:
         [escape(name), *(_setting(recipe.get(key), recipe.get(key) == first[key]) for key in keys)]
         for name, recipe in recipes.items()
     ]
-    return table(["recipe", *map(escape, keys)], rows, [""] * (len(keys) + 1))
+    return table(["recipe", *map(escape, keys)], rows)
 
 
 def _setting(value: object, is_same: bool) -> str:

@@ -80,7 +80,7 @@ def plan(request: PlanRequest) -> None:
 
 
 def known_noise(runs_dir: Path, model: ModelConfig, train: TrainConfig, cost: RunCost) -> tuple[Noise | None, str]:
-    """Give the ledger's noise for the base recipe, and where it comes from."""
+    """Return the ledger's noise for the base recipe, and where it comes from."""
     scale = Scale(cost.parameters.total, cost.plan.train_tokens, None)
     found = find_noise(load_ledger(runs_dir / LEDGER), recipe_hash(model, train), scale)
     if found is None:
@@ -118,7 +118,7 @@ def describe(experiment: Experiment, design: Design, cost: RunCost, noise: Noise
 
 
 def smallest_effect(design: Design, seeds: int, noise: Noise | None) -> float | None:
-    """Give the effect found four times in five, in units of sigma; None where no noise could be estimated."""
+    """Return the effect found four times in five, in units of sigma; None where no noise could be estimated."""
     df = design.degrees_of_freedom(seeds) or (noise.df if noise else 0)
     return detectable(design.effect_se(seeds), df) if df else None
 

@@ -1,6 +1,5 @@
 """What runs came to: test losses with their metadata, from run folders or from a table of numbers."""
 
-import csv
 import math
 import re
 from collections import defaultdict
@@ -24,7 +23,6 @@ from harness.run.status import Status
 from study.experiment import Experiment
 
 CheckpointRule = Literal["last", "best"]
-CSV_COLUMNS = ("run", "recipe", "init_seed", "train_seed", "test_loss")
 Floats = NDArray[np.float64]
 
 
@@ -90,44 +88,11 @@ class Group:
         return [result.metadata for result in self.results if result.metadata is not None]
 
     def mean_sequence_losses(self) -> Floats | None:
-        """Give every test sequence's loss averaged over the runs; None where a run has none."""
+        """Return every test sequence's loss averaged over the runs; None where a run has none."""
         if len(self.metadata) < len(self.results) or not self.metadata:
             return None
         mean: Floats = np.mean([item.sequence_losses for item in self.metadata], axis=0)
         return mean
-
-
-def read_losses(path: Path) -> list[Result]:
-    """Read a CSV table of test losses; raises ConfigError with one line for every error."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
-            rows = list(csv.DictReader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read as a CSV table ({error})") from None
-    if not rows:
-        raise ConfigError(f"{path}: found no rows, wanted a table of {','.join(CSV_COLUMNS)}")
-    if not set(CSV_COLUMNS) <= set(rows[0]):
-        raise ConfigError(
-            f"{path}: found columns {list(rows[0]) if rows else 'nothing'}, wanted {','.join(CSV_COLUMNS)}"
-        )
-    problems, results = [], []
-    for line, row in enumerate(rows, start=2):
-        # A stranger's control characters must not reach a terminal.
-        values = ["".join(c if c.isprintable() else "?" for c in (row[k] or "").strip()) for k in CSV_COLUMNS]
-        try:
-            loss = float(values[-1])
-        except ValueError:
-            problems.append(f"{path}: line {line}: test_loss: found {values[-1][:40]!r}, wanted a number")
-            continue
-        if not values[0] or not values[1]:
-            problems.append(f"{path}: line {line}: found no run or no recipe, wanted a name for each")
-        run, name, init_seed, train_seed = values[:4]
-        results.append(Result(run, name, init_seed, train_seed, loss if math.isfinite(loss) else None))
-    runs = [result.run for result in results]
-    problems += [f"{path}: run {run[:60]!r} appears twice" for run in sorted({r for r in runs if runs.count(r) > 1})]
-    if problems:
-        raise ConfigError(*problems)
-    return results
 
 
 def scores_of(folder: RunFolder, rule: CheckpointRule) -> dict[str, Score]:

@@ -5,7 +5,7 @@ n - 1. Everything rests on the t distribution, because noise is always estimated
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,18 @@ class Noise:
 
     sd: float
     df: float
+
+
+@dataclass(frozen=True)
+class NoisePrior:
+    """What is known of the noise of one run before it is run: its standard deviation, how sure, and from where.
+
+    The degrees of freedom say how much recipes differ: infinitely many if all were equally noisy.
+    """
+
+    sd: float
+    df: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -48,17 +60,17 @@ class Estimate:
         return float(2 * stdtr(self.df, -abs(self.t)))
 
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
-        """Give the confidence interval of the difference."""
+        """Return the confidence interval of the difference."""
         half = self.se * float(stdtrit(self.df, (1 + level) / 2))
         return self.difference - half, self.difference + half
 
     def half_width(self) -> float:
-        """Give half the width of the 95% interval."""
+        """Return half the width of the 95% interval."""
         low, high = self.interval()
         return (high - low) / 2
 
     def p_equivalent(self, margin: float) -> float:
-        """Give the p value of two one-sided tests that the difference lies within +-margin (Schuirmann 1987)."""
+        """Return the p value of two one-sided tests that the difference lies within +-margin (Schuirmann 1987)."""
         if self.se == 0:
             return 0.0 if abs(self.difference) < margin else 1.0
         lower = stdtr(self.df, -(self.difference + margin) / self.se)
@@ -76,12 +88,12 @@ class Estimate:
 
 
 def sample_sd(values: Sequence[float]) -> float:
-    """Give the sample standard deviation, dividing by n - 1; NaN below two values."""
+    """Return the sample standard deviation, dividing by n - 1; NaN below two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def pooled_noise(groups: Sequence[Sequence[float]]) -> Noise | None:
-    """Give the standard deviation within groups, pooled over those with replicates; None where there are none."""
+    """Return the standard deviation within groups, pooled over those with replicates; None where there are none."""
     found = [np.asarray(group) for group in groups if len(group)]
     df = sum(len(group) - 1 for group in found)
     if df < 1:
@@ -90,13 +102,27 @@ def pooled_noise(groups: Sequence[Sequence[float]]) -> Noise | None:
     return Noise(without_rounding(math.sqrt(squares / df), float(found[0].mean())), df)
 
 
+def moderated(variance: float, df: float, prior: NoisePrior | None, runs: float = 1.0) -> tuple[float, float]:
+    """Return a variance and its degrees of freedom, after a prior has lent it strength.
+
+    (d0 s0^2 + d s^2) / (d0 + d) on d0 + d degrees of freedom (Smyth 2004, Statistical Applications in Genetics and
+    Molecular Biology 3(1), article 3, section 3). The prior is of one run; `runs` is how many runs' variances are in
+    `variance`: 2 for a paired difference.
+    """
+    if prior is None:
+        return variance, df
+    total = prior.df + df
+    own = df * variance if df else 0.0
+    return (prior.df * runs * prior.sd**2 + own) / total, total
+
+
 def without_rounding(value: float, loss: float) -> float:
-    """Give a value, or 0 where it is no more than the rounding of a loss."""
+    """Return a value, or 0 where it is no more than the rounding of a loss."""
     return 0.0 if abs(value) <= ROUNDING * abs(loss) else value
 
 
 def compare_means(arm: Sequence[float], baseline: Sequence[float], noise: Noise) -> Estimate:
-    """Give the difference of two means, each run with the same noise: se = s sqrt(1/n + 1/m).
+    """Return the difference of two means, each run with the same noise: se = s sqrt(1/n + 1/m).
 
     With one run in the arm and the noise of the n baseline runs this is the single-case t of Crawford and Howell
     (1998), The Clinical Neuropsychologist 12, 482: s sqrt(1 + 1/n) on n - 1 degrees of freedom.
@@ -107,14 +133,14 @@ def compare_means(arm: Sequence[float], baseline: Sequence[float], noise: Noise)
 
 
 def welch(arm: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Give the difference of two means with noises of their own (Welch 1947); each needs two runs."""
+    """Return the difference of two means with noises of their own (Welch 1947); each needs two runs."""
     parts = [Estimate(0.0, sample_sd(x) / math.sqrt(len(x)), len(x) - 1) for x in (arm, baseline)]
     both = parts[0].plus(parts[1])
     return Estimate(float(np.mean(arm) - np.mean(baseline)), both.se, both.df)
 
 
 def block_noise(losses: Floats) -> Noise:
-    """Give the noise left when every arm (row) was run on the same seeds (columns), at least 2 x 2.
+    """Return the noise left when every arm (row) was run on the same seeds (columns), at least 2 x 2.
 
     The residual of loss ~ arm + seed, on (m-1)(k-1) degrees of freedom: a randomised block design (Box, Hunter and
     Hunter 2005, chapter 4). With two arms a difference is the paired t test.
@@ -126,14 +152,14 @@ def block_noise(losses: Floats) -> Noise:
 
 
 def seed_correlation(arm: Sequence[float], baseline: Sequence[float]) -> float:
-    """Give the correlation of two arms over shared seeds; NaN below three seeds or without any spread."""
+    """Return the correlation of two arms over shared seeds; NaN below three seeds or without any spread."""
     if len(arm) < 3 or np.ptp(arm) == 0 or np.ptp(baseline) == 0:
         return math.nan
     return float(np.corrcoef(arm, baseline)[0, 1])
 
 
 def clustered_mean(values: Floats, clusters: NDArray[np.int64]) -> Estimate:
-    """Give the mean of paired differences with a standard error robust to clusters of dependent values.
+    """Return the mean of paired differences with a standard error robust to clusters of dependent values.
 
     se^2 = G/(G-1) sum over clusters of (sum of deviations)^2 / n^2, on G - 1 degrees of freedom (Miller 2024,
     arXiv:2411.00640, section 2.2). With one cluster nothing is known, and the error is infinite.
@@ -157,7 +183,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
-    """Give the chance that a two-sided t test finds a true effect of this size (noncentral t)."""
+    """Return the chance that a two-sided t test finds a true effect of this size (noncentral t)."""
     critical = float(stdtrit(df, 1 - alpha / 2))
     shift = abs(effect) / se
     # NaN where too close to 0 to compute.
@@ -166,7 +192,7 @@ def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
 
 
 def detectable(se: float, df: float) -> float:
-    """Give the effect that a test would find four times in five."""
+    """Return the effect that a test would find four times in five."""
     from scipy.optimize import brentq  # takes a second to import, and --help should not wait for it
 
     if se == 0:
@@ -178,7 +204,7 @@ def detectable(se: float, df: float) -> float:
 
 
 def seeds_to_see(effect: float, sd: float, alpha: float = ALPHA, are_shared: bool = False) -> int | None:
-    """Give the runs per arm with which a comparison of two arms finds an effect four times in five; at least 2.
+    """Return the runs per arm with which a comparison of two arms finds an effect four times in five; at least 2.
 
     `sd` is the noise of one run; where seeds `are_shared` it is the residual noise, and n pairs have n - 1 degrees of
     freedom instead of 2n - 2. None where over 10,000.
@@ -203,35 +229,15 @@ def seeds_to_see(effect: float, sd: float, alpha: float = ALPHA, are_shared: boo
 
 
 def factorial_effects(signs: Floats, losses: Floats) -> Floats:
-    """Give effects of orthogonal +-1 columns (N, E) on losses (N,): mean where on minus mean where off."""
+    """Return effects of orthogonal +-1 columns (N, E) on losses (N,): mean where on minus mean where off."""
     effects: Floats = 2 * signs.T @ losses / len(losses)
     return effects
-
-
-def replicate_noise(losses: Sequence[float], cells: Sequence[Hashable]) -> Noise | None:
-    """Give the noise between runs of one cell (the same interventions on), pooled; None without replicates."""
-    groups: dict[Hashable, list[float]] = {}
-    for loss, cell in zip(losses, cells, strict=True):
-        groups.setdefault(cell, []).append(loss)
-    return pooled_noise(list(groups.values()))
-
-
-def lenth_noise(effects: Sequence[float]) -> Noise:
-    """Give the standard error of an effect when most effects are null and no run is replicated.
-
-    The pseudo standard error of Lenth (1989), Technometrics 31, 469: 1.5 times the median of those absolute effects
-    that are below 2.5 s0, where s0 is 1.5 times the median of all; on a third as many degrees of freedom as effects.
-    """
-    sizes = np.abs(np.asarray(effects))
-    first = 1.5 * float(np.median(sizes))
-    small = sizes[sizes < 2.5 * first]
-    return Noise(1.5 * float(np.median(small)) if small.size else first, len(sizes) / 3)
 
 
 def additivity(
     stack: Sequence[float], baseline: Sequence[float], singles: Sequence[Sequence[float]], noise: Noise
 ) -> Estimate:
-    """Give by how much a stack's gain differs from the sum of its parts' gains; negative: more than the sum.
+    """Return by how much a stack's gain differs from the sum of its parts' gains; negative: more than the sum.
 
     gap = (stack - b) - sum(single - b). The baseline enters m - 1 times, so a lucky one fakes an interaction:
     se = s sqrt((m-1)^2/n_b + sum 1/n_i + 1/n_stack).
@@ -243,7 +249,7 @@ def additivity(
 
 
 def loss_slope(tokens: Floats, losses: Floats) -> float | None:
-    """Give dL/d ln(tokens) by least squares over the last half of a training curve; None where it does not fall."""
+    """Return dL/d ln(tokens) by least squares over the last half of a training curve; None where it does not fall."""
     half = len(tokens) // 2
     usable = np.isfinite(losses) & (tokens > 0)
     usable[:half] = False
@@ -254,5 +260,5 @@ def loss_slope(tokens: Floats, losses: Floats) -> float | None:
 
 
 def tokens_worth(difference: float, slope: float) -> float:
-    """Give the factor of training tokens that changes the loss as much as `difference`, at a slope < 0."""
+    """Return the factor of training tokens that changes the loss as much as `difference`, at a slope < 0."""
     return math.exp(min(difference / slope, 50.0))

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from harness.report.text import aligned, markdown_table
 from harness.run.files import json_number
 from study.assemble import Study
 from study.results import Group, difference_in_words
@@ -24,7 +25,7 @@ MORE_HEADINGS = ("tok/s", "cost", "worth")
 
 
 def as_json(study: Study) -> dict[str, Any]:
-    """Give a judged study as JSON; numbers that are not known are null."""
+    """Return a judged study as JSON; numbers that are not known are null."""
     judgement = study.judgement
     baseline = judgement.baseline
     document: dict[str, Any] = {
@@ -97,7 +98,7 @@ def _numbers(estimate: Estimate | None) -> dict[str, float | None]:
 
 
 def _difference(item: Judged, baseline: Group) -> float | None:
-    """Give the difference of the means, which needs no noise; None where a run diverged."""
+    """Return the difference of the means, which needs no noise; None where a run diverged."""
     if item.estimate is not None:
         return item.estimate.difference
     mine, theirs = _mean(item.group), _mean(baseline)
@@ -116,7 +117,7 @@ def _average(values: Sequence[float | None]) -> float | None:
 
 
 def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Give headings and one row of text for the baseline and each arm."""
+    """Return headings and one row of text for the baseline and each arm."""
     document, judgement = as_json(study), study.judgement
     baseline = document["baseline"]
     currency = next((item.currency for item in judgement.baseline.metadata), "")
@@ -171,7 +172,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def notes_of(study: Study) -> list[str]:
-    """Give the sentences below a table: every verdict, every finding, and where the noise comes from."""
+    """Return the sentences below a table: every verdict, every finding, and where the noise comes from."""
     judgement = study.judgement
     notes = [f"{item.group.recipe}: {note}" for item in judgement.arms for note in (item.sentence, *item.warnings)]
     for finding in study.findings:
@@ -206,16 +207,5 @@ def render(study: Study, format_name: Format) -> str:
         return file.getvalue().rstrip("\n")
     headings, rows = without_empty_columns(headings, rows)
     if format_name == "markdown":
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [headings, *rows]]
-        lines.insert(1, "|" + "---|" * len(headings))
-        return "\n".join([*lines, "", *(f"- {note}" for note in notes_of(study))])
+        return "\n".join([*markdown_table(headings, rows), "", *(f"- {note}" for note in notes_of(study))])
     return "\n".join([*aligned(headings, rows), "", *notes_of(study)])
-
-
-def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Give headings and rows as lines with columns one under another."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [headings, *rows]
-    ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from harness.report.html import Tone
 from harness.run.errors import ConfigError
 from study.results import Group
 from study.statistics import (
@@ -36,6 +37,13 @@ LEANS_BETTER, LEANS_WORSE = "LEANS BETTER", "LEANS WORSE"
 CANNOT_TELL, NO_LARGER = "CANNOT TELL", "NO DIFFERENCE LARGER THAN"
 MARGIN = 0.01
 WELCH_RUNS, WELCH_RATIO = 4, 3.0
+
+
+def tone_of(verdict: str) -> Tone:
+    """Return the colour that a verdict has on a page."""
+    if verdict in (HELPS, LEANS_BETTER):
+        return "better"
+    return "worse" if verdict in (HURTS, LEANS_WORSE) else "open"
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def _listed(counts: set[int]) -> str:
 
 
 def shared_seeds(groups: Sequence[Group]) -> list[tuple[str, str]] | None:
-    """Give the seeds that every recipe was run on, two or more and each once; None where they are not the same."""
+    """Return the seeds that every recipe was run on, two or more and each once; None where they are not the same."""
     seeds = [sorted(result.seeds for result in group.results) for group in groups]
     first = seeds[0]
     is_complete = all("" not in pair for pair in first) and len(set(first)) == len(first) >= 2
@@ -134,7 +142,7 @@ def shared_seeds(groups: Sequence[Group]) -> list[tuple[str, str]] | None:
 
 
 def losses_by_seed(groups: Sequence[Group], seeds: Sequence[tuple[str, str]]) -> Floats:
-    """Give the losses as a table, a row for each group and a column for each of the shared seeds."""
+    """Return the losses as a table, a row for each group and a column for each of the shared seeds."""
     tables = [{result.seeds: result.loss for result in group.results} for group in groups]
     return np.array([[table[pair] for pair in seeds] for table in tables], dtype=np.float64)
 
@@ -155,7 +163,7 @@ def common_noise(groups: Sequence[Group], given: Noise | None, borrow: NoiseFind
 
 
 def _noise_for(baseline: Group, arm: Group, common: Training | None) -> Training | None:
-    """Give the noise for one comparison: a single run is held against the spread of the baseline's own runs."""
+    """Return the noise for one comparison: a single run is held against the spread of the baseline's own runs."""
     if common is not None and common.method == "pooled" and len(arm.losses) == 1 and len(baseline.losses) > 1:
         noise = Noise(sample_sd(baseline.losses), len(baseline.losses) - 1)
         if noise.sd > 0:
@@ -208,7 +216,7 @@ def add_evaluation(training: Estimate, evaluation: Estimate | None) -> Estimate:
 
 
 def evaluation_estimate(baseline: Group, arm: Group) -> Estimate | None:
-    """Give the difference paired by test sequence, clustered by document; None without losses of every sequence."""
+    """Return the difference paired by test sequence, clustered by document; None without losses of every sequence."""
     mine, theirs = arm.mean_sequence_losses(), baseline.mean_sequence_losses()
     if mine is None or theirs is None:
         return None
@@ -229,7 +237,7 @@ def _warnings(baseline: Group, arm: Group, training: Training | None) -> list[st
 
 
 def _slope(baseline: Group) -> float | None:
-    """Give the mean slope of the baseline's curves, by ln(tokens)."""
+    """Return the mean slope of the baseline's curves, by ln(tokens)."""
     slopes = [loss_slope(*item.curve) for item in baseline.metadata]
     known = [slope for slope in slopes if slope is not None]
     return float(np.mean(known)) if known else None
@@ -265,7 +273,7 @@ def verdict_of(estimate: Estimate, p_adjusted: float, margin: float) -> str:
 
 
 def explain(estimate: Estimate, word: str) -> str:
-    """Give the numbers behind a verdict."""
+    """Return the numbers behind a verdict."""
     if math.isinf(estimate.se):
         return f"Δ {estimate.difference:+.4f}; the test set lies in one document, so other text may be any different."
     low, high = estimate.interval()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import ift_respond
+import instruct
 from assets.instructions import builtin_set
 from harness.run.config import load_model_config
 from harness.run.errors import ConfigError, DataError, NonFiniteError
@@ -24,12 +24,13 @@ from harness.run.files import write_json
 from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from instruction.answers import load_answers
 from instruction.compare import Cells, Metric, compare, ratio_cells
+from instruction.evaluating import ModelSource, open_model
 from instruction.examples import Example, encode_items, in_batches
 from instruction.finetune import batch_at, fine_tune, response_losses, steps_of
+from instruction.generation import write_answers
 from instruction.items import BUILTIN_SET, Item, load_items, prompt_of, split_items
 from instruction.journal import Journal
 from instruction.recipe import DEFAULT_RECIPE, Recipe, load_recipe
-from instruction.respond import write_answers
 from instruction.scores import exact_match, token_f1
 from model import GPTModel, fingerprint, initialise, uninitialized_model
 from tests.conftest import Called
@@ -190,6 +191,9 @@ def test_fine_tuning_that_diverges_is_an_error(recipe: Recipe, model: GPTModel) 
 
 
 # Items
+
+
+MODELS = ModelSource(instruct.build_model, fingerprint)
 
 
 def test_the_shipped_set_is_what_its_rules_write(recipe: Recipe) -> None:
@@ -467,7 +471,7 @@ Ready = tuple[Path, tuple[object, ...]]
 
 def test_two_runs_and_their_untrained_selves(ready: Ready, call: Callable[..., Called]) -> None:
     folder, words = ready
-    done = call(ift_respond.main, "one", "two/checkpoints/step-00000007", "one/untrained", *words)
+    done = call(instruct.main, "respond", "one", "two/checkpoints/step-00000007", "one/untrained", *words)
     assert done.status == 0, done.stderr
     results = json.loads((folder / "out" / "results.json").read_text())
     assert [item["model"] for item in results["models"]] == ["one", "two/checkpoints/step-00000007", "one/untrained"]
@@ -492,23 +496,32 @@ def test_a_finished_model_is_not_asked_again_and_another_recipe_is_refused(
     ready: Ready, call: Callable[..., Called]
 ) -> None:
     folder, words = ready
-    assert call(ift_respond.main, "one", *words).status == 0
+    assert call(instruct.main, "respond", "one", *words).status == 0
     before = (folder / "out" / "answers" / "one.json").stat().st_mtime_ns
     done = call(
-        ift_respond.main, "one", "two", "--out", folder / "out", "--runs-dir", folder / "runs", "--device", "cpu"
+        instruct.main,
+        "respond",
+        "one",
+        "two",
+        "--out",
+        folder / "out",
+        "--runs-dir",
+        folder / "runs",
+        "--device",
+        "cpu",
     )
     assert done.status == 0, done.stderr  # recipe and items are those of the folder
     assert (folder / "out" / "answers" / "one.json").stat().st_mtime_ns == before
     document = {**json.loads(DEFAULT_RECIPE.read_text()), **CHANGES, "epochs": 2, "weight_decay": 0.0}
-    other = call(ift_respond.main, "one", *words, "--recipe", write(folder / "other.json", document))
+    other = call(instruct.main, "respond", "one", *words, "--recipe", write(folder / "other.json", document))
     assert (other.status, len(other.stderr.splitlines())) == (2, 1)
     assert "another epochs, weight_decay" in other.stderr
-    moved = call(ift_respond.main, "one", *words, "--data", write(folder / "few.json", ITEMS[:20]))
+    moved = call(instruct.main, "respond", "one", *words, "--data", write(folder / "few.json", ITEMS[:20]))
     assert moved.status == 2
     assert "other items" in moved.stderr
     (folder / "runs" / "one" / "checkpoints" / "step-00000007").rename(folder / "gone")
     save_checkpoint(folder / "runs" / "one", 9)
-    changed = call(ift_respond.main, "one", *words)
+    changed = call(instruct.main, "respond", "one", *words)
     assert changed.status == 2
     assert "another checkpoint" in changed.stderr
 
@@ -516,7 +529,7 @@ def test_a_finished_model_is_not_asked_again_and_another_recipe_is_refused(
 def test_imported_weights_are_asked_and_never_replaced_by_drawn_ones(
     ready: Ready, call: Callable[..., Called]
 ) -> None:
-    """A run folder as import_weights.py leaves it: by name, by its `latest`, and as its own untrained self."""
+    """A run folder as convert.py import leaves it: by name, by its `latest`, and as its own untrained self."""
     folder, words = ready
     run = write_run(folder / "runs" / "gpt2", MODEL, {"learning_rate": 0.001})
     made = uninitialized_model(load_model_config(run / "model.json"))
@@ -530,23 +543,23 @@ def test_imported_weights_are_asked_and_never_replaced_by_drawn_ones(
     write(run / "train.json", {**train, "initial_weights": hashlib.sha256(weights.read_bytes()).hexdigest()})
     recipe = load_recipe(Path(str(words[3])))
     for name in ("gpt2", "gpt2/checkpoints/latest", "gpt2/untrained"):
-        found = ift_respond.open_respondent(folder / "runs", name, recipe, torch.device("cpu"))
+        found = open_model(folder / "runs", name, recipe, MODELS, torch.device("cpu"))
         assert fingerprint(found.open(None)) == fingerprint(made) == found.checkpoint["sha256"]
         assert found.checkpoint["tokens_seen"] is None
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    done = call(ift_respond.main, "gpt2", *words)
+    done = call(instruct.main, "respond", "gpt2", *words)
     assert (done.status, "initial_weights" in done.stderr) == (4, True)
 
 
 def test_a_kill_costs_nothing_that_was_answered(ready: Ready, call: Callable[..., Called]) -> None:
     """Killed while answering, and again with half a line on disk: the same answers as without."""
     folder, words = ready
-    assert call(ift_respond.main, "one", *words).status == 0
+    assert call(instruct.main, "respond", "one", *words).status == 0
     whole = load_answers(folder / "out" / "answers" / "one.json")
     again = [word if word != folder / "out" else folder / "again" for word in words]
     journal = folder / "again" / "partial" / "one-seed-2.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "ift_respond.py", "one", *map(str, again)], cwd=ROOT, stdout=subprocess.DEVNULL,
+        [sys.executable, "instruct.py", "respond", "one", *map(str, again)], cwd=ROOT, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     wait_for(lambda: journal.is_file() and journal.read_bytes().count(b"\n") >= 6)
@@ -555,7 +568,7 @@ def test_a_kill_costs_nothing_that_was_answered(ready: Ready, call: Callable[...
     if journal.is_file():  # it may have come to its end before the signal
         with journal.open("ab") as file:
             file.write(b'{"item": "cut off')
-    done = call(ift_respond.main, "one", *again)
+    done = call(instruct.main, "respond", "one", *again)
     assert done.status == 0, done.stderr
     assert load_answers(folder / "again" / "answers" / "one.json") == whole
 
@@ -580,7 +593,7 @@ def test_bad_runs_are_one_line(
     write_run(folder / "runs" / "bare", MODEL, {})
     write_run(folder / "runs" / "short", {**MODEL, "context_length": 32}, {})
     write_run(folder / "runs" / "other-words", {**MODEL, "vocab_size": 97}, {})
-    done = call(ift_respond.main, *runs, *options)
+    done = call(instruct.main, "respond", *runs, *options)
     assert done.status == status
     assert words in done.stderr.splitlines()[-1]
     assert not (folder / "out" / "answers").exists()
@@ -591,7 +604,7 @@ def test_a_folder_has_one_writer(ready: Ready, call: Callable[..., Called]) -> N
 
     folder, words = ready
     with held(folder / "out"):
-        done = call(ift_respond.main, "one", *words)
+        done = call(instruct.main, "respond", "one", *words)
     assert done.status == 5
     assert "another process" in done.stderr
 

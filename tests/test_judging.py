@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ift_judge
+import instruct
 from instruction.answers import Answer, ModelAnswers
 from instruction.client import retry_after
-from instruction.judging import JudgePrompt, Outcome
+from instruction.judging import JudgePrompt, PromptOutcome
 from instruction.prompt import messages_for, read_reply
 from instruction.ranking import rank
 from tests.conftest import Called
@@ -54,14 +54,14 @@ def answers_of(
     return models
 
 
-def judged_fairly(models: list[ModelAnswers]) -> list[Outcome]:
+def judged_fairly(models: list[ModelAnswers]) -> list[PromptOutcome]:
     """Give the outcomes of a judge that sees merit and nothing else."""
     merit = {
         (model.model, answer.cell): float(answer.answer.split()[1]) for model in models for answer in model.answers
     }
     shown = tuple(model.model for model in models)
     return [
-        Outcome(
+        PromptOutcome(
             JudgePrompt("judge", *answer.cell, 0, is_reversed, shown[::-1] if is_reversed else shown, {}),
             "read",
             {name: merit[name, answer.cell] for name in shown},
@@ -89,7 +89,7 @@ def judging(tmp_path: Path, call: Callable[..., Called]) -> Callable[..., tuple[
         files = [write(tmp_path / f"{model.model}.json", asdict(model)) for model in models]
         out = tmp_path / "judged"
         given = () if "--judge" in words else ("--judge", "judge")
-        done = call(ift_judge.main, *files, "--out", out, *given, *words)
+        done = call(instruct.main, "judge", *files, "--out", out, *given, *words)
         for path in out.rglob("*") if out.exists() else ():
             assert not path.is_file() or KEY not in path.read_text(), path
         assert KEY not in done.stdout + done.stderr
@@ -324,7 +324,7 @@ def test_a_request_that_is_refused_is_counted_and_the_rest_goes_on(judge: JudgeS
     done, document = judging(answers_of({"a": 0.0, "b": 0.5}, 6, 1), "--parallel", 1)
     assert done.status == 0, done.stderr
     assert document["judges"][0]["showings"] == {"read": 11, "unreadable": 0, "refused": 1, "open": 0}
-    assert "Refused: 1 of 12 showings, which count for nothing (HTTP 400" in done.stdout
+    assert "Refused: 1 of 12 prompts, which count for nothing (HTTP 400" in done.stdout
     assert document["cells"] == 5
 
 
@@ -364,7 +364,7 @@ def test_a_kill_loses_nothing_and_scoring_replays_offline(judge: JudgeServer, ju
     judge.delay_seconds = 0.05
     replies = tmp_path / "judged" / "replies.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "ift_judge.py", *map(str, files), "--judge", "judge", "--out", str(replies.parent)],
+        [sys.executable, "instruct.py", "judge", *map(str, files), "--judge", "judge", "--out", str(replies.parent)],
         cwd=ROOT, env=dict(os.environ), stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for(lambda: replies.is_file() and replies.read_bytes().count(b"\n") >= 20)
@@ -390,7 +390,7 @@ def test_an_interrupt_keeps_the_replies_under_way(judge: JudgeServer, tmp_path: 
     judge.delay_seconds = 0.3
     replies = tmp_path / "judged" / "replies.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "ift_judge.py", *map(str, files), "--judge", "judge", "--out", str(replies.parent)],
+        [sys.executable, "instruct.py", "judge", *map(str, files), "--judge", "judge", "--out", str(replies.parent)],
         cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(lambda: replies.is_file() and replies.read_bytes().count(b"\n") >= 4)
@@ -473,7 +473,7 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     a, b = (asdict(model) for model in answers_of({"a": 0.0, "b": 0.5}, 4, 1))
     files = [write(tmp_path / "a.json", a), write(tmp_path / "b.json", {**b, **change})]
-    done = call(ift_judge.main, *files, "--judge", "j", "--out", tmp_path / "out", "--offline")
+    done = call(instruct.main, "judge", *files, "--judge", "j", "--out", tmp_path / "out", "--offline")
     assert done.status in (2, 3)
     assert len(done.stderr.splitlines()) == 1
     assert words in done.stderr

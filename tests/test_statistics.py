@@ -25,11 +25,9 @@ from study.statistics import (
     detectable,
     factorial_effects,
     holm,
-    lenth_noise,
     loss_slope,
     pooled_noise,
     power,
-    replicate_noise,
     sample_sd,
     seed_correlation,
     seeds_to_see,
@@ -148,14 +146,6 @@ def test_sample_sd_divides_by_n_minus_1_and_needs_two() -> None:
     assert sample_sd([1.0, 3.0]) == pytest.approx(math.sqrt(2))
     assert math.isnan(sample_sd([1.0]))
     assert math.isnan(sample_sd([]))
-
-
-def test_replicate_noise_pools_over_cells() -> None:
-    losses = [3.0, 3.2, 5.0, 7.0, 7.4, 9.0]
-    found = replicate_noise(losses, ["a", "a", "b", "c", "c", "d"])
-    assert found is not None
-    assert (found.sd, found.df) == pytest.approx((math.sqrt((0.02 + 0.08) / 2), 2))
-    assert replicate_noise([1.0, 2.0], ["a", "b"]) is None
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 8])
@@ -363,28 +353,6 @@ def test_factorial_effects_are_twice_the_coefficients_of_least_squares(name: str
     assert found == pytest.approx(2 * fit.params[1:])
     for column, effect in zip(columns.T, found, strict=True):
         assert effect == pytest.approx(losses[column > 0].mean() - losses[column < 0].mean())
-
-
-def test_lenth_by_hand() -> None:
-    effects = [0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 10.0]
-    # The median is 0.4, so s0 is 0.6 and 1.5 the limit; of the six below, the median is 0.35.
-    found = lenth_noise(effects)
-    assert (found.sd, found.df) == pytest.approx((1.5 * 0.35, 7 / 3))
-
-
-def test_lenth_on_montgomerys_filtration_rates() -> None:
-    effects = [
-        21.625, 3.125, 9.875, 14.625, 0.125, -18.125, 16.625, 2.375,
-        -0.375, -1.125, 1.875, 4.125, -1.625, -2.625, 1.375,
-    ]  # fmt: skip
-    found = lenth_noise(effects)
-    assert (found.sd, found.df) == (2.625, 5)
-    low, high = Estimate(0.0, found.sd, found.df).interval()
-    assert (low, high) == pytest.approx((-6.748, 6.748), abs=5e-4)
-
-
-def test_lenth_of_no_effects_at_all() -> None:
-    assert lenth_noise([0.0, 0.0, 0.0]) == Noise(0.0, 1.0)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 1, 1, 1, 1, 1), (3, 3, 3, 3), (4, 2, 1, 5)])

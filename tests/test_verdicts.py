@@ -16,8 +16,9 @@ from harness.run.config import load_run_configs
 from harness.run.errors import ConfigError
 from harness.run.recipe import recipe_hash
 from study.ledger import Entry, Scale, find_noise, load_ledger, record
+from study.losses_table import read_losses
 from study.noise import learn_noise
-from study.results import Group, Result, RunMetadata, group_results, read_losses
+from study.results import Group, Result, RunMetadata, group_results
 from study.statistics import Estimate, Noise, block_noise, clustered_mean, compare_means, seeds_to_see
 from study.verdicts import (
     CANNOT_TELL,

@@ -24,7 +24,7 @@ from harness.run.config import ModelConfig, TrainConfig
 from harness.run.plan import Plan
 from harness.run.run_folder import RunFolder
 from harness.run.train_state import TrainState
-from model import GPTModel, initialise, load_weights, read_weights, uninitialized_model
+from model import GPTModel, initialise, load_weights, uninitialized_model
 from training.arguments import RunRequest
 
 
@@ -117,7 +117,7 @@ def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig
         initialise(model, config.seed_of("init"))
     else:
         path = checkpoint.imported_weights(folder, config.initial_weights)
-        load_weights(model, read_weights(path), path)
+        load_weights(model, checkpoint.read_tensors(path), path)
 
 
 def wrap(model: nn.Module, config: TrainConfig, launch: Launch, device: torch.device) -> nn.Module:

@@ -76,7 +76,7 @@ def try_microbatch_size(
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
-    """Give the largest size for which `fits` holds, 0 if not even 1 does; there is no upper limit.
+    """Return the largest size for which `fits` holds, 0 if not even 1 does; there is no upper limit.
 
     Sizes double or halve from `start` until they bracket the answer, which is then bisected: about 2 log2 trials.
     Wherever a size fits, smaller ones must.
@@ -138,7 +138,7 @@ def describe(largest: int, plan: Plan) -> str:
 
 
 def _number_in(path: str, name: str = "", otherwise: float = math.inf) -> float:
-    """Give the number after `name` in a file of the system's, or `otherwise`."""
+    """Return the number after `name` in a file of the system's, or `otherwise`."""
     try:
         words = Path(path).read_text().split()
         return float(words[words.index(name) + 1 if name else 0])

@@ -25,16 +25,16 @@ class Choices:
         self._drawn = 0
 
     def number(self, low: int, high: int) -> int:
-        """Give a whole number from `low` to `high`."""
+        """Return a whole number from `low` to `high`."""
         self._drawn += 1
         return low + stream_seed("instructions", *self._key, self._drawn) % (high - low + 1)
 
     def one(self, things: tuple[str, ...]) -> str:
-        """Give one of several things."""
+        """Return one of several things."""
         return things[self.number(0, len(things) - 1)]
 
     def several(self, things: tuple[str, ...], count: int) -> list[str]:
-        """Give `count` different things, in a mixed order."""
+        """Return `count` different things, in a mixed order."""
         self._drawn += 1
         order = Permutation(len(things), stream_seed("instructions", *self._key, self._drawn))
         return [things[order[place]] for place in range(count)]
@@ -273,7 +273,7 @@ def code_result(draw: Choices, number: int) -> Made:
 
 
 def items() -> Iterator[dict[str, str]]:
-    """Give all items in order, with their kind; a question that was made before is made no second time."""
+    """Yield all items in order, with their kind; a question that was made before is made no second time."""
     seen = set()
     for name, make in KINDS.items():
         for number in range(PER_KIND):
@@ -284,7 +284,7 @@ def items() -> Iterator[dict[str, str]]:
 
 
 def text() -> str:
-    """Give the file as it is written to disk: one item a line, so that a change can be read."""
+    """Return the file as it is written to disk: one item a line, so that a change can be read."""
     return "[\n" + ",\n".join(json.dumps(item, ensure_ascii=False) for item in items()) + "\n]\n"
 
 

@@ -300,7 +300,7 @@ def spelled(value: int) -> str:
 
 
 def counted(things: str, count: int) -> str:
-    """Give a regular plural as it follows a count."""
+    """Return a regular plural as it follows a count."""
     return things if count != 1 else things.removesuffix("s")
 
 

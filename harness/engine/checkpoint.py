@@ -244,7 +244,7 @@ def verify(path: Path) -> None:
 
 
 def imported_weights(folder: RunFolder, sha256: str) -> Path:
-    """Give the file of a run's imported weights; raises CheckpointError unless it is the one train.json names."""
+    """Return the file of a run's imported weights; raises CheckpointError unless it is the one train.json names."""
     path = folder.imported / MODEL_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: found no such file, wanted the weights of train.json (initial_weights)")
@@ -258,7 +258,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, numbers: Mapping[st
 
     `numbers` are those of the checkpoint's metadata. The optimizer must be new.
     """
-    weights, kept = (_read_tensors(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
+    weights, kept = (read_tensors(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
     wanted = model.state_dict()
     different = [
         key
@@ -276,7 +276,10 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, numbers: Mapping[st
         raise CheckpointError(f"{path / OPTIMIZER_FILE}: {error.args[0]} does not fit this model") from None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU; raises CheckpointError."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: found a folder, wanted the {MODEL_FILE} in it")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -73,7 +73,7 @@ def launch_from_environment() -> Launch:
 
 
 def environment_of_one(launch: Launch) -> dict[str, str]:
-    """Give the environment for a process that uses this rank's device and knows of no other rank."""
+    """Return the environment for a process that uses this rank's device and knows of no other rank."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     return {
         **inherited,
@@ -85,7 +85,7 @@ def environment_of_one(launch: Launch) -> dict[str, str]:
 
 
 def choose_device(choice: str, launch: Launch) -> torch.device:
-    """Give this process's device for `--device` auto, cuda, cpu or mps; raises ConfigError."""
+    """Return this process's device for `--device` auto, cuda, cpu or mps; raises ConfigError."""
     has_mps = torch.backends.mps.is_available()
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "mps" if has_mps and launch.world_size == 1 else "cpu"
@@ -107,7 +107,7 @@ def choose_device(choice: str, launch: Launch) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Give the device's name for people and for looking up its peak speed."""
+    """Return the device's name for people and for looking up its peak speed."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -158,8 +158,9 @@ def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> I
         with suppress(RuntimeError):  # nobody may be left to tell
             watchdog.report(error, traceback.format_exc())
         raise
-    # Who lets go of the group last ends it, and waits for its threads. DDP would do that with Python's lock in hand,
-    # which those threads may be waiting for; Python gives the lock away first, so it must be the last.
+    # The last reference to the process group destroys it, which joins its threads. If DDP held that reference, its
+    # destructor would join them while holding the GIL, which a thread may need in order to finish: a deadlock. Kept
+    # here, the group is destroyed at interpreter exit, where the GIL is released first.
     atexit.register(lambda _: None, dist.group.WORLD)
     dist.destroy_process_group()
 
@@ -209,7 +210,7 @@ def _meet(launch: Launch, store: Any) -> str:
 
 
 def gather_strings(launch: Launch, value: str) -> list[str]:
-    """Give every rank's `value`, in rank order, on every rank."""
+    """Return every rank's `value`, in rank order, on every rank."""
     if launch.world_size == 1:
         return [value]
     values: list[Any] = [None] * launch.world_size
@@ -303,7 +304,7 @@ def wrap_ddp(objective: nn.Module, launch: Launch, device: torch.device) -> nn.M
 
 
 def gradient_sync(objective: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-    """Give the context for a forward *and* backward pass: gradients are all-reduced in it only if `enabled`.
+    """Return the context for a forward *and* backward pass: gradients are all-reduced in it only if `enabled`.
 
     DDP decides in the forward pass whether the backward will reduce, so the backward alone is not enough.
     """

@@ -22,7 +22,7 @@ PER_MILLION_BOUNDS = (0.0, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
 def token_loss_batches(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Iterator[Tensor]:
-    """Give every token's cross-entropy in nats, float32 (B, T) on the device, batch by batch.
+    """Yield every token's cross-entropy in nats, float32 (B, T) on the device, batch by batch.
 
     `batches` gives tokens and targets (B, T); the model is put into evaluation mode (no dropout) for the time being.
     Nothing here waits for the device.
@@ -49,7 +49,7 @@ def _parts(model: nn.Module, tokens: Tensor, targets: Tensor) -> Iterator[tuple[
 
 
 def sequence_losses(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Floats:
-    """Give each sequence's mean cross-entropy in nats per token, float64, in the order of `batches`.
+    """Return each sequence's mean cross-entropy in nats per token, float64, in the order of `batches`.
 
     Averages are taken in float64, so how sequences are batched matters only through the forward pass's rounding.
     The device is waited for once, at the end.
@@ -77,11 +77,11 @@ class LossTally:
         self._target_count += np.bincount(targets.ravel(), minlength=size)
 
     def sequence_losses(self) -> Floats:
-        """Give each sequence's mean loss in nats per token, (N,)."""
+        """Return each sequence's mean loss in nats per token, (N,)."""
         return np.concatenate(self._sequences)
 
     def by_position(self) -> list["Bucket"]:
-        """Give the mean loss in buckets of positions that double in width: 0, 1, 2-3, 4-7, ..."""
+        """Return the mean loss in buckets of positions that double in width: 0, 1, 2-3, 4-7, ..."""
         sequences = sum(map(len, self._sequences))
         first, buckets = 0, []
         while first < len(self._by_position):
@@ -92,7 +92,7 @@ class LossTally:
         return buckets
 
     def by_frequency(self, training_count: NDArray[np.int64]) -> list["Bucket"]:
-        """Give the mean loss in buckets of how often the target occurs in a million training tokens.
+        """Return the mean loss in buckets of how often the target occurs in a million training tokens.
 
         `training_count` (V,) counts every id in the training tokens. Empty buckets are left out.
         """

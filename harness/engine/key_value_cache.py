@@ -19,14 +19,14 @@ class KeyValueCache:
         self._held: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def at(self, positions: Tensor) -> "KeyValueCache":
-        """Say where the next call's tokens stand: positions (B, T), int64, each below `slots`; gives itself."""
+        """Say where the next call's tokens stand: positions (B, T), int64, each below `slots`; returns itself."""
         self.positions = positions
         slots = torch.arange(self.slots, device=positions.device)
         self._visible = (slots <= positions.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, slots)
         return self
 
     def extend(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keep a layer's keys and values (B, H, T, D) of the tokens at hand; give all it holds and who sees what.
+        """Keep a layer's keys and values (B, H, T, D) of this call's tokens; return all that it holds and the mask.
 
         Keys and values come as (B, H, slots, D), the mask as bool (B, 1, T, slots), true where a token may look.
         """

@@ -13,7 +13,7 @@ VOCAB_MULTIPLE = 64
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Give the mean cross-entropy in nats per token; logits (B, T, V) of any float type, targets (B, T).
+    """Return the mean cross-entropy in nats per token; logits (B, T, V) of any float type, targets (B, T).
 
     Computed in float32 whatever the logits' type; the result is a float32 scalar on their device. This is the
     definition, which the memory-lean loss of training is tested and timed against.
@@ -22,7 +22,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Give the cross-entropy of every token in nats, float32 (B, T), for logits (B, T, V) and targets (B, T)."""
+    """Return the cross-entropy of every token in nats, float32 (B, T), for logits (B, T, V) and targets (B, T)."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view_as(targets)
 
@@ -69,7 +69,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def chunked_next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Give `next_token_loss(hidden @ head.T, targets)` and its gradients without holding all logits at once.
+    """Return `next_token_loss(hidden @ head.T, targets)` and its gradients without holding all logits at once.
 
     hidden (B, T, C), head (V, C), targets (B, T). Under autocast the products are computed in its type, as the plain
     loss's are; sums over rows are float32.
@@ -85,10 +85,10 @@ class LanguageModel(Protocol):
     """What the objective needs of a model besides logits."""
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
-        """Give the final hidden states (B, T, C) for tokens (B, T)."""
+        """Return the final hidden states (B, T, C) for tokens (B, T)."""
 
     def head_weight(self) -> Tensor:
-        """Give the output head's matrix (V, C)."""
+        """Return the output head's matrix (V, C)."""
 
 
 class Objective(nn.Module):
@@ -103,13 +103,13 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Give the mean loss of a micro-batch; tokens and targets (B, T)."""
+        """Return the mean loss of a micro-batch; tokens and targets (B, T)."""
         model = cast(LanguageModel, self.model)
         return chunked_next_token_loss(model.hidden_states(tokens), model.head_weight(), targets)
 
 
 def first_loss_warning(loss: float, model: nn.Module, vocab_size: int) -> str | None:
-    """Give one line when the first loss is over 1 nat from ln(vocab_size), naming the likely cause; else None.
+    """Return one line when the first loss is over 1 nat from ln(vocab_size), naming the likely cause; else None.
 
     A model that knows nothing spreads its bets: its loss is ln(vocab_size). Far above, it bets hard on noise; far
     below, it has seen the answers.

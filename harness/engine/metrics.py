@@ -189,7 +189,7 @@ class StepLog:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Give the most memory that this process held: on the GPU where there is one, else in main memory."""
+    """Return the most memory that this process held: on the GPU where there is one, else in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024

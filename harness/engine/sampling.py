@@ -38,7 +38,7 @@ def require_gpt2_ids(vocab_size: int) -> None:
 
 @torch.no_grad()
 def continue_text(model: nn.Module, config: ModelConfig, prompt: str, settings: SampleSettings) -> str:
-    """Give the prompt followed by its sampled continuation.
+    """Return the prompt followed by its sampled continuation.
 
     `model` maps ids (1, T) to logits (1, T, V) and is put into evaluation mode for the time being. Draws come from
     a CPU generator of their own, so sampling is the same on every device up to rounding and disturbs no other

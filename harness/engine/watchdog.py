@@ -1,7 +1,8 @@
-"""Requests to stop, and a watch over those this process depends on: its launcher and the other ranks.
+"""Requests to stop, and a watchdog over the processes that this one depends on: its launcher and the other ranks.
 
-Only flags are set when something happens in the middle of a step; the training loop acts on them at its end. What
-cannot wait for a step's end, because a rank that is gone would keep it from ending, the watch ends itself.
+A signal or a lost launcher only sets a flag, which the training loop reads at the end of a step. A lost rank is
+different: the step would never end, because its collectives wait for that rank. So the watchdog, on a thread of its
+own, ends the process itself.
 """
 
 import os
@@ -21,7 +22,7 @@ ORPHAN_SECONDS = 8.0
 
 
 class Store(Protocol):
-    """What the watch needs of torch's key-value store."""
+    """What the watchdog needs of torch's key-value store."""
 
     def set(self, key: str, value: str, /) -> None:
         """Store a value."""
@@ -30,10 +31,10 @@ class Store(Protocol):
         """Say whether all keys are there."""
 
     def get(self, key: str, /) -> bytes:
-        """Give a value, waiting for it."""
+        """Return a value, waiting for it."""
 
     def multi_get(self, keys: list[str], /) -> list[bytes]:
-        """Give several values, waiting for them."""
+        """Return several values, waiting for them."""
 
 
 class StopRequest:
@@ -127,7 +128,7 @@ class Watchdog:
         self._step = step
 
     def report(self, error: BaseException, details: str) -> None:
-        """Leave word for the other ranks of why this one fails."""
+        """Store why this rank fails, for the other ranks to report."""
         if self._store is not None and not isinstance(error, PeerError | StopRequestedError):
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             self._store.set(f"failed/{self._rank}", fit_to_print(f"{self._place()}: {text}\n{details}"))

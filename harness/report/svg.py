@@ -11,6 +11,7 @@ from html import escape
 import numpy as np
 
 from harness.report.curves import Floats, fill_gaps, moving_average
+from harness.report.html import Tone
 
 WIDTH = 720
 COLOURS = 8
@@ -19,7 +20,7 @@ GRID_POINTS = 240
 
 @dataclass(frozen=True)
 class Interval:
-    """One difference with its interval, and the part of it that is training noise alone; in nats per token."""
+    """One difference with its 95% interval, and an inner interval that covers the noise of training alone."""
 
     label: str
     value: float
@@ -28,6 +29,7 @@ class Interval:
     inner_low: float
     inner_high: float
     verdict: str
+    tone: Tone
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,8 @@ class Curve:
     high: Floats
 
 
-def tone_of(verdict: str) -> str:
-    """Return the CSS class of a verdict: better, worse or open."""
-    if verdict in ("HELPS", "LEANS BETTER"):
-        return "better"
-    return "worse" if verdict in ("HURTS", "LEANS WORSE") else "open"
-
-
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers in [low, high]."""
+    """Return round numbers that cover most of [low, high]."""
     span = high - low
     if span <= 0:
         return [low]
@@ -83,7 +78,7 @@ def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative 
         y = top + row * (number + 0.5)
         title = f"{item.label}: {item.value:+.4f} ({item.low:+.4f} to {item.high:+.4f}), {item.verdict}"
         parts.append(
-            f'<g class="{tone_of(item.verdict)}"><title>{escape(title)}</title>'
+            f'<g class="{item.tone}"><title>{escape(title)}</title>'
             f"{text('label', left - 10, y + 4, shortened(item.label), 'end')}"
             f'<line class="interval" x1="{x(item.low):.1f}" x2="{x(item.high):.1f}" y1="{y}" y2="{y}"/>'
             f'<line class="inner" x1="{x(item.inner_low):.1f}" x2="{x(item.inner_high):.1f}" y1="{y}" y2="{y}"/>'

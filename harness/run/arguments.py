@@ -2,8 +2,9 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from inspect import cleandoc
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +17,17 @@ ArgumentsT = TypeVar("ArgumentsT")
 def parser_of(description: str | None, program: str | None = None) -> argparse.ArgumentParser:
     """Return a parser whose help shows `description` unwrapped; bad usage exits with status 2."""
     return argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program, description=cleandoc(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def dispatch(description: str | None, verbs: Mapping[str, Callable[[list[str]], None]]) -> None:
+    """Call the verb that the command line begins with, with the words that follow it."""
+    parser = parser_of(description)
+    parser.add_argument("verb", metavar="VERB", choices=verbs, help=" | ".join(verbs))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="what the verb takes")
+    arguments = parser.parse_args()
+    verbs[arguments.verb](arguments.rest)
 
 
 def parse_into(

@@ -58,8 +58,12 @@ def part_of(config_class: type, key: str) -> Part:
 
 def changes_nothing(config_class: type, item: Field[Any], value: object) -> bool:
     """Return whether a key came after the first release and has its default, so that it counts as absent."""
-    is_later = any(isinstance(mark, AddedLater) for mark in marks_of(config_class)[item.name])
-    return is_later and bool(value == _default(item))
+    return came_later(config_class, item.name) and bool(value == _default(item))
+
+
+def came_later(config_class: type, key: str) -> bool:
+    """Return whether a key came after the first release."""
+    return any(isinstance(mark, AddedLater) for mark in marks_of(config_class)[key])
 
 
 @functools.cache

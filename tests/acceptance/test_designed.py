@@ -73,9 +73,9 @@ def test_a_full_factorial_finds_effects_and_their_interaction(
     assert found["bias"]["difference"] == pytest.approx(-0.05 + 0.04, abs=0.003)
     assert found["drop x bias"]["difference"] == pytest.approx(0.04, abs=0.003)
     assert found["drop"]["verdict"] == "HELPS"
-    assert found["drop x bias"]["verdict"] == "HURTS"
+    assert found["drop x bias"]["verdict"] == "INTERACTS"
     assert found["clip"]["verdict"] == "NO DIFFERENCE LARGER THAN 0.01"
-    assert found["drop"]["df"] == 14  # (8 - 1)(3 - 1): seeds are blocks
+    assert found["drop"]["df"] == 2  # each effect varies over three seeds by its own amount
 
 
 def test_a_fraction_names_what_it_cannot_tell_apart(

@@ -18,11 +18,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import convert
 import ddp_train
-import export_hf
-import import_weights
 import test_loss
-from exchange import parity
+from exchange import exporting, parity
 from harness.engine.sampling import SampleSettings, continue_text
 from harness.observers.charts import ChartPainter
 from harness.run.config import ModelConfig, TrainConfig, config_from, load_model_config, load_run_configs
@@ -86,14 +85,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, datasets_dir: Path) -> Pat
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That run's latest checkpoint, exported."""
     out = tmp_path_factory.mktemp("hub") / "deep" / "text"
-    in_process(export_hf.main, "text", out, "--runs-dir", trained.parent, "--license", "apache-2.0")
+    in_process(convert.main, "export", "text", out, "--runs-dir", trained.parent, "--license", "apache-2.0")
     return out
 
 
 @pytest.fixture
 def export(call: Call, tmp_path: Path) -> Call:
     """A function that exports a run in tmp_path/runs to tmp_path/out."""
-    return lambda name, *words: call(export_hf.main, name, tmp_path / "out", "--runs-dir", tmp_path / "runs", *words)
+    return lambda name, *words: call(
+        convert.main, "export", name, tmp_path / "out", "--runs-dir", tmp_path / "runs", *words
+    )
 
 
 @pytest.mark.parametrize("change", TOGGLES, ids=str)
@@ -123,7 +124,7 @@ def test_every_toggle_combination(
 def test_back_and_forth_is_exact(make_run: Callable[..., Path], export: Call, call: Call, tmp_path: Path) -> None:
     folder = with_random_weights(make_run("tiny", {"tie_weights": True, "drop_rate": 0.2}))
     assert export("tiny/checkpoints/step-00000007").status == 0
-    assert call(import_weights.main, tmp_path / "out", "back", "--runs-dir", tmp_path / "runs").status == 0
+    assert call(convert.main, "import", tmp_path / "out", "back", "--runs-dir", tmp_path / "runs").status == 0
     back = tmp_path / "runs" / "back"
     assert load_model_config(back / "model.json") == load_model_config(folder / "model.json")
     first, second = (load_file(run / "checkpoints" / "latest" / "model.safetensors") for run in (folder, back))
@@ -206,7 +207,7 @@ def test_scores_of_other_weights_stay_out(trained: Path, call: Call, tmp_path: P
     shutil.copytree(trained, tmp_path / "runs" / "text", symlinks=True)
     (score,) = (tmp_path / "runs" / "text" / "evals").glob("*.json")
     score.write_text(score.read_text().replace('"model_sha256": "', '"model_sha256": "0'))
-    done = call(export_hf.main, "text", tmp_path / "out", "--runs-dir", tmp_path / "runs", "--no-check")
+    done = call(convert.main, "export", "text", tmp_path / "out", "--runs-dir", tmp_path / "runs", "--no-check")
     assert done.status == 0, done.stderr
     assert "not checked" in done.stdout
     assert "Test loss" not in (tmp_path / "out" / "README.md").read_text()
@@ -232,7 +233,7 @@ def test_a_damaged_checkpoint_is_not_handed_on(trained: Path, call: Call, tmp_pa
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    done = call(export_hf.main, "text", tmp_path / "out", "--runs-dir", tmp_path / "runs")
+    done = call(convert.main, "export", "text", tmp_path / "out", "--runs-dir", tmp_path / "runs")
     assert (done.status, len(done.stderr.splitlines())) == (4, 1)
     assert "SHA-256" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -242,14 +243,14 @@ def test_a_wrong_export_never_appears(
     make_run: Callable[..., Path], export: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_random_weights(make_run("tiny"))
-    original = export_hf.to_hugging_face
+    original = exporting.to_hugging_face
 
     def wrong(*arguments: Any) -> Any:
         tensors = original(*arguments)
         name = "transformer.h.0.attn.c_attn.weight"
         return {**tensors, name: tensors[name].roll(16, dims=1)}
 
-    monkeypatch.setattr(export_hf, "to_hugging_face", wrong)
+    monkeypatch.setattr(exporting, "to_hugging_face", wrong)
     done = export("tiny")
     assert (done.status, len(done.stderr.splitlines())) == (4, 1)
     assert "computes something else" in done.stderr
@@ -314,7 +315,8 @@ def hub() -> Iterator[ModelHub]:
 def test_push_uploads_the_folder_and_keeps_the_token(trained: Path, hub: ModelHub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run(
-        command("export_hf.py", "text", out, "--runs-dir", trained.parent, "--push", "owner/mine", "--no-check"),
+        command("convert.py", "export", "text", out, "--runs-dir", trained.parent, "--push", "owner/mine",
+                "--no-check"),
         cwd=ROOT, env={**hub.environment(tmp_path / "home"), "HF_TOKEN": SECRET}, capture_output=True, text=True,
         timeout=170,
     )  # fmt: skip

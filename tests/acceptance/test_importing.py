@@ -14,12 +14,12 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
+import convert
 import ddp_train
 import experiment
-import import_weights
 import test_loss
 import test_smoke
-from exchange import parity
+from exchange import importing, parity
 from exchange.vocabulary import tokenizer_files
 from harness.run.config import load_run_configs
 from harness.run.files import file_sha256
@@ -53,7 +53,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bring(call: Call, tmp_path: Path) -> Call:
     """A function that imports a source as run `mine`."""
-    return lambda source, *words: call(import_weights.main, source, "mine", "--runs-dir", tmp_path / "runs", *words)
+    return lambda source, *words: call(
+        convert.main, "import", source, "mine", "--runs-dir", tmp_path / "runs", *words
+    )
 
 
 def no_run(tmp_path: Path) -> bool:
@@ -318,7 +320,7 @@ def test_weights_that_compute_something_else_are_refused(
     bring: Call, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a wrong mapping would look like: query and key change places."""
-    original = import_weights.from_hugging_face
+    original = importing.from_hugging_face
 
     def swapped(*arguments: Any) -> Any:
         tensors, config = original(*arguments)
@@ -326,7 +328,7 @@ def test_weights_that_compute_something_else_are_refused(
         tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
         return tensors, config
 
-    monkeypatch.setattr(import_weights, "from_hugging_face", swapped)
+    monkeypatch.setattr(importing, "from_hugging_face", swapped)
     done = bring(gpt2)
     assert (done.status, len(done.stderr.splitlines())) == (4, 1)
     assert "computes something else" in done.stderr
@@ -336,7 +338,7 @@ def test_weights_that_compute_something_else_are_refused(
 @pytest.mark.parametrize("run", ["../up", "a/b", "", ".hidden", "taken"])
 def test_run_names(call: Call, gpt2: Path, tmp_path: Path, run: str) -> None:
     (tmp_path / "runs" / "taken").mkdir(parents=True)
-    done = call(import_weights.main, gpt2, run, "--runs-dir", tmp_path / "runs")
+    done = call(convert.main, "import", gpt2, run, "--runs-dir", tmp_path / "runs")
     assert (done.status, len(done.stderr.splitlines())) == (2, 1)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["taken"]
 
@@ -365,7 +367,7 @@ def test_from_the_hub(hub: ModelHub, tmp_path: Path) -> None:
     assert len(wanted) > 3
     hub.files = wanted | {"pytorch_model.bin": b"\x80", "onnx/model.safetensors": b"no", "tf_model.h5": b"no"}
     done = subprocess.run(
-        command("import_weights.py", "hf:owner/gpt2", "mine", "--runs-dir", tmp_path / "runs"),
+        command("convert.py", "import", "hf:owner/gpt2", "mine", "--runs-dir", tmp_path / "runs"),
         cwd=ROOT, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=170,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -390,7 +392,7 @@ def test_why_the_hub_refuses_is_said(
         "X-Request-Id": "Root=1-abc",
         **({"X-Error-Code": code, "X-Error-Message": reason} if code else {}),
     }
-    monkeypatch.setattr(import_weights, "HfApi", functools.partial(HfApi, endpoint=hub.url))
+    monkeypatch.setattr(importing, "HfApi", functools.partial(HfApi, endpoint=hub.url))
     done = bring("hf:owner/gpt2")
     assert (done.status, len(done.stderr.splitlines())) == (3, 1), done.stderr
     assert reason in done.stderr
@@ -409,7 +411,7 @@ def test_a_hub_model_that_cannot_be_had_is_one_line(
     bring: Call, hub: ModelHub, monkeypatch: pytest.MonkeyPatch, source: str, status: int, said: str
 ) -> None:
     hub.files = {"config.json": b"{}", "pytorch_model.bin": b"\x80"}
-    monkeypatch.setattr(import_weights, "HfApi", functools.partial(HfApi, endpoint=hub.url))
+    monkeypatch.setattr(importing, "HfApi", functools.partial(HfApi, endpoint=hub.url))
     done = bring(source)
     assert (done.status, len(done.stderr.splitlines())) == (status, 1), done.stderr
     assert said in done.stderr

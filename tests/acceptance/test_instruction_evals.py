@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import ddp_train
-import ift_judge
-import ift_respond
+import instruct
 import prepare_dataset
 from instruction.items import BUILTIN_SET
 from instruction.recipe import DEFAULT_RECIPE
@@ -47,7 +46,7 @@ def prepare_and_train(
 
 
 def evaluate(call: Callable[..., Called], folder: Path, recipe: dict[str, Any], every: int) -> dict[str, Any]:
-    """Take both runs and the untrained one through ift_respond.py, with a part of the items; gives results.json."""
+    """Take both runs and the untrained one through `respond`, with a part of the items; gives results.json."""
     document = {**json.loads(DEFAULT_RECIPE.read_text()), **recipe}
     items = write(folder / "items.json", json.loads((ROOT / BUILTIN_SET).read_text())[::every])
     words = (
@@ -60,7 +59,7 @@ def evaluate(call: Callable[..., Called], folder: Path, recipe: dict[str, Any], 
         "--device",
         "cpu",
     )
-    done = call(ift_respond.main, "short", "long", "short/untrained", *words, "--runs-dir", folder / "runs")
+    done = call(instruct.main, "respond", "short", "long", "short/untrained", *words, "--runs-dir", folder / "runs")
     assert done.status == 0, done.stderr
     print(done.stdout)
     results: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
@@ -94,7 +93,7 @@ def test_small_models_are_ranked_rightly_and_judged(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     files = sorted((tmp_path / "out" / "answers").iterdir())
     words = ("--judge", "stand-in", "--out", tmp_path / "judged", "--baseline", "short", "--max-items", 6)
-    done = call(ift_judge.main, *files, *words)
+    done = call(instruct.main, "judge", *files, *words)
     judge.close()
     assert done.status == 0, done.stderr
     print(done.stdout)

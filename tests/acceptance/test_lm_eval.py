@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import export_hf
+import convert
 from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from model import load_model
 from tests.acceptance.test_exporting import with_random_weights
@@ -36,7 +36,7 @@ def test_lm_eval_agrees_with_our_own_numbers(
     if not os.environ.get("LM_EVAL"):
         pytest.skip("LM_EVAL does not name lm-eval's command")
     folder = with_random_weights(make_run("text", {"vocab_size": 50257, "context_length": 64, "drop_rate": 0.0}))
-    assert call(export_hf.main, "text", tmp_path / "out", "--runs-dir", folder.parent).status == 0
+    assert call(convert.main, "export", "text", tmp_path / "out", "--runs-dir", folder.parent).status == 0
     words = [
         "--model",
         "hf",

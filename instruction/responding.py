@@ -1,6 +1,6 @@
 """One model through the recipe: fine-tuned once for each seed, asked, and picked up where a kill left it.
 
-What is under way lies in OUT/partial: the fine-tuned weights of the seed at hand, and the answers so far. It goes
+What is under way lies in OUT/partial: the fine-tuned weights of the current seed, and the answers so far. It goes
 when the model's file of answers is written.
 """
 
@@ -20,12 +20,12 @@ from harness.run.files import write_json
 from instruction.answers import Answer, ModelAnswers, load_answers
 from instruction.examples import Example, in_batches
 from instruction.finetune import fine_tune, response_losses
+from instruction.generation import write_answers
 from instruction.journal import Journal
 from instruction.recipe import Recipe
-from instruction.respond import write_answers
 from instruction.scores import exact_match, token_f1
 
-Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
+ShowProgress = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class EvalSet:
     test: Sequence[Example]
 
 
-def respond(respondent: EvaluatedModel, questions: EvalSet, out: Path, progress: Progress) -> ModelAnswers:
+def respond(model: EvaluatedModel, eval_set: EvalSet, out: Path, progress: ShowProgress) -> ModelAnswers:
     """Fine-tune and ask one model on every seed, and write OUT/answers/LABEL.json; what is there is not done again.
 
     `progress(words, things)` goes through things while showing how far it is. Raises ConfigError where the folder
     holds answers of other weights, and what fine-tuning raises.
     """
-    path = out / "answers" / f"{respondent.file_stem}.json"
+    path = out / "answers" / f"{model.file_stem}.json"
     identity: dict[str, Any] = {
-        "model": respondent.label,
-        "checkpoint": respondent.checkpoint,
-        "recipe_hash": questions.recipe.hash(),
-        "data_sha256": questions.data_sha256,
+        "model": model.label,
+        "checkpoint": model.checkpoint,
+        "recipe_hash": eval_set.recipe.hash(),
+        "data_sha256": eval_set.data_sha256,
     }
     if path.is_file():
         found = load_answers(path)
@@ -76,19 +76,19 @@ def respond(respondent: EvaluatedModel, questions: EvalSet, out: Path, progress:
     partial.mkdir(exist_ok=True)
     path.parent.mkdir(exist_ok=True)
     answers = []
-    for seed in questions.recipe.seeds:
-        answers += _respond_once(respondent, questions, seed, identity, partial, progress)
+    for seed in eval_set.recipe.seeds:
+        answers += _respond_once(model, eval_set, seed, identity, partial, progress)
     whole = ModelAnswers(**identity, answers=answers)
     write_json(path, asdict(whole))
-    for seed in questions.recipe.seeds:
-        for left in _files(respondent, seed, partial):
+    for seed in eval_set.recipe.seeds:
+        for left in _files(model, seed, partial):
             left.unlink(missing_ok=True)
     return whole
 
 
-def _files(respondent: EvaluatedModel, seed: int, partial: Path) -> tuple[Path, Path]:
+def _files(model: EvaluatedModel, seed: int, partial: Path) -> tuple[Path, Path]:
     """Name the answers so far and the fine-tuned weights of one seed."""
-    stem = partial / f"{respondent.file_stem}-seed-{seed}"
+    stem = partial / f"{model.file_stem}-seed-{seed}"
     return stem.with_name(f"{stem.name}.jsonl"), stem.with_name(f"{stem.name}.safetensors")
 
 
@@ -101,11 +101,11 @@ def _require_same(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> 
 
 
 def _respond_once(
-    respondent: EvaluatedModel, questions: EvalSet, seed: int, identity: dict[str, Any], partial: Path,
-    progress: Progress,
+    model: EvaluatedModel, eval_set: EvalSet, seed: int, identity: dict[str, Any], partial: Path,
+    progress: ShowProgress,
 ) -> list[Answer]:  # fmt: skip
     """Fine-tune with one seed and ask everything that was not answered before."""
-    journal_file, weights = _files(respondent, seed, partial)
+    journal_file, weights = _files(model, seed, partial)
     with closing(Journal(journal_file)) as journal:
         if journal.lines:
             _require_same(journal.lines[0], identity, journal_file)
@@ -113,40 +113,40 @@ def _respond_once(
             journal.append(identity)
         done = {line["item"]: line for line in journal.lines[1:]}
         # Whole batches are asked again, so that an answer's batch is always the same.
-        batches = list(in_batches(questions.test, questions.recipe))
+        batches = list(in_batches(eval_set.test, eval_set.recipe))
         missing = [batch for batch in batches if any(example.item.key not in done for example in batch)]
         if missing:
-            model = _fine_tuned(respondent, questions, seed, weights, progress)
-            for batch in progress(f"{respondent.label} seed {seed}: answering", missing):
-                for answer in ask(model, batch, questions.recipe, seed):
+            tuned = _fine_tuned(model, eval_set, seed, weights, progress)
+            for batch in progress(f"{model.label} seed {seed}: answering", missing):
+                for answer in ask(tuned, batch, eval_set.recipe, seed):
                     if answer.item not in done:
                         journal.append(asdict(answer))
                         done[answer.item] = asdict(answer)
             weights.unlink(missing_ok=True)
-    return [Answer(**done[example.item.key]) for example in questions.test]
+    return [Answer(**done[example.item.key]) for example in eval_set.test]
 
 
 def _fine_tuned(
-    respondent: EvaluatedModel, questions: EvalSet, seed: int, weights: Path, progress: Progress
+    model: EvaluatedModel, eval_set: EvalSet, seed: int, weights: Path, progress: ShowProgress
 ) -> nn.Module:
-    """Give the model fine-tuned with one seed, from disk where an earlier start got as far as that."""
+    """Return the model fine-tuned with one seed, from disk where an earlier start got as far as that."""
     if weights.is_file():
-        return respondent.open(weights)
-    model = respondent.open(None)
-    words = f"{respondent.label} seed {seed}: fine-tuning"
-    fine_tune(model, questions.train, questions.recipe, seed, lambda steps: progress(words, steps))
+        return model.open(weights)
+    tuned = model.open(None)
+    words = f"{model.label} seed {seed}: fine-tuning"
+    fine_tune(tuned, eval_set.train, eval_set.recipe, seed, lambda steps: progress(words, steps))
     temporary = weights.with_name(f".{weights.name}.{os.getpid()}.tmp")
     try:
-        save_tensors(model.state_dict(), temporary)
+        save_tensors(tuned.state_dict(), temporary)
         temporary.replace(weights)
     finally:
         temporary.unlink(missing_ok=True)
-    return model
+    return tuned
 
 
 @torch.no_grad()
 def ask(model: nn.Module, batch: Sequence[Example], recipe: Recipe, seed: int) -> list[Answer]:
-    """Give a fine-tuned model's answers to one batch, with the loss of the references and the scores."""
+    """Return a fine-tuned model's answers to one batch, with the loss of the references and the scores."""
     losses = response_losses(model, batch).tolist()  # waits for the device
     written = write_answers(model, [example.prompt for example in batch], recipe.max_tokens)
     return [

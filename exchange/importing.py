@@ -1,21 +1,13 @@
-"""Make a run folder from weights that were trained elsewhere.
+"""Make a run folder from weights that were trained elsewhere."""
 
-SOURCE is hf:OWNER/NAME (a GPT-2 on the Hugging Face Hub), a folder with config.json and model.safetensors, or another
-harness's model.safetensors. The run can be scored, sampled, exported, and trained on.
-
-  python import_weights.py hf:openai-community/gpt2 gpt2-small
-"""
-
-import argparse
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from torch import Tensor
+from torch import Tensor, nn
 
 from exchange import parity, vocabulary
 from exchange.hugging_face import (
@@ -30,13 +22,12 @@ from exchange.hugging_face import (
     weight_files,
 )
 from exchange.published import config_of
-from harness.engine.checkpoint import save_tensors
+from harness.engine.checkpoint import read_tensors, save_tensors
 from harness.run.config import ModelConfig
-from harness.run.errors import CheckpointError, ConfigError, DataError, exit_status_of, hub_errors
-from harness.run.files import RUNS, atomic_folder, file_sha256, replace_link, utc_now, write_json
+from harness.run.errors import CheckpointError, ConfigError, DataError, hub_errors
+from harness.run.files import atomic_folder, file_sha256, replace_link, utc_now, write_json
 from harness.run.run_folder import RUN_NAME, RunFolder
 from harness.tokens.tokenizer import VOCAB_SIZE, printable_vocabulary
-from model import STORED_MASK, load_weights, read_weights, uninitialized_model
 
 DATASET_TO_NAME = "name-your-dataset"
 # Gentle settings for training on: a tenth of a usual peak, because the weights are no longer anywhere.
@@ -71,16 +62,30 @@ class Weights:
     """The Hugging Face folder, where it is one."""
 
 
-def main() -> None:
-    """Read the source, check it against transformers, and write the run folder."""
-    arguments = parse_arguments()
-    target = new_run(arguments.runs_dir, arguments.run)
-    weights = read_source(arguments)
+@dataclass(frozen=True)
+class ImportRequest:
+    """What to import, and as which run."""
+
+    source: str
+    run: str
+    runs_dir: Path
+    revision: str | None
+    n_heads: int | None
+    vocab_size: int | None
+
+
+BuildModel = Callable[[ModelConfig, Mapping[str, Tensor], object], nn.Module]
+"""Makes a model with given weights; the last argument names their source in errors."""
+
+
+def import_weights(request: ImportRequest, build_model: BuildModel) -> None:
+    """Read the source, check it against transformers, and write the run folder; raises HarnessError."""
+    target = new_run(request.runs_dir, request.run)
+    weights = read_source(request)
     for remark in weights.remarks:
         print(remark)
-    model = uninitialized_model(weights.config)
-    load_weights(model, weights.tensors, arguments.source)
-    require_numbers(model.state_dict(), arguments.source)
+    model = build_model(weights.config, weights.tensors, request.source)
+    require_numbers(model.state_dict(), request.source)
     origin = {**weights.origin, "time": utc_now(), "logit_parity": None}
     if weights.folder is None:
         print("Logits: not checked, because the source is no Hugging Face folder")
@@ -94,36 +99,11 @@ def main() -> None:
         print(f"Logits equal those of transformers: {found}")
     write_run(target, weights.config, model.state_dict(), origin)
     print(f"{target}: imported {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f'To train on from here, name a dataset in {target / "train.json"} (now "{DATASET_TO_NAME}")')
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line; bad usage exits with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="hf:OWNER/NAME, a folder, or a .safetensors file")
-    parser.add_argument("run", metavar="RUN", help="name of the run folder to make")
-    parser.add_argument("--runs-dir", type=Path, default=RUNS, help="where runs live (default: runs)")
-    parser.add_argument("--revision", help="commit, branch or tag of an hf: source (default: the newest)")
-    parser.add_argument("--n-heads", type=_positive, metavar="N", help="of a .safetensors file (default: width / 64)")
-    parser.add_argument(
-        "--vocab-size", type=_positive, metavar="N", help="keep the first N ids, as the rest is padding"
-    )
-    arguments = parser.parse_args()
-    if arguments.revision and not arguments.source.startswith("hf:"):
-        parser.error("--revision goes with a source hf:OWNER/NAME")
-    if arguments.n_heads and not arguments.source.endswith(".safetensors"):
-        parser.error("--n-heads goes with a .safetensors file; a Hugging Face folder says it itself")
-    return arguments
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number above 0")
-    return int(text)
+    print(f'To train on from here, name a dataset in {RunFolder(target).train_json} (now "{DATASET_TO_NAME}")')
 
 
 def new_run(runs_dir: Path, name: str) -> Path:
-    """Give the folder of a run that does not exist yet; raises ConfigError."""
+    """Return the folder of a run that does not exist yet; raises ConfigError."""
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(f"RUN: found {name[:80]!r}, wanted a name of letters, digits, '.', '_' and '-'")
     if (runs_dir / name).exists() or (runs_dir / name).is_symlink():
@@ -131,22 +111,22 @@ def new_run(runs_dir: Path, name: str) -> Path:
     return runs_dir / name
 
 
-def read_source(arguments: argparse.Namespace) -> Weights:
+def read_source(request: ImportRequest) -> Weights:
     """Read whatever SOURCE names; raises a documented error."""
-    source, asked = arguments.source, arguments.vocab_size
+    source, asked = request.source, request.vocab_size
     path = Path(source)
     if source.startswith("hf:"):
-        folder, commit = download(source.removeprefix("hf:"), arguments.revision)
+        folder, commit = download(source.removeprefix("hf:"), request.revision)
         return read_folder(folder, {"source": source, "commit": commit}, asked)
     if path.is_dir():
         return read_folder(path, {"source": source}, asked)
     if path.is_file() and path.suffix == ".safetensors":
-        return read_file(path, arguments.n_heads, asked)
+        return read_file(path, request.n_heads, asked)
     raise ConfigError(f"SOURCE: found {source[:200]!r}, wanted hf:OWNER/NAME, a folder or a .safetensors file")
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
-    """Fetch what is needed of a model on the Hub into its cache; gives the folder and the commit.
+    """Fetch what is needed of a model on the Hub into its cache; returns the folder and the commit.
 
     Raises DataError. Nothing but JSON and safetensors is asked for.
     """
@@ -170,7 +150,7 @@ def read_folder(folder: Path, origin: dict[str, Any], asked: int | None) -> Weig
     files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for path in files:
-        tensors |= read_weights(path)
+        tensors |= read_tensors(path)
     kinds = sorted(
         {str(value.dtype).removeprefix("torch.") for value in tensors.values() if value.is_floating_point()}
     )
@@ -189,7 +169,7 @@ def read_folder(folder: Path, origin: dict[str, Any], asked: int | None) -> Weig
 
 def read_file(path: Path, n_heads: int | None, asked: int | None) -> Weights:
     """Read another harness's model.safetensors."""
-    tensors = {name: value for name, value in read_weights(path).items() if not STORED_MASK.fullmatch(name)}
+    tensors = read_tensors(path)
     config = config_of(tensors, n_heads, path)
     origin = {"source": str(path), "tokenizer_is_gpt2": None, "files": {path.name: file_sha256(path)}}
     remarks = [] if n_heads else [f"Heads: {config.n_heads}, at 64 channels each (--n-heads says otherwise)"]
@@ -241,7 +221,3 @@ def write_run(target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], 
         write_json(folder.model_json, {**schemas["model"], **asdict(config)})
         write_json(folder.train_json, {**schemas["train"], **TRAIN, **notes})
         folder.read_configs()
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status_of(main))

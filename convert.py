@@ -1,0 +1,102 @@
+"""Bring weights in from elsewhere, and take checkpoints out to transformers.
+
+  python convert.py import hf:openai-community/gpt2 gpt2-small
+  python convert.py export 8xa100m40-baseline/checkpoints/best export/baseline
+
+`python convert.py VERB --help` tells more of each verb.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exchange.exporting import ExportRequest, export
+from exchange.importing import ImportRequest, import_weights
+from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, whole_number
+from harness.run.config import ModelConfig
+from harness.run.errors import exit_status_of
+from harness.run.score import Score
+from model import load_model, load_weights, uninitialized_model
+from study.statistics import clustered_mean
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+def main() -> None:
+    """Do what the verb asks for; raises HarnessError."""
+    dispatch(__doc__, {"import": import_verb, "export": export_verb})
+
+
+def import_verb(words: list[str]) -> None:
+    """Make a run folder from weights that were trained elsewhere.
+
+      python convert.py import hf:openai-community/gpt2 gpt2-small
+
+    SOURCE is hf:OWNER/NAME (a GPT-2 on the Hugging Face Hub), a folder with config.json and model.safetensors, or
+    another harness's model.safetensors. The run can be scored, sampled, exported, and trained on.
+    """
+    parser = parser_of(import_verb.__doc__, "convert.py import")
+    parser.add_argument("source", metavar="SOURCE", help="hf:OWNER/NAME, a folder, or a .safetensors file")
+    parser.add_argument("run", metavar="RUN", help="name of the run folder to make")
+    add_runs_dir(parser)
+    parser.add_argument("--revision", help="commit, branch or tag of an hf: source (default: the newest)")
+    parser.add_argument(
+        "--n-heads", type=whole_number(), metavar="N", help="of a .safetensors file (default: width / 64)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=whole_number(), metavar="N", help="keep the first N ids, as the rest is padding"
+    )
+    request = parse_into(ImportRequest, parser, words)
+    if request.revision and not request.source.startswith("hf:"):
+        parser.error("--revision goes with a source hf:OWNER/NAME")
+    if request.n_heads and not request.source.endswith(".safetensors"):
+        parser.error("--n-heads goes with a .safetensors file; a Hugging Face folder says it itself")
+    import_weights(request, build_model)
+
+
+def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], source: object) -> nn.Module:
+    """Return a model with these weights, on the CPU; raises CheckpointError where they do not fit."""
+    model = uninitialized_model(config)
+    load_weights(model, tensors, source)
+    return model
+
+
+def export_verb(words: list[str]) -> None:
+    """Write a checkpoint as a folder that transformers loads as it is, without remote code.
+
+      python convert.py export 8xa100m40-baseline/checkpoints/best export/baseline
+
+    What is written is loaded again with transformers, and its logits are compared, before it appears.
+    """
+    parser = parser_of(export_verb.__doc__, "convert.py export")
+    parser.add_argument("run", metavar="RUN", help="a run, or RUN/checkpoints/NAME (latest, best or a step's folder)")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a folder that is new or empty")
+    add_runs_dir(parser)
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub, privately")
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository is public")
+    parser.add_argument("--license", metavar="ID", help="for the model card, such as apache-2.0 or mit")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="do not load it with transformers")
+    request = parse_into(ExportRequest, parser, words)
+    if request.public and not request.push:
+        parser.error("--public goes with --push OWNER/NAME")
+    if request.push and not REPOSITORY.fullmatch(request.push):
+        parser.error(f"--push: found {request.push[:80]!r}, wanted OWNER/NAME")
+    if request.license and not LICENCE.fullmatch(request.license):
+        parser.error(f"--license: found {request.license[:80]!r}, wanted an identifier such as apache-2.0")
+    export(request, lambda config, weights: load_model(config, weights, torch.device("cpu")), interval_of)
+
+
+def interval_of(score: Score) -> tuple[float, float] | None:
+    """Return the 95% interval of a test loss that the choice of test text leaves; None where nothing is known."""
+    estimate = clustered_mean(*score.read_losses())
+    return estimate.interval() if np.isfinite(estimate.se) else None
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status_of(main))

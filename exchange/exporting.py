@@ -1,0 +1,167 @@
+"""Write a checkpoint as a stock GPT2LMHeadModel, and check it with transformers before it appears."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from torch import nn
+
+from exchange import parity
+from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE, config_document, require_expressible, to_hugging_face
+from exchange.model_card import CHART, Interval, Publication, model_card
+from exchange.vocabulary import tokenizer_files
+from harness.engine.checkpoint import MANIFEST_FILE, save_tensors
+from harness.run.config import ModelConfig
+from harness.run.errors import CheckpointError, ConfigError, StorageError, hub_errors
+from harness.run.files import atomic_folder, file_sha256, read_json, write_json, write_text
+from harness.run.run_folder import RunFolder, open_run
+from harness.run.score import Score
+from harness.tokens.tokenizer import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    MERGES,
+    VOCAB_SIZE,
+    gpt2_encoding,
+    printable_vocabulary,
+)
+
+# Each of these breaks a tokenizer that cuts text, counts spaces or spells bytes in another way.
+HARD_TEXTS = (
+    "Every effort moves you",
+    "  two  spaces,\ttabs\n\n\nand lines \r\n ",
+    "I'll we've DON'T 'S 's 1234567 3.14159 x=-1;",
+    "naïve café — “quoted” … ½ ² Ⅳ",
+    "日本語 한국어 العربية हिन्दी \u200d👩‍👩‍👧‍👦🇩🇪 \u00a0\u3000 e\u0301",
+    "\x00\x07\x7f\ufeff\ufffd",
+)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export, and where to."""
+
+    run: str
+    """RUN, for its newest checkpoint, or RUN/checkpoints/NAME."""
+    out_dir: Path
+    runs_dir: Path
+    push: str | None
+    """Repository on the Hub, OWNER/NAME."""
+    public: bool
+    license: str | None
+    check: bool
+
+
+OpenModel = Callable[[Path, Path], nn.Module]
+"""Opens a model from its model.json and its weights, on the CPU and in evaluation mode."""
+IntervalOf = Callable[[Score], Interval]
+
+
+def export(request: ExportRequest, open_model: OpenModel, interval_of: IntervalOf) -> None:
+    """Find the checkpoint, write the export, check it, and push it if asked; raises HarnessError."""
+    require_possible(request)
+    folder, step = find_checkpoint(request.runs_dir, request.run)
+    require_whole(folder, step)
+    config, _ = folder.read_configs()
+    require_expressible(config, folder.model_json)
+    model = open_model(folder.model_json, folder.weights(step))
+    is_gpt2 = read_json(folder.imported / "source.json").get("tokenizer_is_gpt2") is not False
+    has_tokenizer = config.vocab_size == VOCAB_SIZE and is_gpt2
+    with atomic_folder(request.out_dir) as path:
+        write_model(path, model, config, has_tokenizer)
+        write_card(path, folder, step, request, interval_of)
+        if request.check:
+            found = parity.check_logits(model, path, config.vocab_size, config.context_length)
+            if has_tokenizer:
+                encoding = gpt2_encoding()
+                parity.check_encoding(path, [(text, encoding.encode_ordinary(text)) for text in HARD_TEXTS])
+    print(f"Logits in transformers equal ours: {found}" if request.check else "Logits: not checked (--no-check)")
+    if not has_tokenizer:
+        why = f"has {config.vocab_size:,} ids, not GPT-2's {VOCAB_SIZE:,}"
+        why = why if is_gpt2 else "came with a tokenizer of its own"
+        print(f"Tokenizer: none written, because the model {why}")
+    print(f"{request.out_dir}: {folder.path.name} {folder.checkpoint(step).name}, ready for from_pretrained")
+    if request.push:
+        push(request.out_dir, request.push, request.public)
+
+
+def require_possible(request: ExportRequest) -> None:
+    """Raise ConfigError for all that would stop the export, or the push, after the work is done."""
+    out_dir = request.out_dir
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ConfigError(f"OUT_DIR: found {out_dir} with something in it, wanted a new or empty folder")
+    if request.check and not parity.is_available():
+        raise ConfigError(
+            "transformers is not installed, so the export cannot be checked: "
+            "pip install 'transformers>=5', or --no-check to write it unchecked"
+        )
+    if request.push and huggingface_hub.get_token() is None:
+        raise ConfigError("--push: found no token, wanted one of `hf auth login` or in the variable HF_TOKEN")
+
+
+def find_checkpoint(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
+    """Find the checkpoint that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError."""
+    run, _, rest = words.rstrip("/").partition("/")
+    folder = open_run(runs_dir, run)
+    place, _, name = rest.partition("/")
+    if rest and (place != "checkpoints" or not name or "/" in name):
+        raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
+    if not rest:  # the links are hints; the newest folder is the truth
+        steps = folder.model_steps()
+    else:
+        path = (folder.checkpoints / name).resolve()
+        steps = [step for step in folder.model_steps() if folder.checkpoint(step).resolve() == path]
+    if not steps or not (folder.weights(steps[-1])).is_file():
+        raise CheckpointError(
+            f"{folder.checkpoints}: found no {name or 'checkpoint'}, wanted one with {WEIGHTS_FILE}"
+        )
+    return folder, steps[-1]
+
+
+def require_whole(folder: RunFolder, step: int) -> None:
+    """Check the weights against the checkpoint's manifest, where it has one; raises CheckpointError."""
+    path = folder.weights(step)
+    manifest = read_json(path.parent / MANIFEST_FILE).get("files", {})
+    wanted = manifest.get(WEIGHTS_FILE, {}).get("sha256")
+    if wanted and (found := file_sha256(path)) != wanted:
+        raise CheckpointError(f"{path}: found SHA-256 {found}, wanted {wanted}")
+
+
+def write_model(path: Path, model: nn.Module, config: ModelConfig, has_tokenizer: bool) -> None:
+    """Write configuration, weights and tokenizer."""
+    end_of_text = END_OF_TEXT_ID if has_tokenizer else None
+    write_json(path / CONFIG_FILE, config_document(config, end_of_text))
+    # Without a limit of its own a pipeline asks for 256 tokens, which is past the end of a short context.
+    limit = min(256, config.context_length // 2)
+    generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "max_new_tokens": limit}
+    write_json(path / "generation_config.json", generation)
+    save_tensors(to_hugging_face(model.state_dict(), config), path / WEIGHTS_FILE, {"format": "pt"})
+    if has_tokenizer:
+        merges = MERGES.read_text(encoding="utf-8")
+        files = tokenizer_files(printable_vocabulary(), merges, END_OF_TEXT, config.context_length)
+        for name, text in files.items():
+            write_text(path / name, text)
+
+
+def write_card(path: Path, folder: RunFolder, step: int, request: ExportRequest, interval_of: IntervalOf) -> None:
+    """Write the model card, with the run's loss chart and the scores of exactly these weights."""
+    chart = folder.charts / CHART
+    if chart.is_file():
+        shutil.copyfile(chart, path / CHART)
+    sha256 = file_sha256(folder.weights(step))
+    of_these = [score for score in Score.of_checkpoint(folder, step) if score.model.model_sha256 == sha256]
+    scores = [(score, interval_of(score)) for score in of_these if score.loss is not None]
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    publication = Publication(request.push, request.license, has_tokenizer, chart.is_file())
+    write_text(path / "README.md", model_card(folder, step, scores, publication))
+
+
+def push(path: Path, repository: str, is_public: bool) -> None:
+    """Upload an export to the Hub; raises StorageError in one line, without the token."""
+    api = huggingface_hub.HfApi()
+    what, after = f"--push: {repository} could not be uploaded", f"; {path} is whole: hf upload {repository} {path}"
+    with hub_errors(what, StorageError, after, secret=huggingface_hub.get_token()):
+        url = api.create_repo(repository, private=not is_public, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=path, commit_message="Upload model")
+    print(f"Pushed to {url}")

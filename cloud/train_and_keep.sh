@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# As train.sh, on a machine that may be taken away: the run's folder is copied to KEPT_DIR (a mounted bucket) every few
-# minutes and at the end, and taken from there at the start.
+# Runs train.sh on a machine that may be reclaimed: copies the run's folder from KEPT_DIR (a mounted bucket) at the start,
+# and back every few minutes and at the end.
 #   cloud/train_and_keep.sh KEPT_DIR RUN DATASETS_DIR [options of ddp_train.py]
-# Started through bash, here and by SkyPilot: files that come by way of a bucket lose their executable bit.
-# A copy that was cut off does no harm: a checkpoint is verified before it is resumed from.
+# Scripts are started through bash, because files uploaded through a bucket lose their executable bit.
+# An incomplete copy does no harm: checkpoints are verified before a run resumes from them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kept=$1/$2
@@ -16,13 +16,13 @@ if [ "${SKYPILOT_NODE_RANK:-0}" -ne 0 ]; then # only rank 0's machine has the ru
 fi
 
 keep() {
-  # A bucket has no links and its own clock; a resumed run makes the links anew. Pruned checkpoints go there too, but
-  # only when the new ones are whole: this machine may be gone at any moment.
+  # A bucket has no symbolic links, which a resumed run makes again, and its own clock. Pruned checkpoints are deleted
+  # from it only after the new ones are complete, because this machine may be reclaimed at any moment.
   rsync --recursive --update --inplace --delete-after --exclude='.lock' --exclude='.tmp-*' --exclude='.*.tmp' \
     "$run/" "$kept/" || echo "warning: $run could not be copied to $kept" >&2
 }
 
-if [ -d "$kept" ]; then # the configuration that was sent along is the newer one
+if [ -d "$kept" ]; then # keep the uploaded configuration, which is newer
   rsync --recursive --exclude=/model.json --exclude=/train.json "$kept/" "$run/"
 fi
 mkdir -p "$kept"

@@ -43,7 +43,7 @@ class TokenWriter:
         self.truncate()
 
     def truncate(self) -> None:
-        """Cut off what lies in the file beyond the counts."""
+        """Cut off what the file holds beyond the counts."""
         self._file.truncate(HEADER_BYTES + 2 * self.counts.tokens)
         self._file.seek(0, os.SEEK_END)
 

@@ -1,7 +1,7 @@
 """Sends messages when training starts, stops, fails or finishes, through any service that the apprise library knows.
 
-A separate process sends each message (`python -m harness.observers.notifications`), so that a dead network delays
-only the end of training, and by a few seconds at most. Addresses often contain passwords: they are read from the
+A separate process sends each message (`python -m harness.observers.notifications`), so a dead network delays only
+the end of training, and by a few seconds at most. Addresses often contain passwords: they are read from the
 environment, passed to that process through standard input, and neither written nor printed.
 """
 

@@ -1,10 +1,10 @@
-"""What the user wrote: `model.json` and `train.json` as frozen, validated dataclasses.
+"""A run's configuration: `model.json` and `train.json` as frozen, validated dataclasses.
 
-Every error of both files is reported at once, one line each, and nothing here changes a configuration after it was
-read. What follows from a configuration for a world size is in `plan.py`.
+All errors of both files are reported at once, one line each, and a configuration never changes after it was read.
+`plan.py` derives the counts of a run from it.
 
-A field says on itself what it is (see `keys.py`): hashes, the identity that a resumed run must share with its
-checkpoint, the reference page and the tests read it there.
+The type of each field says which part of the configuration the key belongs to (see `keys.py`). Hashes, the check
+before a run is resumed, the reference page and the tests read it from there.
 """
 
 import difflib
@@ -26,8 +26,6 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attrib
 
 Purpose = Literal["init", "order", "dropout"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
-
-
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 LOGGERS_WANTED = Wanted('a list of "tensorboard", "wandb" and "trackio", each at most once')
 
@@ -68,7 +66,7 @@ class ModelConfig:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained: data, batch, optimiser, precision, seeds and intervals."""
+    """How a model is trained: data, batch, optimizer, precision, seeds and intervals."""
 
     dataset: Recipe[Annotated[str, Wanted("NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'")]] = Field(
         pattern=DATASET_NAME, max_length=200
@@ -162,11 +160,11 @@ class TrainConfig:
 
     @property
     def schedule_name(self) -> str:
-        """The schedule by its name in `harness.engine.schedules`."""
+        """The schedule's name in `harness.engine.schedules`."""
         return self.schedule or ("cosine" if self.schedule_learning_rate else "constant")
 
     def seed_of(self, purpose: Purpose) -> int:
-        """Return the seed of one purpose, which is random_seed unless set apart."""
+        """Return the seed of one purpose: its own key, or random_seed if that is null."""
         seed: int | None = getattr(self, f"{purpose}_seed")
         return self.random_seed if seed is None else seed
 
@@ -203,7 +201,7 @@ def load_run_configs(model_path: Path, train_path: Path) -> tuple[ModelConfig, T
 
 
 def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: str | Path) -> ConfigT:
-    """Validate a document that is, or will be, the file at `path`; raises ConfigError with a line for every error."""
+    """Validate the content of the file at `path`; raises ConfigError with one line for every error."""
     data = dict(document)
     data.pop("$schema", None)
     known = {item.name: data.pop(item.name) for item in fields(config_class) if item.name in data}
@@ -212,7 +210,7 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
     try:
         config = config_class(**known)
     except ValidationError as error:
-        # A union reports an error for each of its members; one for each key says enough.
+        # pydantic reports an error for each member of a union; keep one for each key.
         wrong = {str(item["loc"][0]): dict(item) for item in error.errors(include_url=False)}
     problems += [_line_for(key, item, config_class) for key, item in wrong.items()]
     problems += _conflicts({key: value for key, value in known.items() if key not in wrong})
@@ -231,7 +229,7 @@ def _unknown_key(key: str, config_class: type) -> str:
 
 
 def _conflicts(data: dict[str, Any]) -> list[str]:
-    """Return what keys of one file, each right by itself, say against each other."""
+    """Return an error line for every conflict between keys of one file that are valid on their own."""
 
     def multiple(key: str, of: str) -> list[str]:
         value, divisor = data.get(key), data.get(of)
@@ -252,7 +250,7 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
 
 
 def _too_large(data: dict[str, Any]) -> list[str]:
-    """Refuse a model that no machine could hold before anything is allocated for it; counts its matrices alone."""
+    """Return an error line for a model too large for any machine, before memory is allocated; counts its matrices."""
     if not {"vocab_size", "context_length", "emb_dim", "n_layers"} <= data.keys():
         return []
     rows = data["vocab_size"] + data["context_length"] + 12 * data["n_layers"] * data["emb_dim"]

@@ -1,4 +1,4 @@
-"""The terminal: output that outlives whoever reads it, and progress bars."""
+"""Terminal output: streams whose write errors are ignored, and progress bars."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 
 class LastingStream:
-    """A text stream whose writes never fail: once its reader is gone, or its disk full, what is written is dropped.
+    """A text stream that drops output once it cannot be written, because its reader is gone or its disk full.
 
-    A closed terminal must not end a run that a night of training has gone into.
+    A closed terminal must not end a long run.
     """
 
     def __init__(self, stream: IO[str]) -> None:
@@ -25,7 +25,7 @@ class LastingStream:
             return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written, or drop it."""
+        """Flush what was written, or drop it."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
@@ -39,12 +39,12 @@ class LastingStream:
 
 
 def ignore_output_errors() -> None:
-    """Let this process's output be dropped where it cannot be written."""
+    """Drop this process's output from now on where it cannot be written."""
     sys.stdout = LastingStream(sys.stdout)
     sys.stderr = LastingStream(sys.stderr)
 
 
 def progress_bar(total: int | None, unit: str, **options: Any) -> "tqdm[Any]":
-    """Return a progress bar on stderr: it moves twice a second, or in a log file every 30 seconds."""
+    """Return a progress bar on stderr, updated twice a second, or every 30 seconds in a log file."""
     is_terminal = sys.stderr.isatty()
     return tqdm(total=total, unit=unit, dynamic_ncols=is_terminal, mininterval=0.5 if is_terminal else 30, **options)

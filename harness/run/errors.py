@@ -1,7 +1,7 @@
 """One exception for each documented exit status.
 
-An error is raised where it is found, with a message a user can act on, and turned into an exit status once,
-by `exit_status_of` around a command's `main`. Nothing here imports anything but the standard library.
+Errors are raised where they are found, with a message that a user can act on. `exit_status_of`, around a command's
+`main`, is the only place that turns them into an exit status. This module imports only the standard library.
 """
 
 import errno
@@ -12,13 +12,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-INTERRUPTED_STATUS = 130  # as a shell reports SIGINT: there was nothing to save
+INTERRUPTED_STATUS = 130  # as a shell reports SIGINT; nothing needed saving
 BROKEN_PIPE_STATUS = 141  # as a shell reports SIGPIPE
 DEFECT_STATUS = 1
 # Access tokens of the Hugging Face Hub and keys of OpenAI-compatible services.
 SECRET = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{8,}")
 REQUEST_ID = re.compile(r"\(Request ID: [^)]*\)\.?")
-# What could move a terminal's cursor or reverse its text: control characters, and Unicode's directional ones.
+# Control characters and Unicode's directional ones can move a terminal's cursor or reverse its text.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -27,13 +27,13 @@ class HarnessError(Exception):
 
     exit_status = 1
     is_found_by_all = False
-    """Whether every process of a machine finds it alike, so that one of them should say it."""
+    """Whether every process of a machine finds the same error, so that only one of them should print it."""
 
     def __init__(self, *lines: str, details: str = "") -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
         self.details = details
-        """The traceback behind it, for status.json; it was printed where it arose."""
+        """The traceback behind it, for status.json; it was printed where it was caught."""
 
 
 class ConfigError(HarnessError):
@@ -82,7 +82,7 @@ class PeerError(HarnessError):
 
 
 class DoesNotFitError(HarnessError):
-    """A trial (--find-max-microbatch-size) found that memory does not suffice; never a command's own status."""
+    """A trial of --find-max-microbatch-size ran out of memory; never the status of the command itself."""
 
     exit_status = errno.ENOMEM
 
@@ -94,30 +94,30 @@ class StopRequestedError(HarnessError):
 
 
 def as_harness_error(error: BaseException) -> HarnessError | None:
-    """Return the documented error behind `error`, or None if it is a defect that deserves its traceback."""
+    """Return the documented error behind `error`, or None if it is a defect, whose traceback should be printed."""
     if isinstance(error, HarnessError):
         return error
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return StorageError(f"{error.filename or 'output'}: the disk is full ({error.strerror})")
     if isinstance(error, OSError) and error.filename is not None:
-        # A path that a user named or owns; a broken pipe or a lost connection has none.
+        # A path is something that the user can act on; a broken pipe or a lost connection has none.
         return StorageError(f"{error.filename}: cannot be used ({error.strerror})")
     return None
 
 
 def fit_to_print(text: str) -> str:
-    """Make text from elsewhere fit for a terminal or a file: secrets masked, control characters escaped."""
+    """Return text from elsewhere with secrets masked and control characters escaped, to print or to write."""
     masked = SECRET.sub(r"\1...", text)
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), masked)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _hub_reason(error: BaseException) -> str:
-    """Return in one line why the Hugging Face Hub refused; its client puts that below a line with a request id."""
+    """Return in one line why the Hub refused, without the request id that its client adds."""
     text = " ".join(REQUEST_ID.sub("", str(error)).split())
     return text[:400] or type(error).__name__
 
@@ -126,9 +126,9 @@ def _hub_reason(error: BaseException) -> str:
 def hub_errors(
     what: str, error_class: type[HarnessError], after: str = "", secret: str | None = None
 ) -> Iterator[None]:
-    """Turn what the Hub client raises, many types of its own and of its HTTP library, into a line that begins `what`.
+    """Turn all errors of the Hub client and its HTTP library into one `error_class` with a line that begins `what`.
 
-    Errors that are documented already, as a full disk, stay as they are.
+    Errors with a documented exit status, such as a full disk, stay as they are. `secret` is masked in the message.
     """
     try:
         yield
@@ -140,15 +140,15 @@ def hub_errors(
 
 
 def exit_status_of(command: Callable[[], object], speaks: bool = True) -> int:
-    """Run `command`; print a documented error to stderr and give its exit status, or 0.
+    """Run `command` and return its exit status; prints a documented error in one line.
 
-    Any other error is a defect: its traceback is printed, and the status is 1. Without `speaks`, errors that another
-    process of the machine finds alike are left for that one to print.
+    Any other error is a defect: its traceback is printed, and the status is 1. Without `speaks`, errors that every
+    process of the machine finds are left to another process to print.
     """
     try:
         command()
         sys.stdout.flush()
-    except BrokenPipeError:  # as in `... | head`: nobody reads on
+    except BrokenPipeError:  # as in `... | head`: the reader is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE_STATUS
     except Exception as error:

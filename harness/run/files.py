@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, and where the project's own files lie."""
+"""Atomic writes, so that a reader sees a file whole or not at all, and the paths of the checkout."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ RUNS = ROOT / "runs"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically and durably: a reader, or a power cut, sees the old text or the new."""
+    """Replace a file atomically and durably: readers see the old text or the new, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -42,7 +42,7 @@ def json_text(value: object) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that the harness wrote; nothing where there is none that can be read."""
+    """Read a JSON object that the harness wrote; returns {} if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -51,12 +51,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_number(value: float) -> float | None:
-    """Return a number as strict JSON can hold it: null where it is not finite."""
+    """Return a finite number as it is, and None, which strict JSON can hold, for any other."""
     return value if math.isfinite(value) else None
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Point the relative symbolic link at `target` without a moment in which it is missing."""
+    """Point a symbolic link at `target`, a relative path, atomically."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -65,9 +65,9 @@ def replace_link(link: Path, target: str) -> None:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Make folder `target`, new or empty until now, so that it appears whole or not at all.
+    """Yield a temporary folder that becomes `target`, which must be missing or empty, if the block succeeds.
 
-    Yields the folder beside it in which to write; what an interrupted attempt left there is deleted first.
+    It is beside `target`; leftovers of an interrupted attempt are deleted first.
     """
     target = target.resolve()
     temporary = target.with_name(f".{target.name}.unfinished")
@@ -99,5 +99,5 @@ def fsync_folder(path: Path) -> None:
 
 
 def utc_now() -> str:
-    """Return the time in UTC, for people; durations are measured with a monotonic clock elsewhere."""
+    """Return the time in UTC, for people to read; durations are measured with a monotonic clock."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,7 +1,7 @@
-"""What a key of a configuration file is, said by the type of its field.
+"""The part of the configuration that a key belongs to, given by the type of its field.
 
 A field's type is `Recipe[...]`, `Execution[...]`, `Seed[...]`, `Interval[...]` or `Report[...]`, inside `Later[...]`
-if it came after the first release. No other place lists keys by name.
+if the key came after the first release. No other code lists keys by name.
 """
 
 import functools
@@ -11,30 +11,30 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 
 class Part(StrEnum):
-    """What a key is a part of, which decides what changing it means."""
+    """The parts of the configuration; they decide what changing a key means."""
 
     RECIPE = "recipe"
-    """Decides what is computed: in the recipe's hash, and a resumed run must have it as its checkpoint had."""
+    """Decides what is computed. In the recipe's hash, and a resumed run must have the value of its checkpoint."""
     EXECUTION = "execution"
-    """How the recipe is carried out: in the recipe's hash, but a resumed run may change it. What must stay of it, as
-    the size of the global batch, is in the resume identity by value."""
+    """Decides how the recipe is carried out. In the recipe's hash, but a resumed run may change it; what it must not
+    change, such as the global batch, is in the resume identity separately."""
     SEED = "seed"
     """Tells replicates of one recipe apart."""
     INTERVAL = "interval"
-    """When something is saved or measured."""
+    """Decides when something is saved or measured."""
     REPORT = "report"
-    """What only a reader of reports sees."""
+    """Changes nothing but what reports and loggers show."""
 
 
 class AddedLater:
-    """Marks a key that came after the first release. At its default it enters no hash and no identity.
+    """Marks a key that came after the first release; at its default it is left out of all hashes and identities.
 
-    So a new key leaves the checkpoints, scores and ledgers that users already have as they are.
+    So a new key does not invalidate existing checkpoints, scores and ledgers.
     """
 
 
 class Wanted(str):
-    """Says in an error what to write, where pydantic's own words would not."""
+    """What an error says that it wanted, where pydantic's own message is unclear."""
 
 
 T = TypeVar("T")
@@ -57,18 +57,18 @@ def part_of(config_class: type, key: str) -> Part:
 
 
 def changes_nothing(config_class: type, item: Field[Any], value: object) -> bool:
-    """Say whether a key came after the first release and has its default, so that it is as if it were not there."""
+    """Return whether a key came after the first release and has its default, so that it counts as absent."""
     return came_later(config_class, item.name) and bool(value == _default(item))
 
 
 def came_later(config_class: type, key: str) -> bool:
-    """Say whether a key came after the first release."""
+    """Return whether a key came after the first release."""
     return any(isinstance(mark, AddedLater) for mark in marks_of(config_class)[key])
 
 
 @functools.cache
 def marks_of(config_class: type) -> dict[str, tuple[object, ...]]:
-    """Return the marks on every field of a file, by its key."""
+    """Return the marks of every field of a file, by key."""
     return {key: hint.__metadata__ for key, hint in get_type_hints(config_class, include_extras=True).items()}
 
 

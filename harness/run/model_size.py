@@ -1,4 +1,4 @@
-"""How large a model is, from its configuration alone: parameters, and floating-point operations for a token."""
+"""Parameters and floating-point operations per token of a model, computed from its configuration."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from harness.run.config import ModelConfig
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Trainable parameters: all of them, and those outside the two embeddings and the output head."""
+    """Trainable parameters: in total, and without the two embeddings and the output head."""
 
     total: int
     without_embeddings: int

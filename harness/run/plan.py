@@ -1,7 +1,6 @@
-"""What follows from a configuration for a world size: all batch arithmetic, done once, without torch.
+"""All batch arithmetic of a run, derived once from its configuration and the world size, without torch.
 
-A `Plan` is pure arithmetic: the same configuration and world size always give the same plan, on any machine. The
-training loop takes every count it needs from here.
+The same configuration and world size give the same plan on any machine. The training loop takes every count from it.
 """
 
 import math
@@ -38,11 +37,11 @@ class Plan:
 
     @property
     def tokens_needed(self) -> int:
-        """Tokens read from the file: one more than trained, because the last target is the token after."""
+        """Tokens read from the file: one more than trained, for the last target."""
         return self.train_tokens + 1
 
     def batch_split(self) -> dict[str, int]:
-        """Return how the global batch is split, which may change from one start of a run to the next."""
+        """Return how the global batch is split, which may change between two starts of a run."""
         return {
             "world_size": self.world_size,
             "microbatch_size": self.microbatch_size,
@@ -50,24 +49,24 @@ class Plan:
         }
 
     def microbatch_index(self, global_step: int, accumulation_step: int, rank: int) -> int:
-        """Return the place of a micro-batch in the data: ranks take turns within an accumulation step."""
+        """Return the index of a micro-batch in the data; within an accumulation step, ranks take consecutive ones."""
         return (global_step * self.accumulation_steps + accumulation_step) * self.world_size + rank
 
     def is_checkpoint_step(self, global_step: int, interval: int) -> bool:
-        """Say whether the schedule puts a checkpoint after this global step: 0, every interval, the last."""
+        """Return whether a checkpoint is scheduled after this global step: step 0, every interval, the last."""
         return global_step % interval == 0 or global_step == self.global_steps - 1
 
     def is_validation_step(self, global_step: int, interval: int | None) -> bool:
-        """Say whether a validation follows this global step besides those at checkpoints; None validates never."""
+        """Return whether a validation follows this global step, besides those at checkpoints; None: never."""
         return interval is not None and global_step % interval == 0
 
     def checkpoints(self, interval: int) -> int:
-        """Count the checkpoints that the schedule writes."""
+        """Return the number of scheduled checkpoints."""
         return (self.global_steps - 1) // interval + 1 + ((self.global_steps - 1) % interval != 0)
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Return micro-batches per GPU per global step; raises ConfigError where the global batch does not divide."""
+    """Return micro-batches per GPU per global step; raises ConfigError if they do not divide the global batch."""
     if train.global_batch_size is None:
         return train.gradient_accumulation_steps
     per_pass = train.microbatch_size * world_size
@@ -80,9 +79,9 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 
 
 def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_available: int | None = None) -> Plan:
-    """Work out a run's counts.
+    """Return a run's plan.
 
-    `tokens_available` is the number of tokens in the train split from start_train_token on; it is needed where
+    `tokens_available` is the number of tokens in the train split from start_train_token on; it is required if
     min_train_tokens is -1, and otherwise only checked. Raises ConfigError or DataError.
     """
     one_step = Plan(
@@ -96,7 +95,7 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
     if train.min_train_tokens == -1:
         if tokens_available is None:
             raise DataError("train.json: min_train_tokens: found -1 (all that fit), wanted a number to plan with")
-        # The last target is one token beyond the last input, hence the -1.
+        # -1, because the last target is one token beyond the last input.
         plan = replace(one_step, global_steps=(tokens_available - 1) // per_step)
     else:
         plan = replace(one_step, global_steps=math.ceil(train.min_train_tokens / per_step))
@@ -111,5 +110,5 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
 
 
 def validation_sequences(train: TrainConfig, plan: Plan) -> int:
-    """Return the sequences of one validation."""
+    """Return the number of sequences in one validation."""
     return (train.validation_batches or 0) * plan.global_batch

@@ -1,4 +1,4 @@
-"""run.json: what really ran, with an entry for every start of the run."""
+"""run.json: a run's configuration with defaults, its plan and data, and a record of every start."""
 
 import platform
 import subprocess
@@ -17,16 +17,17 @@ PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "huggingface_hub", "pyd
 
 @dataclass(frozen=True)
 class StartRecord:
-    """One start of a run: from which global step, after how many restarts of its launch, and on what."""
+    """One start of a run."""
 
     from_step: int
     restart: int
+    """How often torchrun had restarted the launch."""
     device_names: list[str]
     dataset: list[dict[str, object]]
-    """The tokens that were read through."""
+    """The tokens that were checked."""
 
     def describe(self) -> dict[str, object]:
-        """Return the entry of run.json, with the time, the code's commit and the versions in use."""
+        """Return the entry of run.json, with the current time, the code's commit and the installed versions."""
         return {
             "time": utc_now(),
             "from_step": self.from_step,
@@ -41,7 +42,7 @@ class StartRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What run.json holds; empty where nothing ever ran."""
+    """The content of run.json; empty if the run never started."""
 
     model: dict[str, Any] = field(default_factory=dict)
     """The configuration with its defaults."""
@@ -54,7 +55,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: Path) -> "RunRecord":
-        """Read the file; what is missing in it, or is not what it should be, stays empty."""
+        """Read the file; what is missing or has a wrong type stays empty."""
         empty = cls()
         document = read_json(path)
         found = {
@@ -68,7 +69,7 @@ class RunRecord:
 
     @property
     def global_steps(self) -> int | None:
-        """Global steps of the whole plan; None where nothing ever ran."""
+        """Global steps of the whole plan; None if the run never started."""
         return self.plan.get("global_steps")
 
     @property
@@ -79,7 +80,7 @@ class RunRecord:
 
 
 def record_start(path: Path, model: ModelConfig, train: TrainConfig, plan: Plan, start: StartRecord) -> None:
-    """Write run.json, with one entry more for this start."""
+    """Write run.json, adding an entry for this start."""
     record = RunRecord(
         model=asdict(model),
         train=asdict(train),
@@ -92,7 +93,7 @@ def record_start(path: Path, model: ModelConfig, train: TrainConfig, plan: Plan,
 
 
 def git_state(folder: Path) -> dict[str, object]:
-    """Return the commit of the code and whether it was changed since; None where git cannot say."""
+    """Return the commit of the code and the files changed since; None if git cannot tell."""
 
     def git(*words: str) -> str | None:
         try:

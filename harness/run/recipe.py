@@ -1,7 +1,7 @@
-"""Which runs are replicates of each other, and what a resumed run must share with its checkpoint.
+"""The recipe and its hashes, which identify replicates, and what a resumed run must share with its checkpoint.
 
-One rule for all three: the parts say which keys count, and a key that came after the first release does not count
-while it is at its default.
+All follow one rule: the part of a key decides whether it counts, and a key that came after the first release does not
+count while it has its default.
 """
 
 import hashlib
@@ -14,22 +14,22 @@ from harness.run.keys import Part, changes_nothing, part_of
 
 
 def recipe(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
-    """Return the recipe: every key of both files but seeds, intervals and what only reports show."""
+    """Return the recipe: the keys of both files except seeds, intervals and what only reports show."""
     return dict(_chosen(model, train, Part.RECIPE, Part.EXECUTION))
 
 
 def must_match(model: ModelConfig, train: TrainConfig) -> dict[str, object]:
-    """Return what a resumed run must have as its checkpoint had it, without keys that came later and are unused."""
+    """Return the keys whose values a resumed run must share with its checkpoint, without unused later keys."""
     return dict(_chosen(model, train, Part.RECIPE, leave_out_unused=True)) | dict(train.seeds())
 
 
 def recipe_hash(model: ModelConfig, train: TrainConfig) -> str:
-    """Return the SHA-256 (hex) of the recipe: runs that share it are replicates of each other."""
+    """Return the SHA-256 (hex) of the recipe; runs that share it are replicates."""
     return hash_of_json(_identifying(model, train))
 
 
 def run_hash(model: ModelConfig, train: TrainConfig) -> str:
-    """Return the SHA-256 (hex) of the recipe and its seeds: runs that share it are the same run."""
+    """Return the SHA-256 (hex) of the recipe and seeds; runs that share it compute the same."""
     return hash_of_json({**_identifying(model, train), **train.seeds()})
 
 

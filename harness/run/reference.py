@@ -1,4 +1,4 @@
-"""JSON Schemas for editors, and the reference of all keys, generated from the fields of the configuration.
+"""Generates JSON Schemas for editors, and docs/configuration.md, from the fields of the configuration.
 
 python -m harness.run.reference
 """
@@ -16,13 +16,13 @@ INTRODUCTION = (
     "Generated from the fields in `harness/run/config.py` by `make generated`.",
     "",
     "The part says what changing a key means. `recipe` and `execution` keys make another recipe, so runs that differ "
-    "in them are no replicates of each other. A run goes on from its checkpoints only with the same `recipe` keys "
+    "in them are not replicates. A run resumes from its checkpoints only with the same `recipe` keys "
     "and seeds. `seed` keys tell replicates apart. `interval` and `report` keys may change at any time.",
 )
 
 
 def schema_of(config_class: type) -> dict[str, Any]:
-    """Return the JSON Schema of a configuration file, with descriptions, and `$schema` allowed as a key."""
+    """Return the JSON Schema of a configuration file, with descriptions and `$schema` as an allowed key."""
     schema = TypeAdapter(config_class).json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for name in keys_of(config_class, *Part):

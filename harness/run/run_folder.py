@@ -1,7 +1,7 @@
-"""How a run's folder is laid out on disk: its paths, its lock, and what is moved aside.
+"""The layout of a run's folder: its paths, its lock, and how old files are moved aside.
 
-Only rank 0 writes into the folder, and every file but metrics.jsonl is replaced whole: a reader sees the old file or
-the new one, never a part. What is in a file, the module of its format knows.
+Only rank 0 writes into the folder. Every file but metrics.jsonl is replaced atomically, so readers never see half of
+one. The content of each file is defined in the module of its format.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 IMPORTED = "imported"
 IMPORTED_STEP = -1
-"""Imported weights stand where a checkpoint before global step 0 would."""
+"""Imported weights count as a checkpoint before global step 0."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RunFolder:
 
     @property
     def run_json(self) -> Path:
-        """What really ran."""
+        """The record of what ran; see `provenance`."""
         return self.path / "run.json"
 
     @property
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> MetricsFile:
-        """One line a global step."""
+        """One line per global step."""
         return MetricsFile(self.path / "metrics.jsonl")
 
     @property
@@ -83,16 +83,16 @@ class RunFolder:
 
     @property
     def loggers(self) -> Path:
-        """Folder of what TensorBoard, W&B and trackio keep of the run."""
+        """Folder of the files of TensorBoard, W&B and trackio."""
         return self.path / "loggers"
 
     @property
     def imported(self) -> Path:
-        """Folder of the weights that were made elsewhere, from which the run starts."""
+        """Folder of imported weights, from which the run starts."""
         return self.path / IMPORTED
 
     def checkpoint(self, step: int) -> Path:
-        """Return the folder of the checkpoint written after global step `step`, or of the imported weights."""
+        """Return the folder of the checkpoint after global step `step`, or of the imported weights."""
         return self.imported if step == IMPORTED_STEP else self.checkpoints / f"step-{step:08d}"
 
     def weights(self, step: int) -> Path:
@@ -104,18 +104,18 @@ class RunFolder:
         return self.checkpoint(step) / STATE_FILE
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps of all checkpoint folders, oldest first, valid or not."""
+        """Return the steps of all checkpoint folders, valid or not, oldest first."""
         if not self.checkpoints.is_dir():
             return []
         matches = (STEP_FOLDER.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def model_steps(self) -> list[int]:
-        """Return the steps of all that can be sampled or scored: imported weights first, then every checkpoint."""
+        """Return the steps of all models that can be sampled or scored: imported weights, then checkpoints."""
         return [IMPORTED_STEP] * self.imported.is_dir() + self.checkpoint_steps()
 
     def remove_unfinished(self) -> list[str]:
-        """Delete what a killed process was still writing; give the names of unfinished checkpoints among it."""
+        """Delete what killed processes left half written; return the names of unfinished checkpoints."""
         unfinished = list(self.checkpoints.glob(f"{TEMPORARY_PREFIX}*"))
         for path in unfinished:
             shutil.rmtree(path)
@@ -129,7 +129,7 @@ class RunFolder:
         return load_run_configs(self.model_json, self.train_json)
 
     def set_aside(self, *paths: Path) -> Path | None:
-        """Move what exists of `paths` into a new folder `aside-N`, deleting nothing; give that folder."""
+        """Move those of `paths` that exist into a new folder `aside-N` and return it; deletes nothing."""
         existing = [path for path in paths if path.exists() or path.is_symlink()]
         if not existing:
             return None
@@ -144,7 +144,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; the operating system lets go when the process dies.
+        """Lock the run for this process; the operating system releases the lock when the process dies.
 
         Raises RunLockedError, naming the holder, if another process holds it.
         """
@@ -179,7 +179,7 @@ def open_run(runs_dir: Path, name: str) -> RunFolder:
 
 
 def run_of_model_file(path: Path) -> tuple[RunFolder, int] | None:
-    """Return the run and global step whose checkpoint a model file belongs to, or None for a loose file."""
+    """Return the run and global step of the checkpoint that a model file belongs to; None for a loose file."""
     checkpoint = path.resolve().parent
     if checkpoint.name == IMPORTED and RunFolder(checkpoint.parent).model_json.is_file():
         return RunFolder(checkpoint.parent), IMPORTED_STEP

@@ -1,4 +1,4 @@
-"""evals/loss-*.json: a checkpoint's score on test tokens, with one loss for every sequence in the .npz beside it."""
+"""evals/loss-*.json: a checkpoint's score on test tokens, and a .npz beside it with one loss for every sequence."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from harness.run.run_folder import RunFolder, run_of_model_file
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """Which model a score is of; what a loose file does not tell is None."""
+    """The model that was scored; what is unknown for a file outside a run is None."""
 
     model_file: str = ""
     model_sha256: str = ""
@@ -27,14 +27,14 @@ class ScoredModel:
     """The checkpoint's last completed global step."""
     tokens_seen: int | None = None
     global_steps: int | None = None
-    """Of the run's whole plan."""
+    """In the run's whole plan."""
     recipe_hash: str | None = None
     run_hash: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a score file holds; losses in nats per token. What earlier versions did not write has a default."""
+    """The content of a score file; losses in nats per token. What earlier versions did not write has a default."""
 
     dataset: str
     split: str
@@ -56,7 +56,7 @@ class Score:
 
     @classmethod
     def read(cls, path: Path) -> "Score | None":
-        """Read a score; None where the file, or the losses beside it, are not there or not a score."""
+        """Read a score; None if the file or the losses beside it are missing, or it is not a score."""
         document = read_json(path)
         names = {**cls.__dataclass_fields__, **ScoredModel.__dataclass_fields__}.keys() - {"model", "path"}
         if not path.with_suffix(".npz").is_file() or "tokens_sha256" not in document:
@@ -70,13 +70,13 @@ class Score:
 
     @classmethod
     def of_checkpoint(cls, folder: RunFolder, step: int) -> Iterator["Score"]:
-        """Find the scores of a run's checkpoint, in the order of their names."""
+        """Yield the scores of a run's checkpoint, sorted by file name."""
         for path in sorted(folder.evals.glob(f"loss-*-{folder.checkpoint(step).name}.json")):
             if (score := cls.read(path)) is not None:
                 yield score
 
     def write(self, losses: NDArray[np.float64], documents: NDArray[np.int64]) -> None:
-        """Write the score, and before it every sequence's mean loss and the number of its document (N,)."""
+        """Write each sequence's mean loss and document number, both (N,), and then the score."""
         np.savez(self.path.with_suffix(".npz"), sequence_losses=losses, sequence_documents=documents)
         document = asdict(self)
         del document["path"]
@@ -86,27 +86,27 @@ class Score:
         write_json(self.path, {**document, **of_run, "time": document["time"]})
 
     def read_losses(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return every sequence's mean loss, and the number of the document that it begins in (N,)."""
+        """Return each sequence's mean loss, and the number of the document that it begins in, both (N,)."""
         with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as arrays:
             return arrays["sequence_losses"], arrays["sequence_documents"]
 
     def test_in_words(self) -> str:
-        """Say what was scored."""
+        """Return a description of the test tokens."""
         return f"{self.dataset} {self.split} from token {self.start_token:,} ({self.tokens:,} tokens)"
 
 
 def score_path(folder: Path, split: str, start_token: int, tokens: int, model_name: str) -> Path:
-    """Return a score's place in an evals folder; `model_name` is a checkpoint's folder, or a loose file's stem."""
+    """Return a score's path in an evals folder; `model_name` is the checkpoint's folder or a loose file's stem."""
     return folder / f"loss-{split}-{start_token}-{tokens}-{model_name}.json"
 
 
 def perplexity_of(loss: float) -> float | None:
-    """Return exp(loss), or None where that is too large for a number."""
+    """Return exp(loss), or None if that overflows."""
     return json_number(math.exp(loss)) if loss < 700 else None
 
 
 def describe_model(path: Path, sha256: str) -> ScoredModel:
-    """Say which model a weights file is: for a run's checkpoint, which run, at which step, having seen what."""
+    """Return what is known about the model in a weights file; most is known for a run's checkpoint."""
     owner = run_of_model_file(path)
     if owner is None:
         return ScoredModel(path.name, sha256)
@@ -115,7 +115,7 @@ def describe_model(path: Path, sha256: str) -> ScoredModel:
 
 
 def describe_checkpoint(folder: RunFolder, step: int) -> dict[str, Any]:
-    """Say what a checkpoint stands for: its recipe, its run, the tokens it has seen; None where unknown."""
+    """Return a checkpoint's tokens seen, its run's global steps, and both hashes; None where unknown."""
     found = {
         "tokens_seen": read_json(folder.state_json(step)).get("train_state", {}).get("tokens"),
         "global_steps": RunRecord.read(folder.run_json).global_steps,

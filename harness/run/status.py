@@ -24,7 +24,7 @@ State = Literal["unknown", "running", "complete", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Status:
-    """What status.json holds."""
+    """The content of status.json."""
 
     state: State = "unknown"
     step: int | None = None
@@ -33,14 +33,14 @@ class Status:
     """Exit status of the last start; None while it runs."""
     reason: str = ""
     traceback: str = ""
-    """Where there is one to learn from."""
+    """Of a rank's error; empty if there is none."""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     time: str = field(default_factory=utc_now)
 
     @classmethod
     def read(cls, path: Path) -> "Status":
-        """Read the file; a state of "unknown" where there is none that can be read."""
+        """Read the file; the state is "unknown" if it is missing or damaged."""
         document = read_json(path)
         found: dict[str, Any] = {key: document[key] for key in cls.__dataclass_fields__ if key in document}
         if not isinstance(found.get("step", 0), int | None):
@@ -49,7 +49,7 @@ class Status:
 
     @classmethod
     def of_failure(cls, error: BaseException, step: int | None) -> "Status":
-        """Say how a start ended badly after global step `step`."""
+        """Return the status of a start that `error` ended after global step `step`."""
         known = as_harness_error(error)
         state: State = "failed"
         exit_code = known.exit_status if known else DEFECT_STATUS
@@ -63,25 +63,25 @@ class Status:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the run ended because its gradients were not finite for too long."""
+        """Whether the run ended after too many global steps with non-finite gradients."""
         return self.exit_code == NonFiniteError.exit_status
 
     def write(self, path: Path) -> None:
-        """Replace the file; it has a traceback only where there is one."""
+        """Replace the file; an empty traceback is left out."""
         write_json(path, {key: value for key, value in asdict(self).items() if key != "traceback" or value})
 
 
 @contextmanager
 def failure_recorded(path: Path) -> Iterator[None]:
-    """Write into status.json how the block ended if it did not end well, and let the error go on."""
+    """Write an error of the block into status.json and raise it again."""
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # a full disk, say: then the error itself must get out
+        with suppress(OSError):  # on a full disk, say, the original error matters more
             record_failure(path, error)
         raise
 
 
 def record_failure(path: Path, error: BaseException) -> None:
-    """Replace status.json with how a start ended badly; the step stays the one it named."""
+    """Replace status.json with the status of an error, keeping its step."""
     Status.of_failure(error, Status.read(path).step).write(path)

@@ -1,4 +1,4 @@
-"""Read small JSON files strictly: what a person wrote by hand is refused where it could mean two things."""
+"""Reads small hand-written JSON files strictly: whatever is ambiguous is refused."""
 
 import json
 import math
@@ -11,7 +11,7 @@ MAX_FILE_BYTES = 64 * 1024
 
 
 class _NotJson:
-    """Stands for a NaN or Infinity until the key that holds it is known."""
+    """Placeholder for NaN or Infinity, until its key is known for the error."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -20,7 +20,7 @@ class _NotJson:
 def read_strict_json(path: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
     """Read a small JSON object, refusing duplicate keys, NaN, Infinity, a byte-order mark and over `max_bytes`.
 
-    Raises ConfigError, which names the file, and the key where one is to blame.
+    Raises ConfigError, which names the file, and the key if the error is in one.
     """
     try:
         with path.open("rb") as file:
@@ -45,7 +45,7 @@ def read_strict_json(path: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, A
 
 
 def unambiguous_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its pairs, for `json.loads`; raises ValueError for a key given twice or as NaN."""
+    """Return an object made of its pairs, for `json.loads`; raises ValueError for duplicate keys and NaN."""
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
@@ -63,7 +63,7 @@ def _not_json_in(value: object) -> _NotJson | None:
 
 
 def shown(value: object) -> str:
-    """Return a value as JSON for a message, cut where it is long."""
+    """Return a value as JSON for a message, at most 80 characters."""
     if isinstance(value, _NotJson):
         return value.name
     if isinstance(value, float) and not math.isfinite(value):
@@ -73,5 +73,5 @@ def shown(value: object) -> str:
 
 
 def on_one_line(text: str) -> str:
-    """Keep a stranger's text on one line and free of control characters."""
+    """Return untrusted text on one line, without control characters, at most 80 characters."""
     return "".join(c if c.isprintable() else "?" for c in text)[:80] or '""'

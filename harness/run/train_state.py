@@ -1,4 +1,4 @@
-"""A run's progress: every counter that changes while it trains, in one object that a checkpoint holds whole."""
+"""A run's progress: all counters that change during training, saved in every checkpoint."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainState:
-    """Everything about a run's progress that changes; it goes into state.json whole.
+    """All counters of a run, as state.json stores them.
 
     An interval is the global steps since the last scheduled checkpoint. Losses are in nats per token.
     """
@@ -18,7 +18,7 @@ class TrainState:
     skipped_steps: int = 0
     """Global steps skipped for non-finite gradients."""
     consecutive_skips: int = 0
-    """Skipped steps up to now without one in between that was not."""
+    """Skipped steps since the last one that changed the weights."""
     tokens: int = 0
     """Tokens trained on."""
     elapsed_seconds: float = 0.0
@@ -26,7 +26,7 @@ class TrainState:
     interval_loss_sum: float = 0.0
     interval_steps: int = 0
     last_interval_loss: float | None = None
-    """Mean train loss of the interval before this one; null where it was not finite."""
+    """Mean train loss of the previous interval; null if it was not finite."""
     best_loss: float | None = None
     """Lowest mean train loss of an interval, or validation loss where the run validates."""
     best_step: int | None = None
@@ -34,7 +34,7 @@ class TrainState:
     """Whether best_loss is a validation loss."""
 
     def count(self, tokens: int, loss: float, was_skipped: bool) -> None:
-        """Count one completed global step; a loss that is not finite stays out of the interval's mean."""
+        """Count one completed global step; a non-finite loss is left out of the interval's mean."""
         self.next_step += 1
         self.tokens += tokens
         self.optimizer_steps += not was_skipped
@@ -50,11 +50,11 @@ class TrainState:
         return self.interval_loss_sum / self.interval_steps if self.interval_steps else math.nan
 
     def close_interval(self, validation_loss: float | None) -> bool:
-        """End the interval at a scheduled checkpoint and say whether that checkpoint is the best so far."""
+        """End the interval at a scheduled checkpoint; return whether that checkpoint is the best so far."""
         loss = self.interval_loss if validation_loss is None else validation_loss
         self.last_interval_loss = self.interval_loss if self.interval_steps else None
         is_validation = validation_loss is not None
-        # A run that begins or ceases to validate starts its comparison anew.
+        # Train and validation losses are not comparable: a run that starts or stops validating has no best loss yet.
         best = self.best_loss if self.best_is_validation == is_validation else None
         is_best = math.isfinite(loss) and (best is None or loss < best)
         if is_best:

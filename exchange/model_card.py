@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from exchange.origin import Origin
 from harness.report.text import markdown_table
 from harness.run.files import read_json
 from harness.run.model_size import count_parameters
@@ -97,8 +98,7 @@ def _summary(folder: RunFolder) -> str:
 
 def _source(folder: RunFolder) -> str:
     """Say which model on the Hub the run's weights began as; empty where there is none."""
-    origin = read_json(folder.imported / "source.json")
-    source = str(origin.get("source", ""))
+    source = Origin.read(folder.imported_source).source
     return source if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?", source) else ""
 
 

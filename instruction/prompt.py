@@ -12,6 +12,7 @@ from string import ascii_uppercase
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness.run.recipe import hash_of_json
+from harness.run.strict_json import unambiguous_object
 from instruction.answers import Answer
 
 MOST_SHOWN = len(ascii_uppercase)
@@ -70,17 +71,10 @@ def read_reply(text: str, labels: Sequence[str]) -> Mapping[str, float] | None:
     block = CODE_BLOCK.fullmatch(text.strip())
     try:
         # pydantic's own reader would take the last of two scores for one answer.
-        document = json.loads(block[1] if block else text, object_pairs_hook=_without_duplicates)
+        document = json.loads(block[1] if block else text, object_pairs_hook=unambiguous_object)
         scores = Verdict.model_validate(document).scores
     except (ValueError, ValidationError, RecursionError):
         return None
     if set(scores) != set(labels) or not all(LOWEST <= score <= HIGHEST for score in scores.values()):
         return None
     return scores
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key appears twice")
-    return found

@@ -8,10 +8,11 @@ from pydantic.dataclasses import dataclass
 
 from harness.run.config import STRICT, TrainConfig
 from harness.run.errors import ConfigError
+from harness.run.files import ASSETS
 from harness.run.recipe import hash_of_json
 from harness.run.strict_json import read_strict_json
 
-DEFAULT_RECIPE = Path(__file__).parent.parent / "assets" / "instructions" / "recipe.json"
+DEFAULT_RECIPE = ASSETS / "instructions" / "recipe.json"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from instruction.examples import Example, in_batches
 from instruction.finetune import fine_tune, response_losses
 from instruction.generation import write_answers
 from instruction.journal import Journal
+from instruction.measures import exact_match, token_f1
 from instruction.recipe import Recipe
-from instruction.scores import exact_match, token_f1
 
 ShowProgress = Callable[[str, Iterable[Any]], Iterable[Any]]
 

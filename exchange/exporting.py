@@ -28,7 +28,7 @@ from harness.tokens.tokenizer import (
     printable_vocabulary,
 )
 
-# Each of these breaks a tokenizer that cuts text, counts spaces or spells bytes in another way.
+# Each of these is encoded otherwise by a tokenizer that splits words, spaces or bytes in another way.
 HARD_TEXTS = (
     "Every effort moves you",
     "  two  spaces,\ttabs\n\n\nand lines \r\n ",
@@ -102,13 +102,13 @@ def require_possible(request: ExportRequest) -> None:
 
 
 def find_checkpoint(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
-    """Find the checkpoint that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError."""
+    """Return the run and the step that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError."""
     run, _, rest = words.rstrip("/").partition("/")
     folder = open_run(runs_dir, run)
     place, _, name = rest.partition("/")
     if rest and (place != "checkpoints" or not name or "/" in name):
         raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
-    if not rest:  # the links are hints; the newest folder is the truth
+    if not rest:  # not the link `latest`: a kill may have left it on an older checkpoint
         steps = folder.model_steps()
     else:
         path = (folder.checkpoints / name).resolve()

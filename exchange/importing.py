@@ -31,7 +31,7 @@ from harness.run.run_folder import IMPORTED_STEP, RUN_NAME, RunFolder
 from harness.tokens.tokenizer import VOCAB_SIZE, printable_vocabulary
 
 DATASET_TO_NAME = "name-your-dataset"
-# Gentle settings for training on: a tenth of a usual peak, because the weights are no longer anywhere.
+# Gentle settings for training on: a tenth of the usual peak rate, because the weights are trained already.
 TRAIN: dict[str, Any] = {
     "dataset": DATASET_TO_NAME,
     "min_train_tokens": -1,
@@ -51,7 +51,7 @@ TRAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """What a source holds, under our names."""
+    """What a source holds, under the parameter names of this project."""
 
     config: ModelConfig
     tensors: Mapping[str, Tensor]
@@ -103,7 +103,7 @@ def import_weights(request: ImportRequest, build_model: BuildModel) -> None:
 
 
 def new_run(runs_dir: Path, name: str) -> Path:
-    """Return the folder of a run that does not exist yet; raises ConfigError."""
+    """Return the path for a new run; raises ConfigError for a bad name, or where there is something already."""
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(f"RUN: found {name[:80]!r}, wanted a name of letters, digits, '.', '_' and '-'")
     if (runs_dir / name).exists() or (runs_dir / name).is_symlink():
@@ -112,7 +112,7 @@ def new_run(runs_dir: Path, name: str) -> Path:
 
 
 def read_source(request: ImportRequest) -> Weights:
-    """Read whatever SOURCE names; raises a documented error."""
+    """Read the weights that SOURCE names; raises HarnessError."""
     source, asked = request.source, request.vocab_size
     path = Path(source)
     if source.startswith("hf:"):
@@ -126,7 +126,7 @@ def read_source(request: ImportRequest) -> Weights:
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
-    """Fetch what is needed of a model on the Hub into its cache; returns the folder and the commit.
+    """Download the needed files of a model on the Hub into its cache, and return their folder and the commit.
 
     Raises DataError. Nothing but JSON and safetensors is asked for.
     """
@@ -145,7 +145,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
 
 
 def read_folder(folder: Path, origin: Origin, asked: int | None) -> Weights:
-    """Read a Hugging Face folder."""
+    """Read a Hugging Face folder; `asked` is the --vocab-size of the command, None where it was not given."""
     config = read_config(folder / CONFIG_FILE)
     files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
@@ -168,7 +168,7 @@ def read_folder(folder: Path, origin: Origin, asked: int | None) -> Weights:
 
 
 def read_file(path: Path, n_heads: int | None, asked: int | None) -> Weights:
-    """Read another harness's model.safetensors."""
+    """Read another harness's model.safetensors; `n_heads` and `asked` are options of the command, or None."""
     tensors = read_tensors(path)
     config = config_of(tensors, n_heads, path)
     origin = Origin(str(path), files={path.name: file_sha256(path)})
@@ -178,7 +178,7 @@ def read_file(path: Path, n_heads: int | None, asked: int | None) -> Weights:
 
 
 def with_vocabulary(weights: Weights, kept: int) -> Weights:
-    """Drop the ids from `kept` on, which are padding, and say so."""
+    """Drop the token ids from `kept` on, which are padding, and add a remark that says so."""
     stored = weights.config.vocab_size
     if kept == stored:
         return weights

@@ -31,6 +31,8 @@ class Origin:
     def read(cls, path: Path) -> "Origin":
         """Read the file; what is missing in it, or all where there is no file, has its default."""
         document = read_json(path)
+        if not isinstance(document.get("source"), str):
+            return cls()
         return cls(**{key: document[key] for key in cls.__dataclass_fields__ if key in document})
 
     def write(self, path: Path) -> None:

@@ -35,12 +35,12 @@ HEADINGS = (
 
 
 def words(text: str) -> list[str]:
-    """Give the words of a text in lower case, without punctuation; its signs where it has no word."""
+    """Return the words of a text in lower case, without punctuation; its signs where it has no word."""
     return WORD.findall(text.lower()) or text.split()
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Give the harmonic mean of precision and recall over words, counted with repeats (Rajpurkar et al. 2016).
+    """Return the harmonic mean of precision and recall over words, counted with repeats (Rajpurkar et al. 2016).
 
     arXiv:1606.05250, section 6.1; articles are kept here, because some tasks are about them.
     """
@@ -52,7 +52,7 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Give 1 where the words are the same in the same order, else 0."""
+    """Return 1 where the words are the same in the same order, else 0."""
     return float(words(answer) == words(reference))
 
 

@@ -53,7 +53,7 @@ class Recipe:
         return hash_of_json(asdict(self))
 
     def optimization(self) -> TrainConfig:
-        """Return the optimiser's side of the recipe in the words of a training configuration."""
+        """Return the optimizer's settings as a training configuration, as `make_optimizer` takes them."""
         return TrainConfig(
             dataset="instructions",
             min_train_tokens=-1,
@@ -106,5 +106,5 @@ def _conflicts(recipe: Recipe) -> list[str]:
 
 
 def differences(mine: Recipe, theirs: Recipe) -> list[str]:
-    """Name the keys in which two recipes differ, in the order of their names."""
+    """Return the keys in which two recipes differ, in alphabetical order."""
     return sorted(key for key, value in asdict(mine).items() if asdict(theirs)[key] != value)

@@ -57,7 +57,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative is better") -> str:
-    """Draw differences with their 95% intervals, one a row, around a line at zero."""
+    """Return a chart of differences with their 95% intervals, one a row, around a line at zero."""
     row, top, left, right = 30, 8, 190, 16
     ends = [0.0, *(x for item in intervals for x in (item.low, item.high) if math.isfinite(x))]
     pad = 0.05 * (max(ends) - min(ends) or 1.0)
@@ -90,7 +90,7 @@ def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative 
 
 
 def curves(series: Sequence[Curve]) -> str:
-    """Draw training curves over tokens, each with its band; the first tenth may run out of the picture."""
+    """Return a chart of training curves over tokens, each with its band; the first tenth may leave the chart."""
     height, left, right, top, bottom = 360, 52, 12, 10, 40
     late = [np.concatenate([item.low[len(item.low) // 10 :], item.high[len(item.high) // 10 :]]) for item in series]
     values = np.concatenate(late)
@@ -131,7 +131,7 @@ def curves(series: Sequence[Curve]) -> str:
 
 
 def curve_of(label: str, runs: Sequence[tuple[Floats, Floats]]) -> Curve | None:
-    """Average smoothed training curves of replicates (tokens, losses) over a common grid; None without any."""
+    """Return the mean of replicates' smoothed curves (tokens, losses) on a common grid; None without any."""
     usable = [(tokens, smoothed(losses)) for tokens, losses in runs if len(tokens) > 1]
     if not usable:
         return None
@@ -142,7 +142,7 @@ def curve_of(label: str, runs: Sequence[tuple[Floats, Floats]]) -> Curve | None:
 
 
 def smoothed(losses: Floats) -> Floats:
-    """Average over the last thirtieth of the steps; a step without a loss takes the mean of its neighbours."""
+    """Return the running mean over a thirtieth of the steps; a step without a loss is interpolated first."""
     good = np.isfinite(losses)
     if not good.any():
         return losses
@@ -156,7 +156,7 @@ def smoothed(losses: Floats) -> Floats:
 
 
 def in_short(value: float) -> str:
-    """Write a count with a letter for thousands, millions and billions."""
+    """Return a count with a letter for thousands, millions and billions."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:g}{letter}"
@@ -164,12 +164,12 @@ def in_short(value: float) -> str:
 
 
 def shortened(label: str, most: int = 26) -> str:
-    """Cut a label to fit beside a chart; the whole of it is in the tooltip."""
+    """Return a label cut to fit beside a chart; the whole of it is in the tooltip."""
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:
-    """Write words into a chart, with a CSS class."""
+    """Return a text element; `kind` is its CSS class."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 

@@ -10,10 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from harness.observers.charts import ChartPainter, draw, smoothed
+from harness.observers.charts import ChartPainter, draw
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
 from tests.helpers import status, train
@@ -99,11 +98,6 @@ def test_a_run_without_a_step_has_a_page(make_run: Callable[..., Path]) -> None:
     folder = RunFolder(make_run())
     draw(folder)
     assert "0 of 0" in Page(folder.page).text
-
-
-def test_smoothing_leaves_out_what_is_missing() -> None:
-    values = np.array([1.0, np.nan, 3.0, 5.0])
-    np.testing.assert_allclose(smoothed(values, 2), [1.0, 1.0, 3.0, 4.0])
 
 
 @pytest.mark.fault("F22")

@@ -1,8 +1,8 @@
-"""Charts of a run and the page that shows them, drawn from metrics.jsonl and status.json alone.
+"""Draws a run's charts and the HTML page that shows them, from the files in the run's folder.
 
-The trainer draws in a process of its own (`python -m harness.observers.charts RUN_FOLDER`), so that drawing takes no
-time from training and an error in it cannot stop a run. The page opens from disk, holds its charts inside itself,
-runs no script, and reloads itself while the run lives.
+Drawing runs in a separate process (`python -m harness.observers.charts RUN_FOLDER`), so that it neither slows
+training nor stops it by an error. The page is one file with its images inside, runs no script, and reloads itself
+while the run is running.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from harness.report.curves import Floats, moving_average
 from harness.run.files import ROOT, read_json, write_text
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
@@ -34,28 +34,27 @@ STYLE = ROOT / "assets" / "chart.mplstyle"
 PAGE = ROOT / "assets" / "run-page.html"
 SECONDS_BETWEEN_DRAWINGS = 60
 LAST_LINES = 12
-Series = NDArray[np.float64]
 
 
 class ChartPainter:
-    """Has a run's charts drawn in the background now and then, and once more when its `with` block ends."""
+    """Draws a run's charts in the background, at most once a minute, and again when its `with` block ends."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._last_start = time.monotonic()
-        self._has_news = False
+        self._has_new_steps = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._has_news:
+        if self._has_new_steps:
             self._draw_last(waits=kind is None)
 
-    def draw_now_and_then(self) -> None:
-        """Start a drawing if the last began a minute ago and is done; never waits."""
-        self._has_news = True
+    def draw_if_due(self) -> None:
+        """Start drawing if the last drawing began over a minute ago and has finished; never waits."""
+        self._has_new_steps = True
         is_busy = self._process is not None and self._process.poll() is None
         if not is_busy and time.monotonic() - self._last_start >= SECONDS_BETWEEN_DRAWINGS:
             self._start()
@@ -64,7 +63,7 @@ class ChartPainter:
         if self._process is not None and waits:
             self._process.wait()
         self._start()
-        # After an error nobody waits: the drawing goes on by itself, and the process may be needed elsewhere.
+        # After an error the drawing finishes by itself, so that it does not delay the exit.
         if waits and self._process is not None and (status := self._process.wait()):
             print(f"warning: the charts could not be drawn (status {status})", file=sys.stderr)
 
@@ -72,14 +71,14 @@ class ChartPainter:
         self._last_start = time.monotonic()
         command = [sys.executable, "-m", "harness.observers.charts", str(self._folder.path.resolve())]
         try:
-            # In a session of its own: neither Ctrl-C nor torchrun, when it ends all ranks, cuts a drawing off.
+            # In a new session, so that Ctrl-C, or torchrun ending all ranks, does not kill it.
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
             print(f"warning: the charts could not be drawn ({error})", file=sys.stderr)
 
 
 def draw(folder: RunFolder) -> None:
-    """Draw the four PNGs and the page from what is on disk."""
+    """Draw the four PNGs and the page from the files on disk."""
     lines = folder.metrics.read()
     folder.charts.mkdir(exist_ok=True)
     if lines:
@@ -87,20 +86,9 @@ def draw(folder: RunFolder) -> None:
     write_text(folder.page, _page(folder, lines))
 
 
-def column(lines: list[dict[str, Any]], key: str) -> Series:
+def column(lines: list[dict[str, Any]], key: str) -> Floats:
     """Return one metric of all lines as float64, NaN where it is missing or null."""
     return np.array([np.nan if line.get(key) is None else line[key] for line in lines], dtype=np.float64)
-
-
-def smoothed(values: Series, window: int) -> Series:
-    """Return the mean of the last `window` values at every place, leaving NaN out."""
-    good = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
-    count = np.concatenate([[0], np.cumsum(good)])
-    start = np.maximum(np.arange(1, len(values) + 1) - window, 0)
-    with np.errstate(invalid="ignore"):
-        result: Series = (total[1:] - total[start]) / (count[1:] - count[start])
-    return result
 
 
 def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
@@ -135,7 +123,7 @@ def _draw_loss(axes: Axes, lines: list[dict[str, Any]], best: int | None) -> Non
     steps, loss, window = column(lines, "step"), column(lines, "train/loss"), _window(lines)
     low, high = column(lines, "train/loss_min"), column(lines, "train/loss_max")
     axes.fill_between(steps, low, high, alpha=0.18, linewidth=0, label="lowest to highest micro-batch")
-    axes.plot(steps, smoothed(loss, window), label="average" + (f" of {window} steps" if window > 1 else ""))
+    axes.plot(steps, moving_average(loss, window), label="average" + (f" of {window} steps" if window > 1 else ""))
     validation = column(lines, "val/loss")
     measured = np.isfinite(validation)
     if measured.any():
@@ -171,60 +159,73 @@ def _draw_throughput(axes: Axes, lines: list[dict[str, Any]]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _draw_raw_and_smooth(axes: Axes, lines: list[dict[str, Any]], values: Series) -> None:
+def _draw_raw_and_smooth(axes: Axes, lines: list[dict[str, Any]], values: Floats) -> None:
     steps = column(lines, "step")
     axes.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8)
-    axes.plot(steps, smoothed(values, _window(lines)), color="C0")
+    axes.plot(steps, moving_average(values, _window(lines)), color="C0")
 
 
 def _latest_mean(lines: list[dict[str, Any]], key: str) -> float | None:
-    value = smoothed(column(lines, key), _window(lines))[-1] if lines else np.nan
+    value = moving_average(column(lines, key), _window(lines))[-1] if lines else np.nan
     return float(value) if np.isfinite(value) else None
 
 
 def _window(lines: list[dict[str, Any]]) -> int:
-    """Return the steps to average over: a fiftieth of what there is."""
+    """Return the number of steps to average over: a fiftieth of the run so far."""
     return max(1, len(lines) // 50)
 
 
 def _page(folder: RunFolder, lines: list[dict[str, Any]]) -> str:
     status, run = Status.read(folder.status_json), RunRecord.read(folder.run_json)
-    plan = run.plan
+    facts = _facts(status, run.plan, lines, read_json(folder.train_json).get("currency") or "")
+    return string.Template(PAGE.read_text(encoding="utf-8")).substitute(
+        refresh='<meta http-equiv="refresh" content="30">' if status.state == "running" else "",
+        name=_escaped(folder.path.name),
+        cards="".join(f"<div><dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd></div>" for k, v in facts.items()),
+        images=_images(folder),
+        samples=_sample_rows(lines),
+        tail=_metric_rows(lines[-LAST_LINES:]),
+        config=_escaped(json.dumps({"model": run.model, "train": run.train}, indent=2)),
+    )
+
+
+def _facts(status: Status, plan: dict[str, Any], lines: list[dict[str, Any]], currency: str) -> dict[str, str]:
     last = lines[-1] if lines else {}
-    is_live = status.state == "running"
     recent = f", last {_window(lines)} steps" if _window(lines) > 1 else ""
-    facts = {
+    return {
         "state": status.state + (f" ({status.reason})" if status.reason else ""),
         "global step": f"{last.get('step', 0) + bool(last):,} of {plan.get('global_steps', 0):,}",
         "tokens": f"{last.get('tokens', 0):,}",
         f"train loss{recent}": _shown(_latest_mean(lines, "train/loss"), "{:.3f}"),
         f"tokens/second{recent}": _shown(_latest_mean(lines, "train/tok_per_sec"), "{:,.0f}"),
-        "time left": _time_left(last, plan) if is_live else "-",
-        "cost": _shown(last.get("cost"), "{:,.2f}") + f" {read_json(folder.train_json).get('currency') or ''}",
+        "time left": _time_left(last, plan) if status.state == "running" else "-",
+        "cost": _shown(last.get("cost"), "{:,.2f}") + f" {currency}",
         "updated": status.time.replace("T", " ").removesuffix("+00:00") + " UTC",
     }
-    cards = "".join(f"<div><dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd></div>" for k, v in facts.items())
-    images = "".join(
+
+
+def _images(folder: RunFolder) -> str:
+    return "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for name in ("loss", "learning-rate", "grad-norm", "throughput")
         if (path := folder.charts / f"{name}.png").is_file()
     )
-    samples = "".join(
-        f"<tr><td>{line['step']:,}</td><td>{_escaped(line['sample'])}</td></tr>"
-        for line in [line for line in lines if line.get("sample")][-LAST_LINES:]
+
+
+def _sample_rows(lines: list[dict[str, Any]]) -> str:
+    with_sample = [line for line in lines if line.get("sample")]
+    return "".join(
+        f"<tr><td>{line['step']:,}</td><td>{_escaped(line['sample'])}</td></tr>" for line in with_sample[-LAST_LINES:]
     )
-    tail = "".join(
+
+
+def _metric_rows(lines: list[dict[str, Any]]) -> str:
+    return "".join(
         f"<tr><td>{line['step']:,}</td><td>{line['tokens']:,}</td><td>{_shown(line['train/loss'], '{:.4f}')}</td>"
         f"<td>{line['train/lr']:.3g}</td><td>{_shown(line['train/grad_norm'], '{:.3f}')}</td>"
         f"<td>{line['train/tok_per_sec']:,.0f}</td><td>{'skipped' if line['train/skipped'] else ''}</td></tr>"
-        for line in lines[-LAST_LINES:]
+        for line in lines
     )
-    refresh = '<meta http-equiv="refresh" content="30">' if is_live else ""
-    config = _escaped(json.dumps({"model": run.model, "train": run.train}, indent=2))
-    return string.Template(PAGE.read_text(encoding="utf-8")).substitute(
-        refresh=refresh, name=_escaped(folder.path.name), cards=cards, images=images, samples=samples, tail=tail,
-        config=config,
-    )  # fmt: skip
 
 
 def _time_left(last: dict[str, Any], plan: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""Hands a run's metrics on to TensorBoard, Weights & Biases or trackio.
+"""Sends a run's metrics to TensorBoard, Weights & Biases or trackio.
 
-Each logger is a process of its own (`python -m harness.observers.loggers NAME RUN_FOLDER FROM_STEP`) that follows
-metrics.jsonl. Training waits for none of them: a network that hangs, a full disk or a defect costs a logger, never a
-step. A logger ends when the trainer closes its standard input, which the system does should the trainer be killed.
+Each logger is a separate process (`python -m harness.observers.loggers NAME RUN_FOLDER FROM_STEP`) that follows
+metrics.jsonl. Training never waits for it: a network that hangs, a full disk or a defect can only end the logger. A
+logger exits when its standard input is closed, which happens even if the trainer is killed.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ from harness.run.status import Status
 
 PROJECT = "gpt2-harness"
 POLL_SECONDS = 1.0
-# How long a trainer that ends waits for its loggers; then they have longer to finish by themselves.
+# At its end the trainer waits CLOSE_SECONDS for its loggers; they have FINISH_SECONDS to finish in the background.
 CLOSE_SECONDS = 10.0
 FINISH_SECONDS = 120
 Line = dict[str, Any]
 
 
 class Loggers:
-    """The loggers that a run asked for; as a context, they are closed, and briefly waited for, at its end."""
+    """The loggers that a run's configuration names; leaving the context closes them and waits briefly."""
 
     def __init__(self, names: Sequence[str], folder: RunFolder, environment: Mapping[str, str]) -> None:
-        """Raises ConfigError where a logger's package is missing. `environment` is that of the processes."""
+        """Raise ConfigError if a logger's package is missing; `environment` is that of the logger processes."""
         lines = [
             f"{folder.train_json}: loggers: found {name}, wanted its package: pip install -e '.[{name}]'"
             for name in names
@@ -46,7 +46,7 @@ class Loggers:
             raise ConfigError(*lines)
         self._names = names
         self._folder = folder
-        # trackio takes its folder from the environment alone; a user who has set it compares runs there.
+        # trackio reads its folder only from the environment; a user's own setting has precedence.
         self._environment = {"TRACKIO_DIR": str((folder.loggers / "trackio").resolve()), **environment}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -62,18 +62,21 @@ class Loggers:
             try:
                 status = process.wait(max(deadline - time.monotonic(), 0.0))
             except subprocess.TimeoutExpired:
-                print(f"warning: {name} is not done yet; it goes on for {FINISH_SECONDS} seconds", file=sys.stderr)
+                print(
+                    f"warning: {name} is not done yet; it has {FINISH_SECONDS} more seconds",
+                    file=sys.stderr,
+                )
             else:
-                if status < 0:  # otherwise it has said itself what was wrong
+                if status < 0:  # a logger that failed by itself has printed the reason
                     print(f"warning: {name} was ended by signal {-status}", file=sys.stderr)
 
     def start(self, from_step: int) -> None:
-        """Start the loggers for the lines from global step `from_step` on; run.json must be written."""
+        """Start the loggers for the lines from global step `from_step` on; reads run.json."""
         place = str(self._folder.path.resolve())
         for name in self._names:
             command = [sys.executable, "-m", "harness.observers.loggers", name, place, str(from_step)]
             try:
-                # In a session of its own: neither Ctrl-C nor torchrun, when it ends all ranks, cuts a logger off.
+                # In a new session, so that Ctrl-C, or torchrun ending all ranks, does not kill it.
                 self._processes[name] = subprocess.Popen(
                     command,
                     cwd=ROOT,
@@ -87,16 +90,16 @@ class Loggers:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a logger needs to know of a run."""
+class LoggedRun:
+    """What a logger needs to know about a run."""
 
     folder: RunFolder
     from_step: int
-    """First global step that this start trains; what an earlier start logged from there on is void."""
+    """First global step of this start; what an earlier start logged from there on is outdated."""
 
     @property
     def id(self) -> str:
-        """A name that is the same for every start of the run, on whatever machine, and another one after --fresh."""
+        """The same name for every start of the run, on any machine; --fresh changes it."""
         record = self.record
         first_start = f"{record.starts[0]['time']} {record.recipe_hash}"
         unique = hashlib.sha256(first_start.encode()).hexdigest()[:8]
@@ -109,33 +112,33 @@ class Run:
 
     @property
     def group(self) -> str:
-        """A name that replicates share: runs of one recipe with other seeds."""
+        """A name that replicates share."""
         return str(self.record.recipe_hash)[:12]
 
     def place(self, name: str) -> Path:
-        """Return the folder of a logger, made if need be."""
+        """Return a logger's folder, creating it if it is missing."""
         path = self.folder.loggers / name
         path.mkdir(parents=True, exist_ok=True)
         return path
 
 
 class Logger(Protocol):
-    """Where lines go."""
+    """A destination for metrics."""
 
     def log(self, step: int, values: Line) -> None:
-        """Take the values of a global step, with the keys of metrics.jsonl; numbers, truth values or text."""
+        """Log the values of a global step: numbers, booleans or text, by their keys in metrics.jsonl."""
 
     def close(self, exit_code: int) -> None:
-        """Finish; `exit_code` is that of the run."""
+        """Finish; `exit_code` is the run's."""
 
 
 class TensorBoard:
     """Event files in runs/RUN/loggers/tensorboard."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # From purge_step on, TensorBoard drops what an earlier start has logged.
+        # TensorBoard drops what earlier starts logged from purge_step on.
         self._writer = SummaryWriter(str(run.place("tensorboard")), purge_step=run.from_step, flush_secs=10)
         for name in ("model", "train"):
             text = "".join(f"    {line}\n" for line in json.dumps(getattr(run.record, name), indent=2).splitlines())
@@ -148,14 +151,14 @@ class TensorBoard:
             add(key, value, step)
 
     def close(self, exit_code: int) -> None:
-        """Write out what is left."""
+        """Flush what is buffered."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A W&B run, resumed under the same id; kept in runs/RUN/loggers/wandb alone where W&B cannot be reached."""
+    """A W&B run, resumed under the same id; offline in runs/RUN/loggers/wandb if W&B cannot be reached."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: LoggedRun) -> None:
         import wandb
 
         def open_run(mode: Literal["offline"] | None) -> Any:
@@ -163,10 +166,9 @@ class WeightsAndBiases:
             return wandb.init(
                 id=run.id,
                 name=run.folder.path.name,
-                # WANDB_PROJECT goes before.
-                project=wandb.setup().settings.project or PROJECT,
+                project=wandb.setup().settings.project or PROJECT,  # WANDB_PROJECT has precedence
                 group=run.group,
-                dir=str(run.place("wandb").parent),  # it adds its own name
+                dir=str(run.place("wandb").parent),  # wandb appends "wandb"
                 config={name: getattr(run.record, name) for name in ("model", "train", "plan")},
                 resume="allow",
                 mode=mode,
@@ -174,65 +176,65 @@ class WeightsAndBiases:
             )
 
         try:
-            self._run = open_run(None)  # as WANDB_MODE and the login have it
+            self._run = open_run(None)  # online or offline, by WANDB_MODE and the login
         except wandb.Error as error:
             print(
                 f"warning: wandb: {fit_to_print(first_line(error))} The run is kept offline: "
                 f"wandb sync {run.place('wandb')}/offline-run-*",
                 file=sys.stderr,
             )
-            wandb.teardown()  # else the attempt goes on and holds the id
+            wandb.teardown()  # ends the failed attempt, which would keep the id
             self._run = open_run("offline")
 
     def log(self, step: int, values: Line) -> None:
-        """Log a row; W&B keeps the first of two rows for a step, and a resumed run repeats the same."""
+        """Log a row; W&B ignores a second row for a step, and a resumed run repeats the same values."""
         self._run.log(values, step=step)
 
     def close(self, exit_code: int) -> None:
-        """Mark the run as finished or failed, and upload what is left."""
+        """Mark the run as finished or failed, and upload what is buffered."""
         self._run.finish(exit_code=exit_code)
 
 
 class Trackio:
     """A run in a SQLite database, in runs/RUN/loggers/trackio or TRACKIO_DIR."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: LoggedRun) -> None:
         import trackio
 
         config = {name: getattr(run.record, name) for name in ("model", "train", "plan")}
         self._run: Any = trackio.init(PROJECT, run.id, run.group, config=config, resume="allow")
-        # trackio would show a repeated step twice, and has no public name for the first step that it lacks.
+        # trackio would show a repeated step twice; the first step that it lacks has no public name.
         self._next_step = int(getattr(self._run, "_next_step", 0))
 
     def log(self, step: int, values: Line) -> None:
-        """Log a row, unless an earlier start has."""
+        """Log a row unless an earlier start did."""
         if step >= self._next_step:
             self._run.log(values, step=step)
 
     def close(self, exit_code: int) -> None:
-        """Write out what is left."""
+        """Flush what is buffered."""
         self._run.finish()
 
 
-LOGGERS: dict[str, Callable[[Run], Logger]] = {
+LOGGERS: dict[str, Callable[[LoggedRun], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "trackio": Trackio,
 }
 
 
-def follow(run: Run, poll_seconds: float = POLL_SECONDS) -> Iterator[Line]:
-    """Yield the lines of metrics.jsonl from the run's first step on as they come, until the trainer is gone."""
-    place, next_step, is_over = 0, run.from_step, False
+def follow(run: LoggedRun, poll_seconds: float = POLL_SECONDS) -> Iterator[Line]:
+    """Yield lines of metrics.jsonl from the run's first step on as they are written, until the trainer exits."""
+    offset, next_step, is_over = 0, run.from_step, False
     while not is_over:
-        # Only its end can be read from the pipe to the trainer; what was written until then is read below.
+        # The trainer never writes to this pipe, so it is readable once the trainer has exited; its last lines follow.
         is_over = bool(select.select([sys.stdin], [], [], poll_seconds)[0])
         if not run.folder.metrics.path.exists():
             continue
         with run.folder.metrics.path.open("rb") as file:
-            file.seek(place)
+            file.seek(offset)
             whole, newline, _ = file.read().rpartition(b"\n")
-        place += len(whole) + len(newline)
+        offset += len(whole) + len(newline)
         for text in whole.splitlines():
             line = json.loads(text)
             if line["step"] >= next_step:
@@ -241,15 +243,15 @@ def follow(run: Run, poll_seconds: float = POLL_SECONDS) -> Iterator[Line]:
 
 
 def main() -> None:
-    """Follow one run for one logger; what goes wrong is said in one line, and nobody waits for it."""
+    """Follow one run for one logger; prints one warning and exits if it fails."""
     name, folder, from_step = sys.argv[1:]
-    run = Run(RunFolder(Path(folder)), int(from_step))
+    run = LoggedRun(RunFolder(Path(folder)), int(from_step))
     try:
         logger = LOGGERS[name](run)
         for line in follow(run):
             values = {key: value for key, value in line.items() if key != "step" and value is not None}
             logger.log(line["step"], values)
-        signal.alarm(FINISH_SECONDS)  # a network may never answer
+        signal.alarm(FINISH_SECONDS)  # kills this process if a network never answers
         exit_code = Status.read(run.folder.status_json).exit_code
         logger.close(1 if exit_code is None else exit_code)  # None: the trainer was killed
     except Exception as error:

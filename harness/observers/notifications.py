@@ -1,8 +1,8 @@
-"""Messages to a person when training starts, stops, fails or finishes, in any way that the apprise library knows.
+"""Sends messages when training starts, stops, fails or finishes, through any service that the apprise library knows.
 
-A message is sent by a process of its own (`python -m harness.observers.notifications`), so that a dead network holds
-training up by nothing and its end by a few seconds. Addresses often hold passwords: they come from the command's
-environment, go to that process through its standard input, and are neither written nor printed.
+A separate process sends each message (`python -m harness.observers.notifications`), so that a dead network delays
+only the end of training, and by a few seconds at most. Addresses often contain passwords: they are read from the
+environment, passed to that process through standard input, and neither written nor printed.
 """
 
 import json
@@ -24,20 +24,19 @@ from harness.run.run_folder import RunFolder
 from harness.run.status import Status
 
 VARIABLE = "HARNESS_NOTIFY"
-# How long a trainer that ends waits for its last message, and how long a message may go on trying by itself.
-END_SECONDS = 5.0
-SEND_SECONDS = 30
+END_SECONDS = 5.0  # how long the trainer waits for its last message
+SEND_SECONDS = 30  # how long sending a message may take
 ENDINGS = {"complete": "finished", "stopped": "stopped", "failed": "failed"}
 
 
 class Messenger:
-    """Sends messages about a run to some addresses; as a context, it says at its end how the run ended.
+    """Sends messages about a run; leaving the context sends how the run ended, as status.json says.
 
-    It must be left after status.json was written, from which it learns that.
+    So status.json must be written before the context is left.
     """
 
     def __init__(self, folder: RunFolder, addresses: str) -> None:
-        """Take apprise's URLs, between spaces; raises ConfigError where there are some and apprise is missing."""
+        """Take apprise's URLs, separated by spaces; raises ConfigError if apprise is needed and missing."""
         self._folder = folder
         self._addresses = addresses.split()
         self._has_begun = False
@@ -52,16 +51,16 @@ class Messenger:
             self.end()
 
     def begin(self) -> None:
-        """Say that training starts, or goes on; waits for nothing. run.json must be written."""
+        """Send that training starts or resumes; reads run.json and does not wait."""
         self._has_begun = True
         self._send("training started", describe_start)
 
     def end(self) -> None:
-        """Say how training ended, as status.json has it; waits a few seconds."""
+        """Send how training ended, as status.json says; waits up to END_SECONDS."""
         state = Status.read(self._folder.status_json).state
         process = self._send(f"training {ENDINGS.get(state, 'ended')}", describe_end)
         if process is not None:
-            with suppress(subprocess.TimeoutExpired):  # it goes on by itself
+            with suppress(subprocess.TimeoutExpired):  # it continues in the background
                 process.wait(END_SECONDS)
 
     def _send(self, what: str, describe: Callable[[RunFolder], str]) -> subprocess.Popen[bytes] | None:
@@ -71,21 +70,21 @@ class Messenger:
         title = f"{self._folder.path.name}: {what}"
         try:
             message = {"addresses": self._addresses, "title": title, "body": describe(self._folder)}
-            # In a session of its own: neither Ctrl-C nor torchrun, when it ends all ranks, cuts a message off.
+            # In a new session, so that Ctrl-C, or torchrun ending all ranks, does not kill it.
             process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
             )
             assert process.stdin is not None
             with process.stdin:
                 process.stdin.write(json.dumps(message).encode())
-        except (OSError, LookupError) as error:  # a file that cannot be read, say: no reason to end training
+        except (OSError, LookupError) as error:  # a message must not end training
             print(f"warning: a message could not be sent ({error})", file=sys.stderr)
             return None
         return process
 
 
 def describe_start(folder: RunFolder) -> str:
-    """Say where a start begins and on what, from run.json."""
+    """Return the text of a start: from which global step and on which devices."""
     record = RunRecord.read(folder.run_json)
     start = record.starts[-1]
     devices = " and ".join(f"{count} x {name}" for name, count in Counter(start["devices"]).items())
@@ -93,7 +92,7 @@ def describe_start(folder: RunFolder) -> str:
 
 
 def describe_end(folder: RunFolder) -> str:
-    """Say how far a run got and why it ended, from status.json, run.json and metrics.jsonl."""
+    """Return the text of an end: how far the run got and why it ended."""
     status, record = Status.read(folder.status_json), RunRecord.read(folder.run_json)
     lines = folder.metrics.read()
     parts = ["before the first global step"]
@@ -114,16 +113,16 @@ def _steps(record: RunRecord) -> str:
 
 
 def main() -> None:
-    """Send the message on standard input."""
+    """Send the message read from standard input."""
     import apprise
 
     signal.alarm(SEND_SECONDS)
-    logging.disable()  # what libraries log has the addresses in it
+    logging.disable()  # libraries would log the addresses
     message = json.load(sys.stdin)
     sender = apprise.Apprise()
     unknown = [number for number, address in enumerate(message["addresses"], 1) if not sender.add(address)]
     for number in unknown:
-        print(f"warning: {VARIABLE}: address {number} is none that apprise knows", file=sys.stderr)
+        print(f"warning: {VARIABLE}: address {number} is not one that apprise knows", file=sys.stderr)
     if len(unknown) < len(message["addresses"]) and not sender.notify(title=message["title"], body=message["body"]):
         print(f"warning: {VARIABLE}: the message {message['title']!r} did not reach every address", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""All who are told what happens in a run and never asked: charts, loggers and messages to a person."""
+"""The observers of a run: charts, loggers and notifications. They are told what happens and influence nothing."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ from harness.run.status import record_failure
 
 
 class Observers:
-    """The observers of one run, each at work in a process of its own; silent unless `is_active`, as rank 0's are."""
+    """The observers of one run, each working in a separate process; they do nothing unless `is_active` (rank 0)."""
 
     def __init__(
         self, folder: RunFolder, loggers: Sequence[LoggerName], environment: Mapping[str, str], is_active: bool
@@ -35,18 +35,18 @@ class Observers:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
     def begin(self, step: int) -> None:
-        """Tell that training begins at global step `step`."""
+        """Report that training begins at global step `step`."""
         if self._is_active:
             self._loggers.start(step)
             self._messenger.begin()
 
     def after_step(self) -> None:
-        """Tell that a global step is done; never waits."""
+        """Report that a global step is done; never waits."""
         if self._is_active:
-            self._painter.draw_now_and_then()
+            self._painter.draw_if_due()
 
     def record_failure(self, error: HarnessError) -> None:
-        """Say why this process is about to be ended, since no context of it will be left."""
+        """Record an error in status.json and send a notification, for a process about to exit without cleaning up."""
         if self._is_active:
             record_failure(self._folder.status_json, error)
             self._messenger.end()

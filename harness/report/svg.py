@@ -1,6 +1,6 @@
-"""Charts as inline SVG: intervals of differences, and training curves with bands over replicates.
+"""Charts as inline SVG: differences with intervals, and training curves with bands over replicates.
 
-Colours are the page's own (CSS variables), so that a chart follows dark mode and prints well.
+Colours are CSS variables of the page, so that charts follow dark mode and print well.
 """
 
 import math
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from numpy.typing import NDArray
 
+from harness.report.curves import Floats, fill_gaps, moving_average
 from harness.report.html import Tone
 
-Floats = NDArray[np.float64]
 WIDTH = 720
 COLOURS = 8
 GRID_POINTS = 240
@@ -90,7 +89,7 @@ def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative 
 
 
 def curves(series: Sequence[Curve]) -> str:
-    """Return a chart of training curves over tokens, each with its band; the first tenth may leave the chart."""
+    """Draw training curves over tokens, each with its band; values of the first tenth may be cut off."""
     height, left, right, top, bottom = 360, 52, 12, 10, 40
     late = [np.concatenate([item.low[len(item.low) // 10 :], item.high[len(item.high) // 10 :]]) for item in series]
     values = np.concatenate(late)
@@ -131,28 +130,18 @@ def curves(series: Sequence[Curve]) -> str:
 
 
 def curve_of(label: str, runs: Sequence[tuple[Floats, Floats]]) -> Curve | None:
-    """Return the mean of replicates' smoothed curves (tokens, losses) on a common grid; None without any."""
-    usable = [(tokens, smoothed(losses)) for tokens, losses in runs if len(tokens) > 1]
+    """Average the curves (tokens, losses) of replicates, smoothed over a thirtieth of the steps; None without any."""
+    usable = [
+        (tokens, moving_average(fill_gaps(losses), max(1, len(losses) // 30)))
+        for tokens, losses in runs
+        if len(tokens) > 1
+    ]
     if not usable:
         return None
     end = min(tokens[-1] for tokens, _ in usable)
     grid = np.linspace(min(tokens[0] for tokens, _ in usable), end, GRID_POINTS)
     table = np.array([np.interp(grid, tokens, losses) for tokens, losses in usable])
     return Curve(label, grid, table.mean(axis=0), table.min(axis=0), table.max(axis=0))
-
-
-def smoothed(losses: Floats) -> Floats:
-    """Return the running mean over a thirtieth of the steps; a step without a loss is interpolated first."""
-    good = np.isfinite(losses)
-    if not good.any():
-        return losses
-    filled = np.interp(np.arange(len(losses)), np.flatnonzero(good), losses[good])
-    window = max(1, len(losses) // 30)
-    total = np.concatenate([[0.0], np.cumsum(filled)])
-    start = np.maximum(np.arange(1, len(losses) + 1) - window, 0)
-    ends = np.arange(1, len(losses) + 1)
-    mean: Floats = (total[ends] - total[start]) / (ends - start)
-    return mean
 
 
 def in_short(value: float) -> str:
@@ -164,12 +153,12 @@ def in_short(value: float) -> str:
 
 
 def shortened(label: str, most: int = 26) -> str:
-    """Return a label cut to fit beside a chart; the whole of it is in the tooltip."""
+    """Shorten a label to fit beside a chart; the tooltip has it in full."""
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:
-    """Return a text element; `kind` is its CSS class."""
+    """Return an SVG text element with CSS class `kind`."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 

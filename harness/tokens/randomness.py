@@ -21,8 +21,9 @@ def stream_seed(purpose: str, *key: int | str) -> int:
 def initial_normal(init_seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
     """Draw a parameter's initial values from N(0, std), float32 on the CPU.
 
-    The values depend only on init_seed, name and shape. NumPy's counter-based Philox generator computes them without
-    vector instructions or devices, so all machines get the same bits.
+    The values depend only on init_seed, name and shape. They come from NumPy's
+    counter-based Philox generator, which uses neither vector instructions nor devices, so all machines get the same
+    bits.
     """
     generator = np.random.Generator(np.random.Philox(stream_seed("init", init_seed, name, *shape)))
     values = generator.standard_normal(shape, dtype=np.float32)
@@ -31,7 +32,7 @@ def initial_normal(init_seed: int, name: str, shape: tuple[int, ...], std: float
 
 
 def seed_dropout(dropout_seed: int, global_step: int, accumulation_step: int, rank: int) -> None:
-    """Seed torch's generators (CPU and devices) for the dropout masks of one micro-batch; waits for no device."""
+    """Seed torch's generators (CPU and devices) for one micro-batch's dropout masks; does not wait for a device."""
     torch.manual_seed(stream_seed("dropout", dropout_seed, global_step, accumulation_step, rank))
 
 

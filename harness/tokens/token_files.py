@@ -25,8 +25,8 @@ DTYPES = ("U16", "I32", "U32")
 BIN_NAMES = {"train": ("train",), "validation": ("val", "validation")}
 
 # The header of llm.c's dev/data/data_common.py: 256 int32, of which the first three are a magic number, the version
-# and the number of tokens. Read as uint16, the magic number begins with 55432, no GPT-2 id, so no raw file of
-# GPT-2 tokens begins with it.
+# and the number of tokens. Read as uint16, the magic number begins with 55432, which is not a GPT-2 id, so no raw
+# file of GPT-2 tokens can begin so.
 LLMC_MAGIC = 20240520
 LLMC_VERSION = 1
 LLMC_HEADER_BYTES = 4 * 256

@@ -306,6 +306,6 @@ def test_an_address_that_fails_is_said_by_its_number(
     monkeypatch.setenv(messages.VARIABLE, f"json://127.0.0.1:9/{SECRET} nonsense://{SECRET}")
     done = train_here(make_run(train=SHORT), "--max-steps", 3)
     assert done.status == 0
-    assert "address 2 is none that apprise knows" in done.stderr
+    assert "address 2 is not one that apprise knows" in done.stderr
     assert "the message 'tiny: training stopped' did not reach every address" in done.stderr
     assert SECRET not in done.stderr

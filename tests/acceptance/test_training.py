@@ -30,7 +30,8 @@ def test_a_run_prints_and_writes_what_it_promises(make_run: Callable[..., Path],
     lines = metrics(folder)
     assert [line["step"] for line in lines] == list(range(20))
     assert lines[-1]["tokens"] == 2560
-    assert lines[-1]["cost"] == pytest.approx(lines[-1]["elapsed"], rel=1e-3)
+    # Seconds are written to three decimals and money to four, so a fast run differs by half a millisecond.
+    assert lines[-1]["cost"] == pytest.approx(lines[-1]["elapsed"], abs=6e-4)
     assert all(line["train/loss_min"] <= line["train/loss"] <= line["train/loss_max"] for line in lines)
     mean = np.mean([line["train/loss"] for line in lines[-4:]])  # steps 16 to 19, since the checkpoint after 15
     assert f"Final train loss: {mean:.3f}" in done.stdout

@@ -17,11 +17,13 @@ from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
 from study.assemble import ComparisonRequest, assemble
 from study.designs import DESIGNS, RESOLUTIONS
-from study.noise import learn, show_ledger
+from study.looking import note_unplanned
+from study.looks import RULES
+from study.noise import learn, learn_pairs, show_ledger
 from study.page import page
 from study.planning import PlanRequest, plan
 from study.results import CheckpointRule
-from study.running import run
+from study.running import AskedLooks, run
 from study.statistics import Noise
 from study.tables import FORMATS, Format, render
 from study.verdicts import MARGIN
@@ -73,15 +75,19 @@ def run_verb(words: list[str]) -> None:
 
       python experiment.py run my-study datasets
 
-    What is complete is skipped, what was interrupted goes on, what another process has begun is left to it.
+    What is complete is skipped, what was interrupted goes on, what another process has begun is left to it. With
+    looks, arms that are decided or hopeless stop early and their seeds go to the others, at the promised error rate.
     """
     parser = parser_of(run_verb.__doc__, "experiment.py run")
     parser.add_argument("experiment", metavar="EXPERIMENT", help="its name, or its experiment.json")
     parser.add_argument("datasets_dir", metavar="DATASETS_DIR", type=Path)
     parser.add_argument("--world-size", type=whole_number(), default=1, metavar="W", help="processes (default 1)")
+    parser.add_argument("--looks", type=whole_number(2), metavar="K", help="judge K times while it grows, fixed now")
+    parser.add_argument("--look-rule", choices=RULES, default="pocock", help="levels of the looks (default pocock)")
     add_runs_dir(parser)
     arguments = parser.parse_args(words)
-    run(arguments.experiment, arguments.datasets_dir, arguments.runs_dir, arguments.world_size)
+    looks = None if arguments.looks is None else AskedLooks(arguments.looks, arguments.look_rule)
+    run(arguments.experiment, arguments.datasets_dir, arguments.runs_dir, arguments.world_size, looks)
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,10 @@ def compare_verb(words: list[str]) -> None:
     study = assemble(request)
     if not study.judgement.arms:
         raise ConfigError("RUN: found nothing to compare with the baseline, wanted at least one other recipe")
+    if study.experiment is not None:
+        seeds = len(study.experiment.seeds) - len(study.left_out)
+        note = note_unplanned(study.experiment, request.folder_of_experiment(), seeds, len(study.judgement.arms))
+        study = replace(study, notes=(*study.notes, *([note] if note else [])))
     output_format: Format = parsed.format
     _write(render(study, output_format), parsed.output)
 
@@ -191,14 +201,17 @@ def noise_verb(words: list[str]) -> None:
 
       python experiment.py noise --baseline 8xa100m40-baseline
 
-    Without --baseline the ledger is shown as it is.
+    Without --baseline or --experiment the ledger is shown as it is.
     """
     parser = parser_of(noise_verb.__doc__, "experiment.py noise")
     parser.add_argument("--baseline", metavar="RUN", help="whose replicates, runs of other seeds, to learn from")
+    parser.add_argument("--experiment", metavar="EXPERIMENT", help="whose arms on shared seeds to learn from")
     parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of all runs (default last)")
     add_runs_dir(parser)
     arguments = parser.parse_args(words)
-    if arguments.baseline is None:
+    if arguments.experiment is not None:
+        learn_pairs(arguments.runs_dir, arguments.experiment, arguments.checkpoint)
+    elif arguments.baseline is None:
         show_ledger(arguments.runs_dir)
     else:
         learn(arguments.runs_dir, arguments.baseline, arguments.checkpoint)

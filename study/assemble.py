@@ -11,6 +11,7 @@ from study.effects import Finding, stack_findings
 from study.experiment import Experiment, find_experiment, load_experiment
 from study.factorials import Reading, factorial_findings
 from study.ledger import LEDGER, Scale, find_noise, load_ledger
+from study.looking import as_looked_at, looked_at, read_record
 from study.losses_table import read_losses
 from study.results import (
     CheckpointRule,
@@ -43,6 +44,10 @@ class ComparisonRequest:
     higher_orders_as_error: bool = False
     """Of a factorial without replicates."""
 
+    def folder_of_experiment(self) -> Path:
+        """Return the folder of the experiment that is judged; raises ConfigError where there is none."""
+        return find_experiment(self.runs_dir, self.experiment or "").parent
+
 
 @dataclass(frozen=True)
 class Study:
@@ -55,6 +60,8 @@ class Study:
     experiment: Experiment | None = None
     left_out: tuple[int, ...] = ()
     """Seeds of an experiment on which not every arm is scored yet."""
+    notes: tuple[str, ...] = ()
+    """What else a reader should know, in sentences."""
 
 
 def gather(request: ComparisonRequest) -> tuple[list[Group], Experiment | None]:
@@ -63,7 +70,7 @@ def gather(request: ComparisonRequest) -> tuple[list[Group], Experiment | None]:
         return group_results(read_losses(request.losses)), None
     if request.experiment is not None:
         path = find_experiment(request.runs_dir, request.experiment)
-        experiment = load_experiment(path)
+        experiment = as_looked_at(load_experiment(path), path.parent)
         folders = {run: open_run(path.resolve().parent.parent, run.run) for run in experiment.runs}
         open_seeds = {run.seed for run, folder in folders.items() if not is_scored(folder, request.checkpoint)}
         if open_seeds < set(experiment.seeds):  # else the error names what is missing
@@ -102,6 +109,15 @@ def assemble(request: ComparisonRequest) -> Study:
     judgement = judge(baseline, arms, request.margin, request.given_noise, borrow)
     if experiment is None:
         return Study(tuple(groups), judgement)
+    return _beyond_the_table(request, experiment, groups, judgement)
+
+
+def _beyond_the_table(
+    request: ComparisonRequest, experiment: Experiment, groups: Sequence[Group], judgement: Judgement
+) -> Study:
+    """Add what an experiment's looks and design say: words over all looks, effects, a stack's parts."""
+    if experiment.looks is not None:
+        judgement = looked_at(judgement, read_record(request.folder_of_experiment()))
     seen = {result.run for group in groups for result in group.results}
     left_out = tuple(sorted({run.seed for run in experiment.runs if run.run not in seen}))
     design = experiment.as_design()
@@ -120,7 +136,8 @@ def assemble(request: ComparisonRequest) -> Study:
         return Study(tuple(groups), judgement, tuple(effects), source, experiment, left_out)
     found = []
     if design.name == "one-at-a-time":
-        found = stack_findings(baseline, arms, design.factors, judgement.training, request.margin)
+        arms = [item.group for item in judgement.arms]
+        found = stack_findings(judgement.baseline, arms, design.factors, judgement.training, request.margin)
     return Study(tuple(groups), judgement, tuple(found), experiment=experiment, left_out=left_out)
 
 

@@ -68,10 +68,6 @@ class Design:
             return 1 / math.sqrt(seeds)
         return 2 / math.sqrt(len(self.arms) * seeds) if self.is_factorial else math.sqrt(2 / seeds)
 
-    def degrees_of_freedom(self, seeds: int) -> int:
-        """Return the degrees of freedom that the experiment's own replicates leave for the noise, seeds as blocks."""
-        return (seeds - 1) * max(1, len(self.arms) - 1)
-
     def sees(self) -> str:
         """Say in words what the design can tell."""
         if self.is_factorial:

@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from harness.engine.costs import RunCost, cost_of
 from harness.run.config import ModelConfig, TrainConfig, config_from
 from harness.run.errors import ConfigError
 from harness.run.files import replace_link, write_json
 from harness.run.keys import Part, keys_of
-from harness.run.plan import make_plan
 from harness.run.run_folder import RUN_NAME, RunFolder
 from harness.run.strict_json import read_strict_json
 from study.designs import Arm, Design, DesignName, Intervention, Word, factorial_arms
+from study.looks import RULES, Rule
 
 EXPERIMENT_FILE, EARLIER_FILE = "experiment.json", "plan.json"
 MAX_EXPERIMENT_BYTES = 2**22
@@ -44,6 +43,17 @@ class TestSet:
 
 
 @dataclass(frozen=True)
+class PlannedLooks:
+    """When the experiment is judged while it grows, fixed before its first run."""
+
+    rule: Rule
+    seeds: tuple[int, ...]
+    """Seeds of every arm after which there is a look."""
+    levels: tuple[tuple[float, ...], ...]
+    """The p value that an arm's test must stay below at each look: a row for 1, 2, ... arms that are still open."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """What experiment.json holds."""
 
@@ -56,6 +66,7 @@ class Experiment:
     seeds: tuple[int, ...]
     test_set: TestSet
     runs: tuple[PlannedRun, ...]
+    looks: PlannedLooks | None = None
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -129,15 +140,37 @@ def configs_of(experiment: Experiment, runs_dir: Path, run: PlannedRun) -> tuple
 def write_runs(experiment: Experiment, runs_dir: Path) -> Path:
     """Write experiment.json and every run folder, after checking all of them; return experiment.json's path.
 
-    Nothing is overwritten: folders that exist must already hold the same configuration. Raises ConfigError.
+    Nothing is overwritten: folders that exist must already hold the same configuration, and an experiment whose looks
+    are fixed keeps them. Raises ConfigError.
     """
     target = runs_dir / experiment.name / EXPERIMENT_FILE
-    document = {"experiment": asdict(experiment)}
-    if target.exists() and read_strict_json(target, MAX_EXPERIMENT_BYTES) != json.loads(json.dumps(document)):
+    if target.exists() and replace(load_experiment(target), looks=None) != _as_read(experiment):
         raise ConfigError(f"{target}: found another experiment of this name, wanted a new --name")
+    write_folders(experiment, experiment.runs, runs_dir)
+    if not target.exists():
+        save_experiment(experiment, target)
+    return target
+
+
+def save_experiment(experiment: Experiment, path: Path) -> None:
+    """Write experiment.json; looks are left out where there are none."""
+    document = asdict(experiment)
+    if experiment.looks is None:
+        del document["looks"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"experiment": document})
+
+
+def _as_read(experiment: Experiment) -> Experiment:
+    """Return the experiment as its file says it, where lists of interventions are what JSON makes of them."""
+    return replace(experiment, interventions=json.loads(json.dumps(experiment.interventions)))
+
+
+def write_folders(experiment: Experiment, runs: Sequence[PlannedRun], runs_dir: Path) -> None:
+    """Write the folders of some runs, after checking all of them; raises ConfigError and then has written none."""
     documents: dict[Path, dict[str, Any]] = {}
     problems: list[str] = []
-    for run in experiment.runs:
+    for run in runs:
         folder = RunFolder(runs_dir / run.run)
         pair = zip((folder.model_json, folder.train_json), documents_of(experiment, runs_dir, run), strict=True)
         documents.update(pair)
@@ -155,16 +188,13 @@ def write_runs(experiment: Experiment, runs_dir: Path) -> Path:
     for path, value in documents.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, value)
-    _link_imported_weights(experiment, runs_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, document)
-    return target
+    _link_imported_weights(experiment, runs, runs_dir)
 
 
-def _link_imported_weights(experiment: Experiment, runs_dir: Path) -> None:
+def _link_imported_weights(experiment: Experiment, runs: Sequence[PlannedRun], runs_dir: Path) -> None:
     """Let all runs of an imported base start from its weights, of which one copy is enough."""
     base = RunFolder(runs_dir / experiment.base)
-    for run in experiment.runs if base.imported.is_dir() else ():
+    for run in runs if base.imported.is_dir() else ():
         if run.run != experiment.base:
             replace_link(RunFolder(runs_dir / run.run).imported, f"../{experiment.base}/{base.imported.name}")
 
@@ -194,6 +224,7 @@ def load_experiment(path: Path) -> Experiment:
                 "seeds": tuple(found["seeds"]),
                 "test_set": TestSet(**found["test_set"]),
                 "runs": tuple(PlannedRun(**{**run, "on": tuple(run["on"])}) for run in found["runs"]),
+                "looks": _looks_from(found.get("looks")),
             }
         )
         if experiment.design not in get_args(DesignName) or not experiment.runs:
@@ -202,6 +233,15 @@ def load_experiment(path: Path) -> Experiment:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as an experiment ({error!r})") from None
     return experiment
+
+
+def _looks_from(found: Mapping[str, Any] | None) -> PlannedLooks | None:
+    if found is None:
+        return None
+    looks = PlannedLooks(found["rule"], tuple(found["seeds"]), tuple(tuple(row) for row in found["levels"]))
+    if looks.rule not in RULES or not looks.seeds or sorted(set(looks.seeds)) != list(looks.seeds):
+        raise ValueError("looks that are not at growing numbers of seeds")
+    return looks
 
 
 def _check_runs(experiment: Experiment) -> None:
@@ -216,8 +256,3 @@ def _check_runs(experiment: Experiment) -> None:
     design = experiment.as_design()
     if design.is_factorial and set(factorial_arms(design.factors, design.generators)) != set(design.arms):
         raise ValueError("arms that are not those of the design")
-
-
-def cost_of_base(base: RunFolder, model: ModelConfig, train: TrainConfig, world_size: int) -> RunCost:
-    """Return what one run of the base takes; the speed is the base's own, measured or else as configured."""
-    return cost_of(model, train, make_plan(model, train, world_size), base.metrics.tokens_per_second())

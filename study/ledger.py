@@ -14,14 +14,18 @@ from harness.run.errors import ConfigError
 from harness.run.files import write_json
 from study.statistics import Noise
 
-Component = Literal["init", "order", "dropout", "all"]
+Component = Literal["init", "order", "dropout", "all", "pairs"]
 LEDGER = "noise-ledger.json"
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The noise of one recipe on one kind of hardware, from runs that differ in one component's seeds, or in all."""
+    """The noise of one recipe on one kind of hardware, from runs that differ in one component's seeds, or in all.
+
+    Component "pairs" is that of differences from a baseline on shared seeds, over sqrt(2): what is left of the noise
+    of one run where seeds cancel.
+    """
 
     component: Component
     recipe: str
@@ -95,12 +99,14 @@ def find_noise(entries: Sequence[Entry], recipe_hash: str, scale: Scale) -> tupl
         other = scale.hardware is not None and entry.hardware != scale.hardware
         return entry, f"borrowed from other hardware ({entry.hardware})" if other else ""
 
-    def distance(entry: Entry) -> float:
-        ratios = (entry.parameters / scale.parameters, entry.train_tokens / scale.train_tokens)
-        return max(abs(math.log2(ratio)) for ratio in ratios)
-
-    near = [entry for entry in usable if distance(entry) <= 1]
+    near = [entry for entry in usable if scale_distance(entry, scale) <= 1]
     if not near:
         return None
-    entry = min(near, key=lambda item: (distance(item), -item.df))
+    entry = min(near, key=lambda item: (scale_distance(item, scale), -item.df))
     return entry, f"borrowed from another recipe ({entry.recipe})"
+
+
+def scale_distance(entry: Entry, scale: Scale) -> float:
+    """Give how far apart two scales are: the larger of the factors in parameters and in tokens, as a power of two."""
+    ratios = (entry.parameters / scale.parameters, entry.train_tokens / scale.train_tokens)
+    return max(abs(math.log2(ratio)) for ratio in ratios)

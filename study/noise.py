@@ -1,14 +1,26 @@
 """Learn the training noise from replicates, and which seeds it comes from."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from harness.run.config import PURPOSES
 from harness.run.errors import ConfigError
 from harness.run.run_folder import open_run
+from study.experiment import find_experiment, load_experiment
 from study.ledger import LEDGER, Component, Entry, load_ledger, record
-from study.results import CheckpointRule, Group, Result, find_replicates, group_results, read_runs
+from study.results import (
+    CheckpointRule,
+    Group,
+    Result,
+    find_replicates,
+    group_results,
+    is_scored,
+    name_arms,
+    read_runs,
+)
 from study.statistics import Noise, pooled_noise
 
 
@@ -77,6 +89,40 @@ def learn(runs_dir: Path, baseline: str, rule: CheckpointRule) -> None:
     record(path, learned)
     _print_entries(learned)
     print(f"Wrote {path}")
+
+
+def learn_pairs(runs_dir: Path, name: str, rule: CheckpointRule) -> None:
+    """Write what shared seeds left of the noise, for each arm of an experiment, into the ledger, and print it.
+
+    Later experiments take it for the prior of their own differences. Raises ConfigError where no arm shares two seeds
+    with the baseline.
+    """
+    experiment = load_experiment(find_experiment(runs_dir, name))
+    folders = [open_run(runs_dir, run.run) for run in experiment.runs]
+    groups = name_arms(read_runs([folder for folder in folders if is_scored(folder, rule)], rule), experiment)
+    learned = [entry for arm in groups[1:] if (entry := _pairs_entry(arm, groups[0])) is not None]
+    if not learned:
+        raise ConfigError("--experiment: found no arm with two seeds that its baseline has too, wanted scored runs")
+    path = runs_dir / LEDGER
+    record(path, learned)
+    _print_entries(learned)
+    print(f"Wrote {path}")
+
+
+def _pairs_entry(arm: Group, baseline: Group) -> Entry | None:
+    theirs = {result.seeds: result for result in baseline.results if result.loss is not None}
+    pairs = [(result, theirs[result.seeds]) for result in arm.results if result.seeds in theirs]
+    known = [(mine, other) for mine, other in pairs if mine.loss is not None and mine.metadata is not None]
+    differences = [
+        mine.loss - other.loss for mine, other in known if mine.loss is not None and other.loss is not None
+    ]
+    noise = pooled_noise([differences])
+    if noise is None:
+        return None
+    noise = Noise(noise.sd / math.sqrt(2), noise.df)
+    entry = _entry(arm, "pairs", noise, [mine for mine, _ in known])
+    runs = tuple(sorted(result.run for pair in known for result in pair))
+    return replace(entry, recipe=f"{arm.recipe} v {baseline.recipe}", runs=runs)
 
 
 def show_ledger(runs_dir: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from harness.engine.costs import RunCost
 from harness.run.config import ModelConfig, TrainConfig
+from harness.run.errors import ConfigError
 from harness.run.files import RUNS
 from harness.run.recipe import recipe_hash
-from harness.run.run_folder import RunFolder, open_run
+from harness.run.run_folder import open_run
 from study.designs import (
     LETTERS,
     ROMAN,
@@ -22,9 +23,11 @@ from study.designs import (
     spell,
     with_stack,
 )
-from study.experiment import Experiment, TestSet, configs_of, cost_of_base, make_experiment, write_runs
+from study.experiment import Experiment, TestSet, make_experiment, write_runs
 from study.ledger import LEDGER, Scale, find_noise, load_ledger
-from study.statistics import Noise, detectable
+from study.power import Analysis
+from study.pricing import Bill, bill_of, refuse_incomparable
+from study.prior import Subject, find_pair_prior
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,12 @@ def plan(request: PlanRequest) -> None:
         request.seeds,
         TestSet(start, request.test_batches),
     )
-    cost = cost_of_base(base, model, train, request.world_size)
-    noise, source = known_noise(request.runs_dir, model, train, cost)
-    describe(experiment, design, cost, noise, source)
-    warn_of_memory(experiment, request.runs_dir, base, cost)
-    describe_alternatives(design, interventions, len(request.seeds), cost, noise)
+    bill = bill_of(experiment, request.runs_dir, request.world_size)
+    refuse_incomparable(experiment, request.runs_dir, bill)
+    noise = known_noise(request.runs_dir, model, train, next(iter(bill.arms.values())))
+    describe(design, bill, noise)
+    warn_of_memory(bill)
+    describe_alternatives(request, experiment, interventions, bill, noise)
     if request.dry_run:
         return
     path = write_runs(experiment, request.runs_dir)
@@ -79,30 +83,52 @@ def plan(request: PlanRequest) -> None:
     print(f"Then judge them:      python experiment.py compare --experiment {name}")
 
 
-def known_noise(runs_dir: Path, model: ModelConfig, train: TrainConfig, cost: RunCost) -> tuple[Noise | None, str]:
-    """Return the ledger's noise for the base recipe, and where it comes from."""
+@dataclass(frozen=True)
+class PlanningNoise:
+    """What a plan reckons with: the noise of one run in nats per token, and what of it the analysis may use."""
+
+    sd: float | None
+    prior_df: float
+    """Degrees of freedom that the comparison of arms will borrow; 0 where it rests on its own runs alone."""
+    source: str
+
+
+def known_noise(runs_dir: Path, model: ModelConfig, train: TrainConfig, cost: RunCost) -> PlanningNoise:
+    """Give the noise that the ledger or public runs lead to expect, paired where the analysis is paired."""
+    entries = load_ledger(runs_dir / LEDGER)
     scale = Scale(cost.parameters.total, cost.plan.train_tokens, None)
-    found = find_noise(load_ledger(runs_dir / LEDGER), recipe_hash(model, train), scale)
+    subject = Subject(recipe_hash(model, train), scale, train.schedule_name != "constant", frozenset())
+    prior = find_pair_prior(entries, subject)
+    if prior is not None:
+        return PlanningNoise(prior.sd, prior.df, f"sigma {prior.sd:.4f} on {prior.df:.3g} df ({prior.source})")
+    found = find_noise(entries, recipe_hash(model, train), scale)
     if found is None:
-        return None, "no noise in the ledger for this recipe or scale: effects in units of its sigma"
+        return PlanningNoise(
+            None, 0, "no noise in the ledger for this recipe or scale: effects in units of its sigma"
+        )
     entry, borrowed = found
-    origin = borrowed or "this recipe's own"
-    return entry.noise, f"sigma {entry.sd:.4f} on {entry.df} degrees of freedom from the ledger, {origin}"
+    source = f"sigma {entry.sd:.4f} on {entry.df} df from the ledger, {borrowed or 'own'}, to plan with and no more"
+    return PlanningNoise(entry.sd, 0, source)
 
 
-def describe(experiment: Experiment, design: Design, cost: RunCost, noise: Noise | None, source: str) -> None:
+def describe(design: Design, bill: Bill, noise: PlanningNoise) -> None:
     """Print what the experiment costs and what it can see."""
-    seeds, runs = len(experiment.seeds), len(experiment.runs)
-    hours, money = _times(runs, cost.hours), _times(runs, cost.money)
+    costs = list(bill.arms.values())
+    each = sorted({cost.plan.train_tokens for cost in costs})
+    price = [cost.money for cost in costs if cost.money is not None]
+    currency = costs[0].currency
     rows = [
-        ("Design", f"{design.name}, {len(design.arms)} arms x {seeds} seeds = {runs} runs"),
-        ("Tokens", f"{runs * cost.plan.train_tokens:,} ({cost.plan.train_tokens:,} a run)"),
-        ("Hours", "unknown: no speed measured or expected" if hours is None else f"{hours:,.2f}"),
-        ("Cost", "unknown: no price_per_hour" if money is None else f"{money:,.2f} {cost.currency}".rstrip()),
-        ("Noise", source),
-        ("Standard error", in_nats(design.effect_se(seeds), noise)),
-        ("Sees four in five", in_nats(smallest_effect(design, seeds, noise), noise)),
+        ("Design", f"{design.name}, {len(design.arms)} arms x {bill.seeds} seeds = {bill.runs} runs"),
+        ("Tokens", f"{bill.tokens:,} ({' or '.join(f'{count:,}' for count in each)} a run)"),
+        ("Hours", "unknown: no speed measured or expected" if bill.hours is None else f"{bill.hours:,.2f}"),
+        ("Cost", "unknown: no price_per_hour" if bill.money is None else f"{bill.money:,.2f} {currency}".rstrip()),
+        ("Noise", noise.source),
+        ("Standard error", in_nats(design.effect_se(bill.seeds), noise)),
+        ("Sees four in five", sees(design, bill.seeds, noise)),
     ]
+    if price and max(price) > 1.001 * min(price):
+        dearest = max(bill.arms, key=lambda arm: bill.arms[arm].money or 0)
+        rows.insert(4, ("Cost of a run", f"{min(price):,.2f} to {max(price):,.2f} {currency} ({dearest})"))
     if design.generators:
         resolution = design.resolution() or 0
         rows.append(("Generators", f"{' '.join(design.generators_in_letters())} (resolution {ROMAN[resolution]})"))
@@ -117,49 +143,91 @@ def describe(experiment: Experiment, design: Design, cost: RunCost, noise: Noise
             print(f"  {' = '.join(map(spell, [effect, *others])) if others else spell(effect) + ' alone'}")
 
 
-def smallest_effect(design: Design, seeds: int, noise: Noise | None) -> float | None:
-    """Return the effect found four times in five, in units of sigma; None where no noise could be estimated."""
-    df = design.degrees_of_freedom(seeds) or (noise.df if noise else 0)
-    return detectable(design.effect_se(seeds), df) if df else None
+def analysis_of(design: Design, seeds: int, prior_df: float) -> Analysis:
+    """Give how a design's effects will be tested: in which family, and on whose noise.
+
+    Arms are compared with the baseline seed by seed, on seeds - 1 degrees of freedom and a prior's; effects of a
+    factorial likewise but without a prior, since they may differ between seeds, and by Lenth's method on one seed.
+    """
+    se = design.effect_se(seeds)
+    if not design.is_factorial:
+        return Analysis(se, seeds - 1, max(1, len(design.arms) - 1), prior_df)
+    contrasts = len(design.arms) - 1 if seeds == 1 else 0
+    return Analysis(se, seeds - 1, len(design.factors), contrasts=contrasts)
 
 
-def in_nats(sigmas: float | None, noise: Noise | None) -> str:
+def sees(design: Design, seeds: int, noise: PlanningNoise) -> str:
+    """Say in words which effect is called HELPS or HURTS four times in five."""
+    if design.name == "replicates":
+        return "-"
+    analysis = analysis_of(design, seeds, noise.prior_df)
+    smallest = analysis.detectable()
+    if smallest is None:
+        return "nothing: one run of each arm, and no noise that the comparison may borrow"
+    return f"{in_nats(smallest, noise)}, called HELPS or HURTS in a family of {analysis.family}"
+
+
+def in_nats(sigmas: float, noise: PlanningNoise) -> str:
     """Write a number of sigmas in nats per token where sigma is known."""
-    if sigmas is None:
-        return "unknown: one run of each arm, and no noise in the ledger"
-    return f"{sigmas:.2f} sigma" + ("" if noise is None else f" = {sigmas * noise.sd:.4f} nats per token")
+    return f"{sigmas:.2f} sigma" + ("" if noise.sd is None else f" = {sigmas * noise.sd:.4f} nats per token")
 
 
-def warn_of_memory(experiment: Experiment, runs_dir: Path, base: RunFolder, cost: RunCost) -> None:
-    """Say which arm needs the most memory, where that is more than the base's."""
-    needs = {
-        run.arm: cost_of_base(base, *configs_of(experiment, runs_dir, run), cost.plan.world_size).peak_gib
-        for run in experiment.runs[: len(experiment.arms)]
-    }
-    arm, peak = max(needs.items(), key=lambda item: item[1])
-    if peak > 1.1 * cost.peak_gib:
-        print(f"Memory: {arm} needs about {peak:.1f} GiB per GPU, the base {cost.peak_gib:.1f}")
+def warn_of_memory(bill: Bill) -> None:
+    """Say which arm needs the most memory, where that is more than the first's."""
+    first = next(iter(bill.arms.values()))
+    arm, peak = max(((name, cost.peak_gib) for name, cost in bill.arms.items()), key=lambda item: item[1])
+    if peak > 1.1 * first.peak_gib:
+        print(f"Memory: {arm} needs about {peak:.1f} GiB per GPU, the base {first.peak_gib:.1f}")
 
 
 def describe_alternatives(
-    chosen: Design, interventions: Sequence[Intervention], seeds: int, cost: RunCost, noise: Noise | None
+    request: PlanRequest,
+    chosen: Experiment,
+    interventions: Sequence[Intervention],
+    bill: Bill,
+    noise: PlanningNoise,
 ) -> None:
-    """Print every design for these interventions, so that a cheaper one can be chosen."""
-    if chosen.name == "replicates":
+    """Print every design for these interventions, each with as many seeds as the same money buys."""
+    design = chosen.as_design()
+    if design.name == "replicates":
         return
-    print(f"\nDesigns for these interventions, with {seeds} seeds:")
-    print(f"  {'design':<24}{'runs':>6}{'hours':>9}{'cost':>10}  {'standard error':<34}sees")
-    designs = alternatives([item.name for item in interventions])
-    for design in designs if chosen in designs else [*designs, chosen]:
-        runs = len(design.arms) * seeds
-        hours, money = _times(runs, cost.hours), _times(runs, cost.money)
-        label = f"{design.name} {ROMAN[design.resolution() or 0]}" if design.generators else design.name
+    print(f"\nDesigns for these interventions, for {'the same money' if bill.money else 'as many runs'}:")
+    print(f"  {'design':<22}{'seeds':>6}{'runs':>6}{'hours':>9}{'cost':>10}  {'HELPS four in five from':<33}sees")
+    found = alternatives([item.name for item in interventions])
+    for other in found if design in found else [*found, design]:
+        one = _bill_of_one_seed(request, chosen, other, interventions)
+        if one is None:
+            continue
+        seeds = bill.seeds if other == design else _affordable(bill, one)
+        label = f"{other.name} {ROMAN[other.resolution() or 0]}" if other.generators else other.name
+        mark = "*" if other == design else " "
+        if seeds < 1:
+            print(f"{mark} {label:<22}{'-':>6}  one seed of its {one.runs} arms costs more")
+            continue
+        smallest = analysis_of(other, seeds, noise.prior_df).detectable()
+        whole = Bill(one.arms, seeds)
         print(
-            f"{'*' if design == chosen else ' '} {label:<24}{runs:>6}"
-            f"{'-' if hours is None else f'{hours:,.1f}':>9}{'-' if money is None else f'{money:,.0f}':>10}"
-            f"  {in_nats(design.effect_se(seeds), noise):<34}{design.sees()}"
+            f"{mark} {label:<22}{seeds:>6}{whole.runs:>6}"
+            f"{'-' if whole.hours is None else f'{whole.hours:,.1f}':>9}"
+            f"{'-' if whole.money is None else f'{whole.money:,.0f}':>10}"
+            f"  {'nothing' if smallest is None else in_nats(smallest, noise):<33}{other.sees()}"
         )
 
 
-def _times(runs: int, of_one: float | None) -> float | None:
-    return None if of_one is None else runs * of_one
+def _affordable(bill: Bill, one: Bill) -> int:
+    """Give the seeds of a design that the experiment's money buys, or its runs where there is no price."""
+    if bill.money and one.money:
+        return int(bill.money / one.money + 1e-9)
+    return bill.runs // one.runs
+
+
+def _bill_of_one_seed(
+    request: PlanRequest, chosen: Experiment, design: Design, interventions: Sequence[Intervention]
+) -> Bill | None:
+    """Price one seed of another design; None where its arms cannot be, as two changes of one key together."""
+    seeds = chosen.seeds[:1]
+    try:
+        other = make_experiment(chosen.name, chosen.base, design, interventions, seeds, chosen.test_set)
+        return bill_of(other, request.runs_dir, request.world_size)
+    except ConfigError:
+        return None

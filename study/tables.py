@@ -52,6 +52,8 @@ def as_json(study: Study) -> dict[str, Any]:
             }
             for item in study.findings
         ]
+    if study.notes:
+        document["notes"] = list(study.notes)
     return document
 
 
@@ -193,7 +195,7 @@ def notes_of(study: Study) -> list[str]:
         alike = [f"{item.group.recipe} {item.correlation:+.2f}" for item in known]
         if alike:
             notes.append(f"Correlation with the baseline over seeds: {', '.join(alike)}.")
-    return notes
+    return [*notes, *study.notes]
 
 
 def render(study: Study, format_name: Format) -> str:

@@ -275,13 +275,6 @@ def test_standard_error_is_that_of_the_contrast(name: DesignName, seeds: int) ->
     assert design.effect_se(seeds) == pytest.approx(math.sqrt(sum(contrast_weights(design) ** 2) / seeds))
 
 
-def test_degrees_of_freedom_are_those_of_blocks() -> None:
-    assert make_design("one-at-a-time", factors(5)).degrees_of_freedom(3) == 5 * 2
-    assert make_design("fraction", factors(5)).degrees_of_freedom(2) == 15
-    assert make_design("replicates", []).degrees_of_freedom(7) == 6
-    assert make_design("fraction", factors(5)).degrees_of_freedom(1) == 0
-
-
 @pytest.mark.parametrize(
     ("count", "wanted"),
     [

@@ -183,3 +183,15 @@ def test_a_plan_that_cannot_be_is_refused_whole(
     assert done.status == 2
     assert complaint in done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["base"]
+
+
+def test_noise_of_pairs_is_learned_for_later_experiments(
+    tmp_path: Path, planned: Callable[..., Path], call: Callable[..., Called]
+) -> None:
+    planned(4, "--seeds", "1,2,3")
+    place = ("--runs-dir", tmp_path / "runs")
+    learned = call(experiment.main, "noise", "--experiment", "study", *place)
+    assert learned.status == 0, learned.stderr
+    assert learned.stdout.count("pairs seeds: sd 0.00") == 4  # the seeds' own luck, 0.03, cancels
+    entries = json.loads((tmp_path / "runs" / "noise-ledger.json").read_text())["entries"]
+    assert all(entry["component"] == "pairs" and entry["df"] == 2 and len(entry["runs"]) == 6 for entry in entries)

@@ -377,7 +377,7 @@ def test_noise_is_learned_and_lent(executed: Path, call: Callable[..., Called]) 
         assert known["method"] == "ledger"
         assert known["noise"]["df"] == 1
         words = ("base", runs_dir.parent / "interventions.json", "--dry-run", "--runs-dir", runs_dir)
-        assert "degrees of freedom from the ledger, this recipe's own" in call(experiment.main, "plan", *words).stdout
+        assert "earlier runs of toy-baseline in the noise ledger" in call(experiment.main, "plan", *words).stdout
     finally:
         (runs_dir / "noise-ledger.json").unlink()
 

@@ -1,7 +1,7 @@
-"""Bring weights in from elsewhere, and take checkpoints out to transformers.
+"""Import weights from elsewhere, and export checkpoints to transformers.
 
   python convert.py import hf:openai-community/gpt2 gpt2-small
-  python convert.py export 8xa100m40-baseline/checkpoints/best export/baseline
+  python convert.py export 8xa100m40-baseline/checkpoints/best export/best
 
 `python convert.py VERB --help` tells more of each verb.
 """
@@ -38,8 +38,9 @@ def import_verb(words: list[str]) -> None:
 
       python convert.py import hf:openai-community/gpt2 gpt2-small
 
-    SOURCE is hf:OWNER/NAME (a GPT-2 on the Hugging Face Hub), a folder with config.json and model.safetensors, or
-    another harness's model.safetensors. The run can be scored, sampled, exported, and trained on.
+    SOURCE is hf:OWNER/NAME (a GPT-2 on the Hugging Face Hub), a folder with
+    config.json and model.safetensors, or another harness's model.safetensors.
+    The run can be scored, sampled, exported, and trained on.
     """
     parser = parser_of(import_verb.__doc__, "convert.py import")
     parser.add_argument("source", metavar="SOURCE", help="hf:OWNER/NAME, a folder, or a .safetensors file")
@@ -47,10 +48,10 @@ def import_verb(words: list[str]) -> None:
     add_runs_dir(parser)
     parser.add_argument("--revision", help="commit, branch or tag of an hf: source (default: the newest)")
     parser.add_argument(
-        "--n-heads", type=whole_number(), metavar="N", help="of a .safetensors file (default: width / 64)"
+        "--n-heads", type=whole_number(), metavar="N", help="of a .safetensors file (default: emb_dim / 64)"
     )
     parser.add_argument(
-        "--vocab-size", type=whole_number(), metavar="N", help="keep the first N ids, as the rest is padding"
+        "--vocab-size", type=whole_number(), metavar="N", help="keep the first N ids: the rest is padding"
     )
     request = parse_into(ImportRequest, parser, words)
     if request.revision and not request.source.startswith("hf:"):
@@ -68,11 +69,11 @@ def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], source: obje
 
 
 def export_verb(words: list[str]) -> None:
-    """Write a checkpoint as a folder that transformers loads as it is, without remote code.
+    """Write a checkpoint as a folder that transformers loads without remote code.
 
-      python convert.py export 8xa100m40-baseline/checkpoints/best export/baseline
+      python convert.py export 8xa100m40-baseline/checkpoints/best export/best
 
-    What is written is loaded again with transformers, and its logits are compared, before it appears.
+    Before OUT_DIR appears, transformers loads it and its logits are compared.
     """
     parser = parser_of(export_verb.__doc__, "convert.py export")
     parser.add_argument("run", metavar="RUN", help="a run, or RUN/checkpoints/NAME (latest, best or a step's folder)")

@@ -1,11 +1,12 @@
-"""Instruction fine-tuning evals: fine-tune and ask models, and let other models judge their answers.
+"""Compare models by what they learn from instructions.
 
-  python instruct.py respond quickstart my-run quickstart/untrained --out evals/instructions
-  python instruct.py judge evals/instructions/answers/*.json --judge gpt-4.1-mini --out evals/judged
+  python instruct.py respond quickstart my-run --out evals
+  python instruct.py judge evals/answers/*.json --judge gpt-4.1 --out judged
 
 `python instruct.py VERB --help` tells more of each verb.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -41,12 +42,13 @@ def main() -> None:
 
 
 def respond_verb(words: list[str]) -> None:
-    """Fine-tune models on instructions by one frozen recipe, let them answer held-out items, and compare them.
+    """Fine-tune models on instructions by one recipe, ask them, and compare them.
 
-      python instruct.py respond quickstart my-run quickstart/untrained --out evals/instructions
+      python instruct.py respond quickstart quickstart/untrained --out evals
 
-    RUN is a run's newest checkpoint, RUN/checkpoints/NAME another one, RUN/untrained its initial weights. The same
-    command goes on after an interruption; with more runs and the same --out it adds them.
+    RUN is a run's newest checkpoint, RUN/checkpoints/NAME another one, and
+    RUN/untrained its initial weights, drawn or imported. The same command goes
+    on after an interruption; with more runs and the same --out it adds them.
     """
     parser = parser_of(respond_verb.__doc__, "instruct.py respond")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="models to compare; the first is the baseline")
@@ -76,12 +78,12 @@ def build_model(folder: RunFolder, config: ModelConfig, train: TrainConfig, weig
 
 
 def judge_verb(words: list[str]) -> None:
-    """Let language models judge the answers that `respond` collected, and rank the models that gave them.
+    """Let language models judge the answers of `respond`, and rank who gave them.
 
-      OPENAI_API_KEY=... python instruct.py judge out/answers/*.json --judge gpt-4.1-mini --out judged
+      python instruct.py judge evals/answers/*.json --judge gpt-4.1 --out judged
 
-    Any OpenAI-compatible endpoint: OPENAI_BASE_URL and OPENAI_API_KEY come from the environment alone. The same
-    command goes on after an interruption.
+    Any OpenAI-compatible endpoint: OPENAI_BASE_URL and OPENAI_API_KEY come from
+    the environment alone. The same command goes on after an interruption.
     """
     parser = parser_of(judge_verb.__doc__, "instruct.py judge")
     parser.usage = "%(prog)s FILE [FILE ...] --judge MODEL --out DIR [options]"
@@ -89,18 +91,16 @@ def judge_verb(words: list[str]) -> None:
     parser.add_argument("--judge", metavar="MODEL", action="append", required=True, help="one or more times")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where replies and results go")
     parser.add_argument("--baseline", metavar="RUN", help="to compare the others with (the first FILE's)")
-    parser.add_argument("--repeats", type=whole_number(), default=1, help="of each question in each order (1)")
+    parser.add_argument(
+        "--repeats", type=whole_number(), default=1, metavar="N", help="of each question in each order (1)"
+    )
     parser.add_argument("--pairs", action="store_true", help="show two models at a time, not all together")
     parser.add_argument("--max-items", type=whole_number(), metavar="N", help="judge N items, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which answers are shown (0)")
-    parser.add_argument("--temperature", type=positive_or_zero, help="of the judge (the endpoint's default)")
-    parser.add_argument("--tries", type=whole_number(), default=5, help="for a reply that can be read (5)")
-    parser.add_argument("--timeout", type=positive, default=60.0, help="of one request, in seconds (60)")
-    parser.add_argument("--max-minutes", type=positive, help="stop asking after so long")
-    parser.add_argument("--max-spend", type=positive, help="stop before DIR's replies cost more than this")
-    parser.add_argument("--price-per-million-tokens", type=positive_or_zero, metavar="P", help="the dearest kind's")
-    parser.add_argument("--max-reply-tokens", type=whole_number(), default=1000, help="of one reply (1000)")
-    parser.add_argument("--parallel", type=whole_number(), default=4, help="requests at a time (4)")
+    parser.add_argument(
+        "--temperature", type=positive_or_zero, metavar="T", help="of the judge (the endpoint's default)"
+    )
+    _add_caps(parser)
     parser.add_argument("--offline", action="store_true", help="score the replies in DIR and ask for none")
     parser.add_argument("--margin", type=positive, default=judgement.MARGIN, help="log-odds that matter (0.1)")
     request = parse_into(JudgeRequest, parser, words)
@@ -109,6 +109,23 @@ def judge_verb(words: list[str]) -> None:
     if len(set(request.judge)) < len(request.judge):
         parser.error("--judge: found one twice, wanted each once (--repeats asks again)")
     judgement.judge(request, os.environ)
+
+
+def _add_caps(parser: argparse.ArgumentParser) -> None:
+    """Add what bounds the requests to an endpoint."""
+    parser.add_argument(
+        "--tries", type=whole_number(), default=5, metavar="N", help="for a reply that can be read (5)"
+    )
+    parser.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="of one request (60)")
+    parser.add_argument("--max-minutes", type=positive, metavar="M", help="stop asking after so long")
+    parser.add_argument(
+        "--max-spend", type=positive, metavar="COST", help="stop before DIR's replies cost more than this"
+    )
+    parser.add_argument("--price-per-million-tokens", type=positive_or_zero, metavar="P", help="the dearest kind's")
+    parser.add_argument(
+        "--max-reply-tokens", type=whole_number(), default=1000, metavar="N", help="of one reply (1000)"
+    )
+    parser.add_argument("--parallel", type=whole_number(), default=4, metavar="N", help="requests at a time (4)")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from torch import nn
 from exchange import parity
 from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE, config_document, require_expressible, to_hugging_face
 from exchange.model_card import CHART, Interval, Publication, model_card
+from exchange.origin import Origin
 from exchange.vocabulary import tokenizer_files
 from harness.engine.checkpoint import MANIFEST_FILE, save_tensors
 from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, StorageError, hub_errors
 from harness.run.files import atomic_folder, file_sha256, read_json, write_json, write_text
-from harness.run.run_folder import RunFolder, open_run
+from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
 from harness.run.score import Score
 from harness.tokens.tokenizer import (
     END_OF_TEXT,
@@ -27,7 +28,7 @@ from harness.tokens.tokenizer import (
     printable_vocabulary,
 )
 
-# Each of these breaks a tokenizer that cuts text, counts spaces or spells bytes in another way.
+# Each of these is encoded otherwise by a tokenizer that splits words, spaces or bytes in another way.
 HARD_TEXTS = (
     "Every effort moves you",
     "  two  spaces,\ttabs\n\n\nand lines \r\n ",
@@ -66,7 +67,7 @@ def export(request: ExportRequest, open_model: OpenModel, interval_of: IntervalO
     config, _ = folder.read_configs()
     require_expressible(config, folder.model_json)
     model = open_model(folder.model_json, folder.weights(step))
-    is_gpt2 = read_json(folder.imported / "source.json").get("tokenizer_is_gpt2") is not False
+    is_gpt2 = Origin.read(folder.imported_source).tokenizer_is_gpt2 is not False
     has_tokenizer = config.vocab_size == VOCAB_SIZE and is_gpt2
     with atomic_folder(request.out_dir) as path:
         write_model(path, model, config, has_tokenizer)
@@ -101,29 +102,27 @@ def require_possible(request: ExportRequest) -> None:
 
 
 def find_checkpoint(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
-    """Find the checkpoint that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError."""
+    """Return the run and the step that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError."""
     run, _, rest = words.rstrip("/").partition("/")
     folder = open_run(runs_dir, run)
     place, _, name = rest.partition("/")
     if rest and (place != "checkpoints" or not name or "/" in name):
         raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
-    if not rest:  # the links are hints; the newest folder is the truth
+    if not rest:  # not the link `latest`: a kill may have left it on an older checkpoint
         steps = folder.model_steps()
     else:
         path = (folder.checkpoints / name).resolve()
         steps = [step for step in folder.model_steps() if folder.checkpoint(step).resolve() == path]
-    if not steps or not (folder.weights(steps[-1])).is_file():
-        raise CheckpointError(
-            f"{folder.checkpoints}: found no {name or 'checkpoint'}, wanted one with {WEIGHTS_FILE}"
-        )
+    if not steps or not folder.weights(steps[-1]).is_file():
+        raise CheckpointError(f"{folder.checkpoints}: found no {name or 'checkpoint'}, wanted one with {MODEL_FILE}")
     return folder, steps[-1]
 
 
 def require_whole(folder: RunFolder, step: int) -> None:
     """Check the weights against the checkpoint's manifest, where it has one; raises CheckpointError."""
     path = folder.weights(step)
-    manifest = read_json(path.parent / MANIFEST_FILE).get("files", {})
-    wanted = manifest.get(WEIGHTS_FILE, {}).get("sha256")
+    files = read_json(folder.checkpoint(step) / MANIFEST_FILE).get("files", {})
+    wanted = files.get(MODEL_FILE, {}).get("sha256")
     if wanted and (found := file_sha256(path)) != wanted:
         raise CheckpointError(f"{path}: found SHA-256 {found}, wanted {wanted}")
 

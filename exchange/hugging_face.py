@@ -36,7 +36,7 @@ MODEL_KEYS = {
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
-# What the harness computes, with the value that a configuration without the key stands for; other values are refused.
+# The values of each key that this model computes, the first one being the default; any other value is refused.
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
@@ -58,7 +58,7 @@ PROJECTIONS = ("W_query", "W_key", "W_value")
 
 
 def _renamed(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
-    """Yield the tensors that only change their name, ours first, and whether they are transposed."""
+    """Yield the tensors that only change their name: our name, GPT-2's, and whether the value is transposed."""
     for ours, theirs in OUTSIDE.items():
         yield ours, theirs, False
     for number in range(config.n_layers):
@@ -98,7 +98,7 @@ def from_hugging_face(
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """Return GPT-2's tensors, with or without the prefix `transformer.`, under our names, float32.
 
-    Gives the configuration too, with qkv_bias off where every such bias is zero, which computes the same. Raises
+    Returns the configuration too, with qkv_bias off where every such bias is zero, which computes the same. Raises
     CheckpointError naming what is missing, unknown or of another shape.
     """
     stripped = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
@@ -129,7 +129,7 @@ def from_hugging_face(
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return what GPT-2 of this configuration holds, by their names without the prefix."""
+    """Return the shape of every tensor of a GPT-2 of this configuration, by its name without the prefix."""
     width = config.emb_dim
     shapes: dict[str, tuple[int, ...]] = {
         "wte.weight": (config.vocab_size, width),
@@ -161,7 +161,7 @@ def _require_shapes(tensors: Mapping[str, Tensor], config: ModelConfig, source: 
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Read a GPT-2 `config.json`; raises ConfigError, one line for each key that the harness cannot follow.
+    """Read a GPT-2 `config.json`; raises ConfigError with one line for each key that this model cannot follow.
 
     qkv_bias is true, as GPT-2 has it. Dropout is that of the residual branches.
     """
@@ -196,9 +196,9 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def require_expressible(config: ModelConfig, source: object) -> None:
-    """Raise ConfigError, naming the key, where a model has what GPT2LMHeadModel lacks.
+    """Raise ConfigError for every key of model.json that GPT2LMHeadModel cannot hold.
 
-    That is any key that came after the first release and is in use: GPT-2's shape is what the others describe.
+    The keys of the first release describe a GPT-2. A later key is an intervention, which its own default leaves out.
     """
     problems = [
         f"{source}: {item.name}: found {getattr(config, item.name)!r}, which GPT2LMHeadModel cannot hold"

@@ -1,7 +1,7 @@
 """Make a run folder from weights that were trained elsewhere."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from exchange.hugging_face import (
     read_config,
     weight_files,
 )
+from exchange.origin import Origin
 from exchange.published import config_of
 from harness.engine.checkpoint import read_tensors, save_tensors
 from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, DataError, hub_errors
 from harness.run.files import atomic_folder, file_sha256, replace_link, utc_now, write_json
-from harness.run.run_folder import RUN_NAME, RunFolder
+from harness.run.run_folder import IMPORTED_STEP, RUN_NAME, RunFolder
 from harness.tokens.tokenizer import VOCAB_SIZE, printable_vocabulary
 
 DATASET_TO_NAME = "name-your-dataset"
-# Gentle settings for training on: a tenth of a usual peak, because the weights are no longer anywhere.
+# Gentle settings for training on: a tenth of the usual peak rate, because the weights are trained already.
 TRAIN: dict[str, Any] = {
     "dataset": DATASET_TO_NAME,
     "min_train_tokens": -1,
@@ -50,12 +51,11 @@ TRAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """What a source holds, under our names."""
+    """What a source holds, under the parameter names of this project."""
 
     config: ModelConfig
     tensors: Mapping[str, Tensor]
-    origin: dict[str, Any]
-    """Where it came from, for imported/source.json."""
+    origin: Origin
     remarks: list[str] = field(default_factory=list)
     """What a user should know, one line each."""
     folder: Path | None = None
@@ -86,7 +86,7 @@ def import_weights(request: ImportRequest, build_model: BuildModel) -> None:
         print(remark)
     model = build_model(weights.config, weights.tensors, request.source)
     require_numbers(model.state_dict(), request.source)
-    origin = {**weights.origin, "time": utc_now(), "logit_parity": None}
+    origin = replace(weights.origin, time=utc_now())
     if weights.folder is None:
         print("Logits: not checked, because the source is no Hugging Face folder")
     elif not parity.is_available():
@@ -95,7 +95,7 @@ def import_weights(request: ImportRequest, build_model: BuildModel) -> None:
         found = parity.check_logits(
             model.eval(), weights.folder, weights.config.vocab_size, weights.config.context_length
         )
-        origin["logit_parity"] = asdict(found)
+        origin = replace(origin, logit_parity=asdict(found))
         print(f"Logits equal those of transformers: {found}")
     write_run(target, weights.config, model.state_dict(), origin)
     print(f"{target}: imported {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -103,7 +103,7 @@ def import_weights(request: ImportRequest, build_model: BuildModel) -> None:
 
 
 def new_run(runs_dir: Path, name: str) -> Path:
-    """Return the folder of a run that does not exist yet; raises ConfigError."""
+    """Return the path for a new run; raises ConfigError for a bad name, or where there is something already."""
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(f"RUN: found {name[:80]!r}, wanted a name of letters, digits, '.', '_' and '-'")
     if (runs_dir / name).exists() or (runs_dir / name).is_symlink():
@@ -112,21 +112,21 @@ def new_run(runs_dir: Path, name: str) -> Path:
 
 
 def read_source(request: ImportRequest) -> Weights:
-    """Read whatever SOURCE names; raises a documented error."""
+    """Read the weights that SOURCE names; raises HarnessError."""
     source, asked = request.source, request.vocab_size
     path = Path(source)
     if source.startswith("hf:"):
         folder, commit = download(source.removeprefix("hf:"), request.revision)
-        return read_folder(folder, {"source": source, "commit": commit}, asked)
+        return read_folder(folder, Origin(source, commit), asked)
     if path.is_dir():
-        return read_folder(path, {"source": source}, asked)
+        return read_folder(path, Origin(source), asked)
     if path.is_file() and path.suffix == ".safetensors":
         return read_file(path, request.n_heads, asked)
     raise ConfigError(f"SOURCE: found {source[:200]!r}, wanted hf:OWNER/NAME, a folder or a .safetensors file")
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
-    """Fetch what is needed of a model on the Hub into its cache; returns the folder and the commit.
+    """Download the needed files of a model on the Hub into its cache, and return their folder and the commit.
 
     Raises DataError. Nothing but JSON and safetensors is asked for.
     """
@@ -144,8 +144,8 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
     return folder, commit
 
 
-def read_folder(folder: Path, origin: dict[str, Any], asked: int | None) -> Weights:
-    """Read a Hugging Face folder."""
+def read_folder(folder: Path, origin: Origin, asked: int | None) -> Weights:
+    """Read a Hugging Face folder; `asked` is the --vocab-size of the command, None where it was not given."""
     config = read_config(folder / CONFIG_FILE)
     files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
@@ -162,23 +162,23 @@ def read_folder(folder: Path, origin: dict[str, Any], asked: int | None) -> Weig
     is_gpt2 = None if known is None else printable_vocabulary().items() <= known.items()
     if is_gpt2 is False:
         remarks.append("Its tokenizer is not GPT-2's: prompts, texts and bits per byte here would mean nothing")
-    origin |= {"tokenizer_is_gpt2": is_gpt2, "files": {path.name: file_sha256(path) for path in files}}
+    origin = replace(origin, tokenizer_is_gpt2=is_gpt2, files={path.name: file_sha256(path) for path in files})
     kept = vocabulary.real_vocab_size(config.vocab_size, VOCAB_SIZE, known, asked)
     return with_vocabulary(Weights(config, ours, origin, remarks, folder), kept)
 
 
 def read_file(path: Path, n_heads: int | None, asked: int | None) -> Weights:
-    """Read another harness's model.safetensors."""
+    """Read another harness's model.safetensors; `n_heads` and `asked` are options of the command, or None."""
     tensors = read_tensors(path)
     config = config_of(tensors, n_heads, path)
-    origin = {"source": str(path), "tokenizer_is_gpt2": None, "files": {path.name: file_sha256(path)}}
+    origin = Origin(str(path), files={path.name: file_sha256(path)})
     remarks = [] if n_heads else [f"Heads: {config.n_heads}, at 64 channels each (--n-heads says otherwise)"]
     kept = vocabulary.real_vocab_size(config.vocab_size, VOCAB_SIZE, None, asked)
     return with_vocabulary(Weights(config, tensors, origin, remarks), kept)
 
 
 def with_vocabulary(weights: Weights, kept: int) -> Weights:
-    """Drop the ids from `kept` on, which are padding, and say so."""
+    """Drop the token ids from `kept` on, which are padding, and add a remark that says so."""
     stored = weights.config.vocab_size
     if kept == stored:
         return weights
@@ -188,7 +188,7 @@ def with_vocabulary(weights: Weights, kept: int) -> Weights:
         f"Vocabulary: kept the first {kept:,} of {stored:,} ids; the others are padding, and without them in the "
         "softmax losses come out a little lower"
     )
-    origin = {**weights.origin, "stored_vocab_size": stored}
+    origin = replace(weights.origin, stored_vocab_size=stored)
     return Weights(config, tensors, origin, [*weights.remarks, remark], weights.folder)
 
 
@@ -199,20 +199,20 @@ def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
             raise CheckpointError(f"{source}: {name}: found values that are not finite, wanted numbers")
 
 
-def write_run(target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], origin: dict[str, Any]) -> None:
+def write_run(target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], origin: Origin) -> None:
     """Write the run folder, which appears whole: both files, and the weights where training would begin."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as path:
         folder = RunFolder(path)
         folder.imported.mkdir()
         folder.checkpoints.mkdir()
-        save_tensors(tensors, folder.imported / WEIGHTS_FILE)
-        write_json(folder.imported / "source.json", origin)
+        weights = folder.weights(IMPORTED_STEP)
+        save_tensors(tensors, weights)
+        origin.write(folder.imported_source)
         replace_link(folder.checkpoints / "latest", f"../{folder.imported.name}")
-        at = f" at {origin['commit']}" if "commit" in origin else ""
         notes = {
-            "initial_weights": file_sha256(folder.imported / WEIGHTS_FILE),
-            "notes": f"Starts from the weights of {origin['source']}{at}, imported {origin['time']}.",
+            "initial_weights": file_sha256(weights),
+            "notes": f"Starts from the weights of {origin}, imported {origin.time}.",
         }
         schemas = {
             name: {"$schema": f"../schema/{name}.schema.json"} if (target.parent / "schema").is_dir() else {}

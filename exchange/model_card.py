@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from exchange.origin import Origin
 from harness.report.text import markdown_table
 from harness.run.files import read_json
 from harness.run.model_size import count_parameters
@@ -52,7 +53,7 @@ class Publication:
 def model_card(
     folder: RunFolder, step: int, scores: Iterable[tuple[Score, Interval]], publication: Publication
 ) -> str:
-    """Write the README.md of a run's checkpoint: YAML front matter, then Markdown."""
+    """Return the README.md of a checkpoint: YAML front matter, then Markdown."""
     name = (publication.repository or folder.path.name).rpartition("/")[2]
     place = json.dumps(publication.repository or "path/to/this/folder")
     loading = LOADING if publication.has_tokenizer else LOADING_WITHOUT_TOKENIZER
@@ -96,9 +97,8 @@ def _summary(folder: RunFolder) -> str:
 
 
 def _source(folder: RunFolder) -> str:
-    """Say which model on the Hub the run's weights began as; empty where there is none."""
-    origin = read_json(folder.imported / "source.json")
-    source = str(origin.get("source", ""))
+    """Return the model on the Hub (hf:OWNER/NAME) whose weights the run began with; empty where there is none."""
+    source = Origin.read(folder.imported_source).source
     return source if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?", source) else ""
 
 
@@ -107,14 +107,14 @@ def _was_trained(folder: RunFolder) -> bool:
 
 
 def _ran(folder: RunFolder) -> dict[str, Any]:
-    """Return the training configuration that ran, or that would run, without what is not set: a valid train.json."""
+    """Return the train.json that ran, or would run, without keys that are null."""
     written = RunRecord.read(folder.run_json).train or asdict(folder.read_configs()[1])
     unused = {"gradient_accumulation_steps"} if written.get("global_batch_size") else set()
     return {key: value for key, value in written.items() if value is not None and key not in unused}
 
 
 def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
-    """Return what is known of how a checkpoint came to be, as rows; nothing for weights from elsewhere."""
+    """Return the rows (label, value) about how a checkpoint was trained; none for imported weights."""
     if not _was_trained(folder):
         return []
     run, ran = RunRecord.read(folder.run_json), _ran(folder)
@@ -145,7 +145,7 @@ def _duration(seconds: float) -> str:
 
 
 def _hardware(folder: RunFolder) -> str:
-    """Name the devices of every start that had others than the one before."""
+    """Return the different sets of devices that the run was trained on, in order."""
     found: list[str] = []
     for start in RunRecord.read(folder.run_json).starts:
         devices = start.get("devices", [])

@@ -1,4 +1,4 @@
-"""Does a folder, loaded by `transformers` as anyone would load it, compute what our model computes?"""
+"""Check that a folder, loaded by transformers as a user would load it, computes what our model computes."""
 
 import importlib
 import importlib.util
@@ -40,7 +40,7 @@ class Parity:
 
 
 def is_available() -> bool:
-    """Say whether transformers is installed."""
+    """Return whether transformers is installed."""
     return importlib.util.find_spec("transformers") is not None
 
 
@@ -63,7 +63,7 @@ def check_logits(model: nn.Module, folder: Path, vocab_size: int, context_length
 
 
 def _transformers() -> Any:
-    """Import transformers, without its remarks and progress bars; raises ConfigError."""
+    """Return the transformers module, its warnings and progress bars turned off; raises ConfigError."""
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
@@ -76,7 +76,7 @@ def _transformers() -> Any:
 
 
 def _load(folder: Path) -> Any:
-    """Load a folder as GPT2LMHeadModel; every tensor must find its place."""
+    """Return a folder as a GPT2LMHeadModel on the CPU; raises CheckpointError for a missing or misfit tensor."""
     transformers = _transformers()
     try:
         model, report = transformers.GPT2LMHeadModel.from_pretrained(

@@ -105,5 +105,5 @@ def real_vocab_size(stored: int, gpt2_size: int, known: Mapping[str, int] | None
 
 
 def with_vocab_size(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Keep the first `size` rows of the token embedding and of the output head."""
+    """Return the tensors with the first `size` rows of the token embedding and of the output head, (V, C)."""
     return {name: value[:size].contiguous() if name in EMBEDDINGS else value for name, value in tensors.items()}

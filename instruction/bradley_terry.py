@@ -1,4 +1,4 @@
-"""From preferences to strengths (Bradley and Terry 1952), and how far judges agree with each other."""
+"""Strengths from preferences (Bradley and Terry 1952), and the agreement between judges (Krippendorff's alpha)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ def krippendorff_alpha(ratings: Floats) -> float | None:
 
 
 def alpha_of(tables: Sequence[dict[tuple[object, ...], float]]) -> float | None:
-    """Return the agreement of raters, each a table of ratings by what is rated."""
+    """Return Krippendorff's alpha of raters, each a table of ratings by what is rated; None below two raters."""
     things = sorted({thing for table in tables for thing in table}, key=repr)
     if not things or len(tables) < 2:
         return None

@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible endpoint, and what can come of it in three words: reply, wait, or never.
+"""One request to an OpenAI-compatible endpoint, which ends in a reply, a reason to try again, or a refusal.
 
 The `openai` client speaks the protocol; its own retries are off, because tries, time and spend are counted by the
 caller. The key is handed in, is in no record, and is taken out of whatever the endpoint says.
@@ -23,7 +23,7 @@ SHORTEST_SECRET = 8
 
 
 class UnavailableError(Exception):
-    """No reply this time; `wait_seconds` is what the endpoint asks for, `may_cost` says if it may have worked."""
+    """No reply this time; `wait_seconds` is what the endpoint asks for, `may_cost` whether it may be charged."""
 
     def __init__(self, reason: str, wait_seconds: float | None = None, may_cost: bool = False) -> None:
         super().__init__(reason)
@@ -73,7 +73,7 @@ class Endpoint:
         except ImportError:
             raise ConfigError("--judge: needs a package that is not installed (pip install openai)") from None
         self.name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        # A shorter one is the "none" or "EMPTY" of a server at home, and a word that may well stand in a reply.
+        # A shorter key is the "none" or "EMPTY" of a local server: replacing it would spoil replies with that word.
         self._secrets = [text for text in (key, parts.password or "", parts.query) if len(text) >= SHORTEST_SECRET]
         self._openai = openai
         self._knows_old_limit = False
@@ -125,7 +125,7 @@ class Endpoint:
         raise RefusedError(reason) from None
 
     def _plain(self, text: str) -> str:
-        """Keep a stranger's words on one short line, without the key."""
+        """Return an endpoint's message on one short line, without the key."""
         line = "".join(c if c.isprintable() else " " for c in self._without_secrets(text))
         return line[:LONGEST_REASON]
 

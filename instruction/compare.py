@@ -29,7 +29,7 @@ class Cells:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[str, int]]) -> "Cells":
-        """Number the items and seeds of (item, seed) pairs."""
+        """Return cells from (item, seed) pairs, items and seeds numbered in their order."""
         _, items = np.unique([item for item, _ in pairs], return_inverse=True)
         _, seeds = np.unique([seed for _, seed in pairs], return_inverse=True)
         return cls(items.astype(np.int64), seeds.astype(np.int64))
@@ -145,7 +145,7 @@ def _concluded(row: Row, metric: Metric, found: tuple[Estimate, Estimate | None]
     if total.se == 0:  # as where every model scores 0 on every item
         sentence = f"{CANNOT_TELL}: Δ {total.difference:+.4f} in every cell, so how much it varies is unknown."
         return replace(row, verdict=CANNOT_TELL, sentence=sentence)
-    # The words' own sense is that of a loss.
+    # A verdict takes lower values for better ones, as for a loss.
     sign = 1 if metric.better == "lower" else -1
     word = verdict_of(replace(total, difference=sign * total.difference), p_holm, metric.margin)
     return replace(row, p_holm=p_holm, verdict=word, sentence=f"{word}: {explain(total, word)} Holm p {p_holm:.2g}.")

@@ -55,9 +55,9 @@ class ModelSource:
 
 
 def evaluate(request: RespondRequest, source: ModelSource, device: torch.device) -> None:
-    """Fine-tune, ask, store and compare; raises HarnessError."""
+    """Evaluate every model of the request on the device, and write and print the comparison; raises HarnessError."""
     with held(request.out):
-        eval_set, description = settle(request)
+        eval_set, description = prepare_eval_set(request)
         found = [open_model(request.runs_dir, name, eval_set.recipe, source, device) for name in request.runs]
         write_json(request.out / "recipe.json", asdict(eval_set.recipe))
         write_json(request.out / "data.json", description)
@@ -66,13 +66,16 @@ def evaluate(request: RespondRequest, source: ModelSource, device: torch.device)
 
 
 def with_progress(words: str, things: Iterable[Any]) -> Iterator[Any]:
-    """Go through things while a progress bar shows how far that is."""
+    """Yield things while a progress bar shows how many are done."""
     with progress_bar(None, "it", iterable=things, desc=words) as bar:
         yield from bar
 
 
-def settle(request: RespondRequest) -> tuple[EvalSet, dict[str, object]]:
-    """Read recipe and items, hold them against those that the output folder was begun with, describe the items."""
+def prepare_eval_set(request: RespondRequest) -> tuple[EvalSet, dict[str, object]]:
+    """Return the recipe with its items, and a description of the items for data.json.
+
+    Raises ConfigError where the output folder was begun with others, and DataError for too few items.
+    """
     recipe_json, data_json = request.out / "recipe.json", request.out / "data.json"
     recipe = load_recipe(request.recipe or (recipe_json if recipe_json.is_file() else DEFAULT_RECIPE))
     begun_with = read_json(data_json)
@@ -101,7 +104,7 @@ def settle(request: RespondRequest) -> tuple[EvalSet, dict[str, object]]:
 def open_model(
     runs_dir: Path, name: str, recipe: Recipe, source: ModelSource, device: torch.device
 ) -> EvaluatedModel:
-    """Find a model and check it, before any work is done; raises ConfigError and CheckpointError."""
+    """Return a model that was checked, before any work is done; raises ConfigError and CheckpointError."""
     run, _, inside = name.partition("/")
     folder = open_run(runs_dir, run)
     config, train = folder.read_configs()
@@ -119,7 +122,7 @@ def open_model(
         return source.build(folder, replace(config, drop_rate=recipe.drop_rate), train, weights).to(device).eval()
 
     if found is None:
-        # Imported weights have seen tokens too, but nobody here knows how many.
+        # Imported weights were trained on an unknown number of tokens.
         seen = 0 if train.initial_weights is None else None
         return EvaluatedModel(
             name, {"sha256": source.fingerprint(opened(None)), "step": None, "tokens_seen": seen}, opened

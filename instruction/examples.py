@@ -25,7 +25,7 @@ class Example:
 
 
 def encode_items(items: Sequence[Item], recipe: Recipe) -> list[Example]:
-    """Encode the items whose prompt and response fit `max_tokens`; the others are left out, for every model alike.
+    """Return the items that fit into `max_tokens` as tokens; longer ones are left out, for every model alike.
 
     Prompt and response are encoded apart, so that a prompt's tokens do not depend on what follows.
     """
@@ -38,7 +38,7 @@ def encode_items(items: Sequence[Item], recipe: Recipe) -> list[Example]:
 
 
 def in_batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[Example]]:
-    """Yield examples in batches of similar length, the same ones on every call."""
+    """Yield batches of examples of similar length, the same on every call."""
     rows = max(1, ANSWERED_TOKENS // recipe.max_tokens)
     ordered = sorted(examples, key=lambda example: (len(example.prompt), example.item.key))
     for first in range(0, len(ordered), rows):

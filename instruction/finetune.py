@@ -54,7 +54,7 @@ def fine_tune(
     seed: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> None:
-    """Fine-tune the model in place, in float32; `progress` goes through the steps and may show them.
+    """Fine-tune the model in place, in float32; `progress` wraps the iterator over steps.
 
     The same seed gives the same bits on the same machine, whatever happened before. Raises NonFiniteError if a
     gradient was not finite; the device is waited for once, at the end.

@@ -26,7 +26,7 @@ class Completion:
 
 @torch.no_grad()
 def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
-    """Continue every prompt with the likeliest tokens, up to a document end or `max_tokens` with the prompt.
+    """Return greedy completions, each up to a document end or to `max_tokens` tokens with its prompt.
 
     `model` takes ids (B, T) and a KeyValueCache. Every token waits for the device once. Raises CheckpointError
     where logits are not numbers.
@@ -55,7 +55,7 @@ def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens
         is_done |= (column == END_OF_TEXT_ID) | (places >= max_tokens - 1)
         if bool(is_done.all() | is_broken):  # waits for the device
             break
-        # A row that is done goes on in its last place, unseen by the others.
+        # A finished row keeps writing to its last position, which no other row reads.
         logits = model(column.unsqueeze(1), cache.at(places.clamp(max=max_tokens - 1).unsqueeze(1)))[:, -1]
         places = places + 1
     model.train(was_training)
@@ -66,7 +66,7 @@ def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens
 
 
 def _cut(tokens: list[int], room: int) -> Completion:
-    """End a row's tokens at its first document end, or where its room ends."""
+    """Return a row's tokens up to its first document end, or the first `room` of them."""
     tokens = tokens[:room]
     if END_OF_TEXT_ID in tokens:
         return Completion(tuple(tokens[: tokens.index(END_OF_TEXT_ID)]), True)

@@ -37,7 +37,7 @@ class Item:
 
     @property
     def key(self) -> str:
-        """Name the item by what is asked: 16 hex digits, the same in every file."""
+        """Hash of instruction and input, 16 hex digits: the same item has the same key in every file."""
         return hash_of_json([self.instruction, self.input])[:16]
 
 
@@ -97,7 +97,7 @@ def _listed() -> str:
 
 
 def _download(name: str) -> list[Path]:
-    """Fetch the item files of a Hub dataset into the Hub client's own cache; raises DataError."""
+    """Download the item files of a Hub dataset into the Hub's cache and return their paths; raises DataError."""
     from huggingface_hub import snapshot_download  # takes a while to import, wanted here only
 
     found = HUB_NAME.fullmatch(name)
@@ -116,7 +116,7 @@ def _download(name: str) -> list[Path]:
 
 
 def _objects(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield the raw objects of a file, each with its place in words."""
+    """Yield the place (for errors) and the value of every object in a file."""
     if path.suffix == ".parquet":
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(_rows(path), start=1))
         return
@@ -166,13 +166,13 @@ def _item(place: str, value: object) -> Item:
     texts = {}
     for key in KEYS:
         text = value.get(key)
-        if key == "input" and text is None:  # left out, or a table's null
+        if key == "input" and text is None:  # left out, or null in a Parquet table
             text = ""
         if not isinstance(text, str):
             raise DataError(f"{place}: {key}: found {type(text).__name__}, wanted text")
         try:
             text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair
             raise DataError(f"{place}: {key}: found text that is not valid Unicode") from None
         texts[key] = text.strip()
     if not texts["instruction"]:
@@ -203,6 +203,6 @@ def split_items(items: Sequence[Item], recipe: Recipe) -> Split:
 
 
 def prompt_of(item: Item, recipe: Recipe) -> str:
-    """Put an item into the recipe's prompt; what stands in braces inside the item stays as it is."""
+    """Return the recipe's prompt for an item; braces inside the item's own text are left as they are."""
     template = recipe.prompt if item.input else recipe.prompt_without_input
     return PLACES.sub(lambda found: item.instruction if found[1] == "instruction" else item.input, template)

@@ -1,4 +1,4 @@
-"""Lines of JSON that are on disk before anything rests on them; a line cut off by a kill never was."""
+"""An append-only file of JSON lines: each is on disk before it is used, and half a line left by a kill is dropped."""
 
 import json
 import os
@@ -58,7 +58,7 @@ class Journal:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make an output folder and hold it for this process; raises RunLockedError where another holds it."""
+    """Make an output folder and lock it for this process; raises RunLockedError where another has it locked."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:

@@ -46,7 +46,10 @@ class JudgeRequest:
 
 
 def judge(request: JudgeRequest, environment: Mapping[str, str]) -> None:
-    """Collect replies, rank, store; raises StopRequestedError where replies are still missing, and HarnessError."""
+    """Collect replies, rank the models, and write the result; raises HarnessError.
+
+    Raises StopRequestedError where replies are still missing: the same command goes on from there.
+    """
     models = [load_answers(path) for path in request.files]
     require_comparable(models)
     baseline = request.baseline or models[0].model
@@ -84,7 +87,7 @@ def judge(request: JudgeRequest, environment: Mapping[str, str]) -> None:
 
 
 def settings_of(request: JudgeRequest) -> JudgeSettings:
-    """Return what the requests depend on."""
+    """Return the settings on which the requests depend."""
     return JudgeSettings(
         judges=tuple(request.judge),
         seed=request.seed,
@@ -108,7 +111,7 @@ def caps_of(request: JudgeRequest) -> Caps:
 
 
 def collect(collector: Collector, prompts: Sequence[JudgePrompt], replies: Replies, caps: Caps) -> str:
-    """Ask for the replies that are missing, with a progress bar; returns why it stopped early, or nothing."""
+    """Ask for the missing replies, with a progress bar, and return why it stopped early; empty where it did not."""
     missing = replies.missing(prompts, caps.tries)
     with progress_bar(len(missing), "reply") as bar:
         collector.collect(missing, bar.update)
@@ -118,7 +121,7 @@ def collect(collector: Collector, prompts: Sequence[JudgePrompt], replies: Repli
 def describe(
     settings: JudgeSettings, models: Sequence[ModelAnswers], replies: Replies, caps: Caps
 ) -> dict[str, object]:
-    """Say how the judging was done and what it used."""
+    """Return how the judging was done and what it used, for judgement.json."""
     return {
         "settings": asdict(settings),
         "answers": {model.model: hash_of_json(asdict(model)) for model in models},

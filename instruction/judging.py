@@ -24,7 +24,7 @@ from instruction.prompt import labels_of, messages_for, read_reply
 
 LONGEST_WAIT_SECONDS = 60.0
 FAILURES_IN_A_ROW = 3  # prompts without any reply, after which the endpoint is taken to be down
-BYTES_PER_TOKEN = 2  # fewer than any tokenizer in use needs on average, so that a reservation is enough
+BYTES_PER_TOKEN = 2  # lower than any tokenizer in use has on average, so that no reservation is too small
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class JudgePrompt:
 
     @property
     def largest_cost_tokens(self) -> int:
-        """What the request may use at most, about."""
+        """Upper estimate of the tokens that the request uses, reply included."""
         size = sum(len(message["content"].encode()) for message in self.request["messages"])
         return size // BYTES_PER_TOKEN + int(self.request["max_completion_tokens"])
 
@@ -95,7 +95,7 @@ class PromptOutcome:
 
 
 def plan_prompts(models: Sequence[ModelAnswers], settings: JudgeSettings) -> list[JudgePrompt]:
-    """List all prompts, each followed by the same in reverse; items come in an order keyed by the seed.
+    """Return all prompts, each followed by the same answers in reverse; the order of items is keyed by the seed.
 
     So a judging that is stopped has judged a random part of the items, whole.
     """
@@ -160,7 +160,7 @@ class Replies:
             )
 
     def reserve(self, tokens: int, caps: Caps) -> bool:
-        """Set tokens aside for a request under way, if the spend allows."""
+        """Reserve tokens for a request under way; return False where that would exceed the spend."""
         with self._lock:
             cost = caps.price(self.tokens + self._reserved + tokens)
             if caps.max_spend is not None and (cost is None or cost > caps.max_spend):
@@ -169,7 +169,7 @@ class Replies:
             return True
 
     def add(self, prompt: JudgePrompt, reserved: int, line: Mapping[str, object]) -> None:
-        """Put what came of a request on disk, and give back what was set aside for it."""
+        """Write the result of a request to disk, and release the tokens that were reserved for it."""
         whole = {"key": prompt.key, "judge": prompt.judge, "time": utc_now(), "request": prompt.request, **line}
         try:
             self.journal.append(whole)
@@ -179,7 +179,7 @@ class Replies:
                 self._count(whole)
 
     def outcome(self, prompt: JudgePrompt, tries: int) -> PromptOutcome:
-        """Say what came of a prompt: the first reply that can be read counts, and `tries` that cannot end it."""
+        """Return what came of a prompt: the first reply that can be read counts, and `tries` that cannot end it."""
         labels, unreadable, refusal = labels_of(len(prompt.shown)), 0, None
         for line in self._by_key.get(prompt.key, []):
             if line.get("refused"):
@@ -195,7 +195,7 @@ class Replies:
         return PromptOutcome(prompt, "open", {}) if refusal is None else PromptOutcome(prompt, "refused", {}, refusal)
 
     def missing(self, prompts: Sequence[JudgePrompt], tries: int) -> list[JudgePrompt]:
-        """Return the prompts to ask for: those without an outcome, then those refused, which get another chance.
+        """Return the prompts to ask for: those without an outcome, then those refused, which are asked once more.
 
         A refusal may be the request's fault, or that of an account or a server that has been put right since.
         """
@@ -280,7 +280,7 @@ class Collector:
             self._halt(f"the endpoint does not answer ({failure})")
 
     def _refused(self, prompt: JudgePrompt, refusal: RefusedError) -> None:
-        """Halt where one item after the other is refused: then it is not the items' fault."""
+        """Stop where several items in a row are refused: then the cause is not in the items."""
         with self._lock:
             self._refused_in_a_row.add(prompt.item)
             is_hopeless = len(self._refused_in_a_row) >= FAILURES_IN_A_ROW
@@ -288,7 +288,7 @@ class Collector:
             self._halt(f"the endpoint refuses every request ({refusal})")
 
     def _ask(self, prompt: JudgePrompt, reserved: int) -> UnavailableError | RefusedError | None:
-        """Send one request and keep what came of it; returns the failure where there was no reply."""
+        """Send one request and store its result; return the failure where there was no reply."""
         line: dict[str, object] = {"endpoint": self._endpoint.name, "text": None, "tokens": 0}
         failure: UnavailableError | RefusedError | None = None
         try:

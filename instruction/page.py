@@ -65,7 +65,7 @@ def notes_of(ranking: Ranking) -> list[str]:
 
 
 def as_text(ranking: Ranking) -> str:
-    """Return all of it for a terminal."""
+    """Return tables and notes as text for a terminal."""
     return "\n".join(
         [
             *aligned(HEADINGS, rows_of(ranking)),
@@ -78,7 +78,7 @@ def as_text(ranking: Ranking) -> str:
 
 
 def as_json(ranking: Ranking) -> dict[str, object]:
-    """Return all of it as JSON; what is not known is null."""
+    """Return the ranking as JSON; unknown numbers are null."""
     return {
         "baseline": ranking.baseline,
         "items": ranking.items,
@@ -147,7 +147,7 @@ def _intervals(rows: Sequence[Row]) -> list[Interval]:
 
 
 def _shown(ranking: Ranking, models: Sequence[ModelAnswers]) -> str:
-    """Write the answers of all models to the first judged items, side by side."""
+    """Return the answers of all models to the first judged items, side by side, as HTML."""
     answers = {(answer.cell, model.model): answer for model in models for answer in model.answers}
     judged = list(dict.fromkeys(cell for cell, _ in ranking.mean_scores))[:ITEMS_SHOWN]
     parts = []

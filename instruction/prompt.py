@@ -12,6 +12,7 @@ from string import ascii_uppercase
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness.run.recipe import hash_of_json
+from harness.run.strict_json import unambiguous_object
 from instruction.answers import Answer
 
 MOST_SHOWN = len(ascii_uppercase)
@@ -39,12 +40,12 @@ class Verdict(BaseModel):
 
 
 def labels_of(count: int) -> list[str]:
-    """Name the answers of one prompt, in the order in which they are shown."""
+    """Return the labels A, B, ... of a prompt's answers, in the order in which they are shown."""
     return list(ascii_uppercase[:count])
 
 
 def messages_for(answers: Sequence[Answer], salt: object) -> list[dict[str, str]]:
-    """Ask for scores of answers to one item, in the order given; `salt` makes the fences differ between prompts."""
+    """Return the messages that ask for scores of answers to one item; `salt` makes fences differ between prompts."""
     first = answers[0]
     texts = [first.instruction, first.input, first.reference, *(answer.answer for answer in answers)]
     fence = hash_of_json([texts, salt])[:24]
@@ -69,18 +70,11 @@ def read_reply(text: str, labels: Sequence[str]) -> Mapping[str, float] | None:
     """
     block = CODE_BLOCK.fullmatch(text.strip())
     try:
-        # pydantic's own reader would take the last of two scores for one answer.
-        document = json.loads(block[1] if block else text, object_pairs_hook=_without_duplicates)
+        # pydantic's own JSON parser silently keeps the last of two scores for one answer.
+        document = json.loads(block[1] if block else text, object_pairs_hook=unambiguous_object)
         scores = Verdict.model_validate(document).scores
     except (ValueError, ValidationError, RecursionError):
         return None
     if set(scores) != set(labels) or not all(LOWEST <= score <= HIGHEST for score in scores.values()):
         return None
     return scores
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key appears twice")
-    return found

@@ -81,10 +81,10 @@ class Ranking:
 
 
 def rank(outcomes: Sequence[PromptOutcome], baseline: str, margin: float) -> Ranking:
-    """Rank models by their judged answers; `margin` is the smallest difference of strength that matters, in log-odds.
+    """Return the models ranked by their judged answers; `margin` is the smallest strength that matters, in log-odds.
 
-    A reply counts where both orders of a prompt could be read, so that a judge's liking for a place falls out.
-    Raises DataError where there are too few for any statement.
+    A reply counts where both orders of a prompt could be read, so that a judge's preference for a position cancels
+    out. Raises DataError where there are too few for any statement.
     """
     both = in_both_orders(outcomes)
     means = _mean_scores(both)
@@ -118,7 +118,7 @@ def rank(outcomes: Sequence[PromptOutcome], baseline: str, margin: float) -> Ran
 
 
 def in_both_orders(outcomes: Iterable[PromptOutcome]) -> list[Both]:
-    """Put the two orders of each prompt together; those of which one could not be read are left out."""
+    """Return the pairs of prompts that differ in order alone, where the replies to both could be read."""
     found: dict[tuple[object, ...], dict[bool, PromptOutcome]] = defaultdict(dict)
     for outcome in outcomes:
         if outcome.state == "read":

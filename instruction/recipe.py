@@ -8,10 +8,11 @@ from pydantic.dataclasses import dataclass
 
 from harness.run.config import STRICT, TrainConfig
 from harness.run.errors import ConfigError
+from harness.run.files import ASSETS
 from harness.run.recipe import hash_of_json
 from harness.run.strict_json import read_strict_json
 
-DEFAULT_RECIPE = Path(__file__).parent.parent / "assets" / "instructions" / "recipe.json"
+DEFAULT_RECIPE = ASSETS / "instructions" / "recipe.json"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Recipe:
         return hash_of_json(asdict(self))
 
     def optimization(self) -> TrainConfig:
-        """Return the optimiser's side of the recipe in the words of a training configuration."""
+        """Return the optimizer's settings as a training configuration, as `make_optimizer` takes them."""
         return TrainConfig(
             dataset="instructions",
             min_train_tokens=-1,
@@ -105,5 +106,5 @@ def _conflicts(recipe: Recipe) -> list[str]:
 
 
 def differences(mine: Recipe, theirs: Recipe) -> list[str]:
-    """Name the keys in which two recipes differ, in the order of their names."""
+    """Return the keys in which two recipes differ, in alphabetical order."""
     return sorted(key for key, value in asdict(mine).items() if asdict(theirs)[key] != value)

@@ -1,4 +1,4 @@
-"""One model through the recipe: fine-tuned once for each seed, asked, and picked up where a kill left it.
+"""Fine-tune one model once for each seed and collect its answers, going on where a kill interrupted it.
 
 What is under way lies in OUT/partial: the fine-tuned weights of the current seed, and the answers so far. It goes
 when the model's file of answers is written.
@@ -22,8 +22,8 @@ from instruction.examples import Example, in_batches
 from instruction.finetune import fine_tune, response_losses
 from instruction.generation import write_answers
 from instruction.journal import Journal
+from instruction.measures import exact_match, token_f1
 from instruction.recipe import Recipe
-from instruction.scores import exact_match, token_f1
 
 ShowProgress = Callable[[str, Iterable[Any]], Iterable[Any]]
 
@@ -58,7 +58,7 @@ class EvalSet:
 def respond(model: EvaluatedModel, eval_set: EvalSet, out: Path, progress: ShowProgress) -> ModelAnswers:
     """Fine-tune and ask one model on every seed, and write OUT/answers/LABEL.json; what is there is not done again.
 
-    `progress(words, things)` goes through things while showing how far it is. Raises ConfigError where the folder
+    `progress(label, things)` wraps an iterable in a progress bar. Raises ConfigError where the folder
     holds answers of other weights, and what fine-tuning raises.
     """
     path = out / "answers" / f"{model.file_stem}.json"
@@ -87,7 +87,7 @@ def respond(model: EvaluatedModel, eval_set: EvalSet, out: Path, progress: ShowP
 
 
 def _files(model: EvaluatedModel, seed: int, partial: Path) -> tuple[Path, Path]:
-    """Name the answers so far and the fine-tuned weights of one seed."""
+    """Return the files of one seed: its answers so far, and its fine-tuned weights."""
     stem = partial / f"{model.file_stem}-seed-{seed}"
     return stem.with_name(f"{stem.name}.jsonl"), stem.with_name(f"{stem.name}.safetensors")
 
@@ -104,7 +104,7 @@ def _respond_once(
     model: EvaluatedModel, eval_set: EvalSet, seed: int, identity: dict[str, Any], partial: Path,
     progress: ShowProgress,
 ) -> list[Answer]:  # fmt: skip
-    """Fine-tune with one seed and ask everything that was not answered before."""
+    """Return the answers of one seed, fine-tuning and asking only for those that are not on disk."""
     journal_file, weights = _files(model, seed, partial)
     with closing(Journal(journal_file)) as journal:
         if journal.lines:
@@ -112,7 +112,7 @@ def _respond_once(
         else:
             journal.append(identity)
         done = {line["item"]: line for line in journal.lines[1:]}
-        # Whole batches are asked again, so that an answer's batch is always the same.
+        # Whole batches are asked again: rounding depends on what else is in a batch.
         batches = list(in_batches(eval_set.test, eval_set.recipe))
         missing = [batch for batch in batches if any(example.item.key not in done for example in batch)]
         if missing:
@@ -129,7 +129,7 @@ def _respond_once(
 def _fine_tuned(
     model: EvaluatedModel, eval_set: EvalSet, seed: int, weights: Path, progress: ShowProgress
 ) -> nn.Module:
-    """Return the model fine-tuned with one seed, from disk where an earlier start got as far as that."""
+    """Return the model fine-tuned with one seed, read from disk where an earlier start finished that."""
     if weights.is_file():
         return model.open(weights)
     tuned = model.open(None)

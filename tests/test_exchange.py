@@ -12,16 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from exchange import hugging_face, published, vocabulary
 from exchange.parity import Parity
-from harness.run.config import ModelConfig
+from harness.run.config import STRICT, ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, HarnessError
+from harness.run.keys import Later, Recipe
 from harness.run.model_size import count_parameters
 from harness.tokens.tokenizer import END_OF_TEXT, MERGES, VOCAB_SIZE, gpt2_encoding, printable_vocabulary
 from model import GPTModel, load_weights
 from tests.test_model import TINY, TOGGLES, random_model
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class LaterModel(ModelConfig):
+    """A model.json with keys that came after the first release."""
+
+    made_up: Later[Recipe[str]] = "learned"
+    also: Later[Recipe[int | None]] = None
+
 
 TOKENIZER = vocabulary.tokenizer_files(printable_vocabulary(), MERGES.read_text("utf-8"), END_OF_TEXT, 1024)
 
@@ -170,6 +181,13 @@ def test_our_configuration_comes_back(tmp_path: Path, change: dict[str, Any], dr
     config = replace(TINY, **change, drop_rate=drop_rate)
     (tmp_path / "config.json").write_text(json.dumps(hugging_face.config_document(config, None)))
     assert hugging_face.read_config(tmp_path / "config.json") == replace(config, qkv_bias=True)
+
+
+def test_a_later_key_in_use_is_refused_by_name() -> None:
+    hugging_face.require_expressible(LaterModel(**vars(TINY)), "here")
+    with pytest.raises(ConfigError) as caught:
+        hugging_face.require_expressible(LaterModel(**{**vars(TINY), "made_up": "rotary", "also": None}), "here")
+    assert caught.value.lines == ("here: made_up: found 'rotary', which GPT2LMHeadModel cannot hold",)
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", ""])

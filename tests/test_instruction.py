@@ -30,8 +30,8 @@ from instruction.finetune import batch_at, fine_tune, response_losses, steps_of
 from instruction.generation import write_answers
 from instruction.items import BUILTIN_SET, Item, load_items, prompt_of, split_items
 from instruction.journal import Journal
+from instruction.measures import exact_match, token_f1
 from instruction.recipe import DEFAULT_RECIPE, Recipe, load_recipe
-from instruction.scores import exact_match, token_f1
 from model import GPTModel, fingerprint, initialise, uninitialized_model
 from tests.conftest import Called
 from tests.helpers import ROOT, wait_for, write, write_run

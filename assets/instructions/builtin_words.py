@@ -1,4 +1,4 @@
-"""Words and facts for `own_set`."""
+"""Words and facts for `builtin_set`."""
 
 NAMES = (
     "Anna",

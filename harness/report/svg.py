@@ -56,7 +56,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative is better") -> str:
-    """Draw differences with their 95% intervals, one a row, around a line at zero."""
+    """Return a chart of differences with their 95% intervals, one a row, around a line at zero."""
     row, top, left, right = 30, 8, 190, 16
     ends = [0.0, *(x for item in intervals for x in (item.low, item.high) if math.isfinite(x))]
     pad = 0.05 * (max(ends) - min(ends) or 1.0)
@@ -145,7 +145,7 @@ def curve_of(label: str, runs: Sequence[tuple[Floats, Floats]]) -> Curve | None:
 
 
 def in_short(value: float) -> str:
-    """Write a count with a letter for thousands, millions and billions."""
+    """Return a count with a letter for thousands, millions and billions."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:g}{letter}"

@@ -91,6 +91,11 @@ class RunFolder:
         """Folder of imported weights, from which the run starts."""
         return self.path / IMPORTED
 
+    @property
+    def imported_source(self) -> Path:
+        """Where the imported weights came from."""
+        return self.imported / "source.json"
+
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint after global step `step`, or of the imported weights."""
         return self.imported if step == IMPORTED_STEP else self.checkpoints / f"step-{step:08d}"

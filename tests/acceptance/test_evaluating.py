@@ -325,6 +325,19 @@ def test_help_fits_a_screen_and_shows_an_example(
         assert f"{name}.py " in text.split("positional arguments")[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "verb"), [("convert", "import"), ("convert", "export"), ("instruct", "respond"), ("instruct", "judge")]
+)
+def test_help_of_a_verb_fits_a_screen(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch, name: str, verb: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = call(importlib.import_module(name).main, verb, "--help").stdout
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"python {name}.py {verb} " in text
+
+
 def test_nothing_ships_but_configuration() -> None:
     tracked = subprocess.run(["git", "ls-files", "runs", "datasets"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode == 0:

@@ -25,11 +25,13 @@ from exchange import exporting, parity
 from harness.engine.sampling import SampleSettings, continue_text
 from harness.observers.charts import ChartPainter
 from harness.run.config import ModelConfig, TrainConfig, config_from, load_model_config, load_run_configs
+from harness.run.run_folder import RunFolder
 from model import load_model
 from study.statistics import clustered_mean
 from tests.conftest import Called
 from tests.helpers import ROOT, command, write_run
 from tests.model_hub import ModelHub
+from tests.test_exchange import LaterModel
 from tests.test_model import random_model, random_tokens
 
 transformers = pytest.importorskip("transformers")
@@ -255,6 +257,23 @@ def test_a_wrong_export_never_appears(
     assert (done.status, len(done.stderr.splitlines())) == (4, 1)
     assert "computes something else" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_what_gpt2_cannot_hold_is_refused_before_the_work(
+    make_run: Callable[..., Path], export: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_random_weights(make_run("tiny"))
+    read = RunFolder.read_configs
+
+    def read_later(folder: RunFolder) -> tuple[ModelConfig, TrainConfig]:
+        model, train = read(folder)
+        return LaterModel(**{**vars(model), "made_up": "rotary"}), train
+
+    monkeypatch.setattr(RunFolder, "read_configs", read_later)
+    done = export("tiny")
+    assert (done.status, len(done.stderr.splitlines())) == (2, 1)
+    assert "model.json: made_up: found 'rotary'" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_export_leaves_nothing_in_the_way(

@@ -9,8 +9,6 @@ from harness.run.plan import Plan
 
 GIB = 2**30
 FLOAT32_BYTES = 4
-# Rows of logits that training holds at a time: enough to keep a GPU busy, 0.4 GB of float32 at GPT-2's vocabulary.
-LOSS_CHUNK_ROWS = 2048
 
 # Dense half-precision peak of one GPU in TFLOP/s (vendor data sheets), by a part of the device's name; the
 # first match wins. GeForce figures are those with float32 accumulation, which is what training uses.
@@ -20,6 +18,15 @@ PEAK_TFLOPS = (
     ("T4", 65.0), ("RTX 5090", 209.5), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 3090", 71.0),
     ("RTX 3080", 59.5), ("RTX A6000", 154.8),
 )  # fmt: skip
+
+
+def loss_chunk_rows(device_type: str) -> int:
+    """Return the most rows of logits that training holds at a time.
+
+    On a GPU the narrowest product of a chunk has rows / 128 x width / 128 tiles, which must keep over 100
+    multiprocessors busy. A CPU gains nothing beyond 2048, 0.4 GB of float32 at GPT-2's vocabulary.
+    """
+    return 4096 if device_type == "cuda" else 2048
 
 
 def peak_flops_per_second(device_name: str) -> float | None:
@@ -97,7 +104,7 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     else:
         per_token = model.n_layers * per_block
     tokens = train.microbatch_size * model.context_length
-    logits = min(tokens, LOSS_CHUNK_ROWS) * model.vocab_size * 13
+    logits = min(tokens, loss_chunk_rows("cuda")) * model.vocab_size * 13
     return (tokens * per_token + logits) / GIB
 
 

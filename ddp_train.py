@@ -41,9 +41,9 @@ from torch import Tensor
 import data
 from harness.engine import distributed
 from harness.engine.background import BackgroundTask
-from harness.engine.costs import peak_flops_per_second
 from harness.engine.distributed import Launch
 from harness.engine.failpoints import failpoint
+from harness.engine.gpu_peaks import peak_flops_per_second
 from harness.engine.identity import identity_of
 from harness.engine.metrics import PendingMetrics, StepLog
 from harness.engine.schedules import learning_rate_at
@@ -211,7 +211,7 @@ def train(context: TrainContext, observers: Observers) -> None:
 
 def step_log(context: TrainContext) -> StepLog:
     """Return the log that counts the run's steps and writes metrics.jsonl."""
-    peak = peak_flops_per_second(distributed.device_name(context.device))
+    peak = peak_flops_per_second(distributed.device_name(context.device), context.config.use_amp)
     return StepLog(
         launch=context.launch,
         plan=context.plan,

@@ -10,15 +10,6 @@ from harness.run.plan import Plan
 GIB = 2**30
 FLOAT32_BYTES = 4
 
-# Dense half-precision peak of one GPU in TFLOP/s (vendor data sheets), by a part of the device's name; the
-# first match wins. GeForce figures are those with float32 accumulation, which is what training uses.
-PEAK_TFLOPS = (
-    ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0), ("GH200", 989.0), ("B200", 2250.0),
-    ("A100", 312.0), ("A10G", 70.0), ("A10", 125.0), ("L40S", 362.0), ("L40", 181.0), ("L4", 121.0), ("V100", 125.0),
-    ("T4", 65.0), ("RTX 5090", 209.5), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 3090", 71.0),
-    ("RTX 3080", 59.5), ("RTX A6000", 154.8),
-)  # fmt: skip
-
 
 def loss_chunk_rows(device_type: str) -> int:
     """Return the most rows of logits that training holds at a time.
@@ -27,14 +18,6 @@ def loss_chunk_rows(device_type: str) -> int:
     multiprocessors busy. A CPU gains nothing beyond 2048, 0.4 GB of float32 at GPT-2's vocabulary.
     """
     return 4096 if device_type == "cuda" else 2048
-
-
-def peak_flops_per_second(device_name: str) -> float | None:
-    """Return the dense half-precision peak of a GPU in FLOP/s, or None where it is not known."""
-    for part, tflops in PEAK_TFLOPS:
-        if part.lower() in device_name.lower():
-            return tflops * 1e12
-    return None
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,8 @@ def accumulate_gradients(context: TrainContext, step: int) -> Tensor:
     losses = []
     for accumulation_step in range(steps):
         tokens, targets = context.splits.train.microbatch(step, accumulation_step, context.launch.rank)
-        seed_dropout(context.config.seed_of("dropout"), step, accumulation_step, context.launch.rank)
+        if context.model_config.drop_rate:
+            seed_dropout(context.config.seed_of("dropout"), step, accumulation_step, context.launch.rank)
         with distributed.gradient_sync(context.objective, enabled=accumulation_step == steps - 1):
             with context.autocast():
                 loss = context.objective(context.on_device(tokens), context.on_device(targets))

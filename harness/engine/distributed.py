@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.engine.watchdog import Watchdog
-from harness.run.errors import ConfigError, HarnessError, PeerError, as_harness_error
+from harness.run.errors import ConfigError, HarnessError, PeerError, StopRequestedError, as_harness_error
 
 # For all ranks to arrive, and for a collective that every rank has alive but some are slow to reach: those that died
 # or were stopped, the watchdog finds sooner.
@@ -119,11 +119,14 @@ def set_up_kernels(device: torch.device, use_tf32: bool, deterministic: bool) ->
     """
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.type == "cuda":
+        torch.cuda.set_device(device)  # else what is not said to be for this GPU, such as NCCL's, goes to the first
     torch.set_float32_matmul_precision("high" if use_tf32 else "highest")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for to be reproducible
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # else the compiler chooses kernels by timing them
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
 def keep_freed_memory() -> None:
@@ -141,8 +144,8 @@ def keep_freed_memory() -> None:
 def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> Iterator[None]:
     """Join the other processes: NCCL for CUDA, gloo otherwise; `watchdog` watches them from then on.
 
-    The group is left on a clean exit only: after an error the other ranks may never answer, and leaving would wait
-    for them. A collective that fails becomes a PeerError that says what became of whom.
+    The group is left on a clean exit and where all ranks agreed to stop: after an error the others may never answer,
+    and leaving would wait for them. A collective that fails becomes a PeerError that says what became of whom.
     """
     if launch.world_size == 1:
         yield
@@ -150,6 +153,9 @@ def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> I
     try:
         _join(launch, device, watchdog)
         yield
+    except StopRequestedError:
+        _leave()
+        raise
     except BaseException as error:
         # gloo's errors are plain RuntimeErrors that name it; torch's own for NCCL and the store are DistErrors.
         is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
@@ -158,6 +164,10 @@ def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> I
         with suppress(RuntimeError):  # nobody may be left to tell
             watchdog.report(error, traceback.format_exc())
         raise
+    _leave()
+
+
+def _leave() -> None:
     # The last reference to the process group destroys it, which joins its threads. If DDP held that reference, its
     # destructor would join them while holding the GIL, which a thread may need in order to finish: a deadlock. Kept
     # here, the group is destroyed at interpreter exit, where the GIL is released first.
@@ -167,9 +177,7 @@ def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> I
 
 def _join(launch: Launch, device: torch.device, watchdog: Watchdog) -> None:
     is_cuda = device.type == "cuda"
-    if is_cuda:
-        torch.cuda.set_device(device)
-    elif launch.local_world_size == launch.world_size:
+    if not is_cuda and launch.local_world_size == launch.world_size:
         # All ranks are on this machine, so nobody else needs to reach them.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     shared, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))

@@ -58,7 +58,7 @@ from harness.tokens.randomness import seed_dropout
 from training.checkpointing import choose_resume_point, require_equal_runs, save_checkpoint
 from training.context import TrainContext, build, compile_and_build_buckets, wrap
 from training.dry_run import dry_run, dump_initial_weights
-from training.report import report_end, report_nothing_to_do
+from training.report import report_devices, report_end, report_nothing_to_do
 from training.trials import find_max_microbatch_size, try_microbatch_size
 from training.validation import validate_and_sample, warn_of_first_loss
 
@@ -114,6 +114,7 @@ def main() -> None:
         start = StartRecord(point.state.next_step, launch.restart, devices, splits.describe())
 
         def record() -> None:
+            report_devices(devices)
             record_start(folder.run_json, model_config, config, plan, start)
             Status("running", start.from_step - 1 if start.from_step else None).write(folder.status_json)
 

@@ -82,6 +82,18 @@ def test_objective_is_the_plain_loss_of_the_logits(tmp_path: Path, tied: bool) -
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.usefixtures("few_rows")
+def test_evaluation_takes_the_softmax_of_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 50, 97, dtype=torch.bfloat16)
+    targets = torch.randint(0, 97, (5, 50))
+    wanted = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(5, 50)
+    rows: list[int] = []
+    entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda x, *a, **k: rows.append(len(x)) or entropy(x, *a, **k))
+    assert torch.equal(loss.token_losses(logits, targets), wanted)
+    assert rows == [100, 100, 50]
+
+
 def test_evaluation_cuts_batches_with_large_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = make_objective(tmp_path)
     tokens = torch.randint(0, 97, (7, 16), generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +33,8 @@ from harness.run.errors import ConfigError, HarnessError, PeerError, StopRequest
 # For all ranks to arrive, and for a collective that every rank has alive but some are slow to reach: those that died
 # or were stopped, the watchdog finds sooner.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# Where the driver of NVIDIA's GPUs shows itself, in a container only if that was given one.
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
 # Numbers of glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 T = TypeVar("T")
@@ -85,18 +89,30 @@ def environment_of_one(launch: Launch) -> dict[str, str]:
 
 
 def choose_device(choice: str, launch: Launch) -> torch.device:
-    """Return this process's device for `--device` auto, cuda, cpu or mps; raises ConfigError."""
+    """Return this process's device for `--device` auto, cuda, cpu or mps; raises ConfigError.
+
+    A GPU that torch cannot use is an error, unless CUDA_VISIBLE_DEVICES hides it: a day on the CPU beside it is none
+    that anybody meant to pay for.
+    """
     has_mps = torch.backends.mps.is_available()
     if choice == "auto":
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if NVIDIA_DEVICE.exists() and not torch.cuda.is_available() and not is_hidden:
+            raise ConfigError(
+                f"--device: found a GPU that {_torch_and_driver()} cannot use; --device cpu does without"
+            )
         choice = "cuda" if torch.cuda.is_available() else "mps" if has_mps and launch.world_size == 1 else "cpu"
     if choice == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError("--device: found cuda, wanted a device that this machine has; it has no CUDA GPU")
+            raise ConfigError(
+                f"--device: found cuda, wanted a device that is there; {_torch_and_driver()} finds none"
+            )
         if launch.local_world_size > torch.cuda.device_count():
             raise ConfigError(
                 f"--nproc_per_node: found {launch.local_world_size} processes, "
                 f"wanted at most one for each of the {torch.cuda.device_count()} GPUs"
             )
+        _require_kernels(launch.local_rank)
         return torch.device("cuda", launch.local_rank)
     if choice == "mps":
         if not has_mps:
@@ -104,6 +120,32 @@ def choose_device(choice: str, launch: Launch) -> torch.device:
         if launch.world_size > 1:
             raise ConfigError(f"--device: found mps with {launch.world_size} processes, wanted one process")
     return torch.device(choice)
+
+
+def _torch_and_driver() -> str:
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+        driver = next(word for word in words if re.fullmatch(r"\d+\.\d+(\.\d+)?", word))
+    except (OSError, StopIteration):
+        return f"torch {torch.__version__} ({cuda})"
+    return f"torch {torch.__version__} ({cuda}) with driver {driver}"
+
+
+def _require_kernels(index: int) -> None:
+    """Check that this build of torch has kernels for a GPU; raises ConfigError where the first would only crash."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
+    for kind, *number in (name.groups() for name in built if name):
+        newest = (int(number[0]), int(number[1]))
+        # Binary code runs on its own generation, from its number up; PTX on all that come later.
+        if newest <= (major, minor) and (kind == "compute" or newest[0] == major):
+            return
+    raise ConfigError(
+        f"--device: found {torch.cuda.get_device_name(index)} (sm_{major}{minor}), wanted a GPU that this torch has "
+        f"kernels for ({', '.join(torch.cuda.get_arch_list())}); sm_50 to sm_70 need the wheel of "
+        "https://download.pytorch.org/whl/cu126"
+    )
 
 
 def device_name(device: torch.device) -> str:

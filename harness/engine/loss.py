@@ -24,9 +24,13 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of every token in nats, float32 (B, T), for logits (B, T, V) and targets (B, T)."""
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view_as(targets)
+    """Return the cross-entropy of every token in nats, float32 (B, T), for logits (B, T, V) and targets (B, T).
+
+    A chunk of rows at a time, because its float32 copy and softmax are larger than the logits themselves.
+    """
+    size = loss_chunk_rows(logits.device.type)
+    chunks = zip(torch.split(logits.flatten(0, 1), size), torch.split(targets.flatten(), size), strict=True)
+    return torch.cat([F.cross_entropy(rows.float(), ids, reduction="none") for rows, ids in chunks]).view_as(targets)
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harness.engine.costs import cost_of, describe
+from harness.engine.costs import GIB, cost_of, describe, microbatch_gib
 from harness.engine.gpu_peaks import peak_flops_per_second
 from harness.engine.identity import identity_of
 from harness.run.config import ModelConfig, TrainConfig
@@ -219,6 +219,27 @@ def test_description_of_the_published_run() -> None:
     assert rows["Time"].startswith("3.40 hours")
     assert rows["Cost"] == "54.14 US$"
     assert rows["Checkpoints"].startswith("55 of 1.82 GiB")
+
+
+def test_memory_estimate_counts_what_a_block_keeps() -> None:
+    """As benchmarks/results/cuda-check.md counts it in generated code: bytes a position, channel and block."""
+
+    def per_channel(**train: Any) -> float:
+        large, small = (
+            microbatch_gib(GPT2_SMALL, replace(PUBLISHED, microbatch_size=size, **train)) for size in (24, 12)
+        )
+        return (large - small) * GIB / (12 * 1024 * 768 * 12)
+
+    ends = 14 / 12
+    assert per_channel() == pytest.approx(38 + ends)  # with dropout
+    assert per_channel(activation_checkpointing=True) == pytest.approx(4 + (38 + 14) / 12)
+    assert per_channel(use_amp=False) == pytest.approx(66 + 20 / 12)
+
+
+def test_memory_estimate_counts_cuda_and_nccl() -> None:
+    one, eight = (cost_of(GPT2_SMALL, PUBLISHED, make_plan(GPT2_SMALL, PUBLISHED, size)) for size in (1, 8))
+    assert 0.5 <= one.runtime_gib < eight.runtime_gib <= 1.5
+    assert one.peak_gib == one.state_gib + one.microbatch_gib + one.runtime_gib
 
 
 def test_description_without_prices_has_no_time_and_no_cost() -> None:

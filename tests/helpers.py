@@ -104,7 +104,7 @@ def write_demanding(folder: Path, **train: Any) -> Path:
 
 
 def command(script: str, *words: object, processes: int | None = None, restarts: int = 0) -> list[str]:
-    """Give the command line of a script, under torchrun where `processes` is given."""
+    """Return the command line of a script, under torchrun where `processes` is given."""
     launcher = [sys.executable]
     if processes is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -122,7 +122,7 @@ def run(
         env={**os.environ, **OFFLINE, **environment},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=600,
     )
     assert check is None or done.returncode == check, done.stderr
     return done
@@ -272,7 +272,7 @@ def workers(
 def train_in_fork(folder: Path, datasets_dir: Path, *more: object, check: int = 0, **options: Any) -> list[Worker]:
     """Train as `workers` does, to the end; assert every rank's exit status."""
     with workers(folder, datasets_dir, *more, **options) as started:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 600
         for worker in started:
             worker.process.join(max(0.0, deadline - time.monotonic()))
         statuses = [worker.process.exitcode for worker in started]
@@ -280,7 +280,7 @@ def train_in_fork(folder: Path, datasets_dir: Path, *more: object, check: int = 
     return started
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     """Wait until `condition` holds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -300,7 +300,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def final_bits(folder: Path) -> dict[str, Any]:
-    """Give what must be equal to the bit between two runs: the last model, optimizer and scaler, and every loss."""
+    """Return what must be equal to the bit between two runs: the last model, optimizer and scaler, and every loss."""
     last = folder / "checkpoints" / "latest"
     state = json.loads((last / "state.json").read_text())
     del state["train_state"]["elapsed_seconds"]

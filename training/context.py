@@ -113,7 +113,7 @@ def untrained_model(request: RunRequest) -> GPTModel:
 
 
 def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig) -> None:
-    """Give a model the values that training starts from: drawn, or imported; raises CheckpointError."""
+    """Set the values that training starts from in a model: drawn, or imported; raises CheckpointError."""
     if config.initial_weights is None:
         initialise(model, config.seed_of("init"))
     else:

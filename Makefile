@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := quickstart
 
-.PHONY: quickstart test lint format generated soak
+.PHONY: quickstart test lint format generated soak cuda-check gpu-check
 
 # What pyproject.toml asks for, without the project itself, which is a checkout and no package.
 NEEDS = import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -52,6 +52,17 @@ format: $(VENV)/.installed-dev
 generated: $(VENV)/.installed
 	$(BIN)/python -m harness.run.reference
 	$(BIN)/python -m assets.instructions.builtin_set
+
+# Reads the CUDA code that training compiles to, on any Linux machine: a CUDA build of torch (5 GB) in .venv-cuda, no GPU.
+cuda-check:
+	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -c '$(NEEDS)' > .venv-cuda/needs.txt
+	.venv-cuda/bin/python -m pip install --quiet --requirement .venv-cuda/needs.txt
+	.venv-cuda/bin/python -m benchmarks.cuda_check
+
+# The first ten minutes on a GPU machine: what works, how fast, and what was foretold; benchmarks/results/gpu-CARD.md.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_check
 
 # Kills a run at random 220 times and races 50 pairs of trainers for one: 20 minutes on two cores.
 soak: $(VENV)/.installed-dev

@@ -12,8 +12,11 @@ from torch import Tensor
 import ddp_train
 from harness.engine import distributed, loss
 from harness.engine.distributed import Launch, choose_device
+from harness.run.config import load_model_config
 from harness.run.errors import ConfigError
+from model import uninitialized_model
 from tests.conftest import Called
+from tests.helpers import TINY_MODEL, write
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
@@ -88,3 +91,21 @@ def test_nothing_is_compiled_again_inside_the_clock(
     assert done.status == 0, done.stderr
     assert len(graphs) == 1
     assert done.stdout.startswith("Training on 1 x cpu\n")
+
+
+def test_the_compiler_s_splitter_sees_every_parameter_of_a_bucket(tmp_path: Path) -> None:
+    """It cuts the graph where DDP's buckets end; what it misses is reduced later than it could be."""
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    model = uninitialized_model(load_model_config(write(tmp_path / "model.json", {**TINY_MODEL, "qkv_bias": True})))
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        splitter = DDPOptimizer(bucket_bytes_cap=4000, first_bucket_cap=1000, backend_compile_fn=lambda part, _: part)
+        splitter.compile_fn(graph, inputs)
+        seen.extend(name for bucket in splitter.buckets for name in bucket.params)
+        return graph
+
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    torch.compile(loss.Objective(model), backend=backend, fullgraph=True)(tokens, tokens.clone())
+    assert len(set(seen)) == len(list(model.parameters()))

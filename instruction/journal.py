@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from harness.run.errors import DataError, RunLockedError
+from harness.run.errors import DataError
+from harness.run.locks import locked
 
 
 class Journal:
@@ -60,12 +59,5 @@ class Journal:
 def held(folder: Path) -> Iterator[None]:
     """Make an output folder and lock it for this process; raises RunLockedError where another has it locked."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RunLockedError(f"{folder}: another process writes into this folder") from None
-    try:
+    with locked(folder, "another process writes into this folder"):
         yield
-    finally:
-        lock.release()

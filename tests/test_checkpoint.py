@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_loaded(
     assert "Resuming from step-00000015" in done.stdout
     assert "passing over a damaged checkpoint" in done.stderr
     assert (trained / "aside-1" / "checkpoints" / "step-00000019").is_dir()
-    checkpoint.verify(trained / "checkpoints" / "step-00000019")
+    open_checkpoint(trained / "checkpoints" / "step-00000019")
 
 
 @pytest.mark.fault("F12")
@@ -173,7 +173,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoints_and_no_litter(
     assert folder.checkpoint_steps() == [0, 5, 10, 15, 19]
     assert not list(folder.checkpoints.glob(".*"))
     assert (folder.checkpoints / "latest").readlink() == Path("step-00000019")
-    checkpoint.verify(folder.checkpoint(19))
+    open_checkpoint(folder.checkpoint(19))
 
 
 @pytest.mark.fault("F23")
@@ -194,13 +194,13 @@ def test_a_stranger_s_manifest_cannot_reach_outside(trained: Path, tmp_path: Pat
     manifest["files"]["../secret"] = {"bytes": 6, "sha256": "0"}
     (target / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="wanted a checkpoint's three"):
-        checkpoint.verify(target)
+        open_checkpoint(target)
     (target / "state.json").unlink()
     (target / "state.json").symlink_to(outside)
     del manifest["files"]["../secret"]
     (target / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="not a regular file"):
-        checkpoint.verify(target)
+        open_checkpoint(target)
 
 
 @pytest.mark.fault("F43")

@@ -179,7 +179,7 @@ def test_a_stranger_s_checkpoint_reaches_nothing_outside(trained: Path, tmp_path
     write_json(target / "manifest.json", manifest)
     before = outside.read_bytes()
     with pytest.raises(CheckpointError, match=NEWEST):
-        checkpoint.verify(target)
+        open_checkpoint(target)
     found = resume.find(RunFolder(trained), None)
     assert found is not None
     assert found.name == BEFORE
@@ -208,7 +208,7 @@ def test_a_pickle_is_never_opened(trained: Path, tmp_path: Path, datasets_dir: P
         "sha256": file_sha256(target / name),
     }
     write_json(target / "manifest.json", manifest)
-    checkpoint.verify(target)
+    open_checkpoint(target)
     write(trained / "train.json", {**json.loads((trained / "train.json").read_text()), "min_train_tokens": 24 * 128})
     (done,) = train_in_fork(trained, datasets_dir, check=4)
     assert f"{target / name}: cannot be read" in done.stderr

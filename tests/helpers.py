@@ -104,7 +104,7 @@ def write_demanding(folder: Path, **train: Any) -> Path:
 
 
 def command(script: str, *words: object, processes: int | None = None, restarts: int = 0) -> list[str]:
-    """Give the command line of a script, under torchrun where `processes` is given."""
+    """Return the command line of a script, under torchrun where `processes` is given."""
     launcher = [sys.executable]
     if processes is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -300,7 +300,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def final_bits(folder: Path) -> dict[str, Any]:
-    """Give what must be equal to the bit between two runs: the last model, optimizer and scaler, and every loss."""
+    """Return what must be equal to the bit between two runs: the last model, optimizer and scaler, and every loss."""
     last = folder / "checkpoints" / "latest"
     state = json.loads((last / "state.json").read_text())
     del state["train_state"]["elapsed_seconds"]

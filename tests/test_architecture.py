@@ -38,7 +38,7 @@ LONGEST = {"main": 80, "train": 60}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Give the project's own modules that a file imports, as `model` or `harness.run.plan`."""
+    """Return the project's own modules that a file imports, as `model` or `harness.run.plan`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

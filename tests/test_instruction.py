@@ -24,7 +24,6 @@ from harness.run.files import write_json
 from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 from instruction.answers import load_answers
 from instruction.compare import Cells, Metric, compare, ratio_cells
-from instruction.evaluating import ModelSource, open_model
 from instruction.examples import Example, encode_items, in_batches
 from instruction.finetune import batch_at, fine_tune, response_losses, steps_of
 from instruction.generation import write_answers
@@ -32,6 +31,7 @@ from instruction.items import BUILTIN_SET, Item, load_items, prompt_of, split_it
 from instruction.journal import Journal
 from instruction.measures import exact_match, token_f1
 from instruction.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from instruction.respond import ModelSource, open_model
 from model import GPTModel, fingerprint, initialise, uninitialized_model
 from tests.conftest import Called
 from tests.helpers import ROOT, wait_for, write, write_run
@@ -433,7 +433,7 @@ def test_an_interval_is_never_narrower_than_the_seeds_alone() -> None:
 
 @pytest.fixture
 def any_kernels() -> Iterator[None]:
-    """Give the process its kernels back: the command asks for deterministic ones."""
+    """Restore the process's kernels: the command asks for deterministic ones."""
     yield
     torch.use_deterministic_algorithms(False)
 

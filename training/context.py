@@ -118,7 +118,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig) -> None:
-    """Give a model the values that training starts from: drawn, or imported; raises CheckpointError."""
+    """Set the values that training starts from in a model: drawn, or imported; raises CheckpointError."""
     if config.initial_weights is None:
         initialise(model, config.seed_of("init"))
     else:

@@ -31,7 +31,7 @@ def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tenso
 def restore_state(
     optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
 ) -> None:
-    """Give a new optimizer the state that `named_state` returned, in its types, on the parameters' device.
+    """Load into a new optimizer the state that `named_state` returned, in its types, on the parameters' device.
 
     Raises KeyError, with the name, for state of a parameter that the model lacks or of another shape than it has.
     """
@@ -61,7 +61,7 @@ def empty_like_state(
     described: Mapping[str, tuple[tuple[int, ...], str]],
     numbers: Mapping[str, float],
 ) -> list[Tensor]:
-    """Give a new optimizer `numbers`, and room for tensors as `description_of` describes them; return those."""
+    """Load `numbers` into a new optimizer, with room for tensors as `description_of` describes them; return those."""
     tensors = {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in described.items()}
     restore_state(optimizer, model, tensors, numbers)
     kept, _ = named_state(optimizer, model)

@@ -38,7 +38,7 @@ class Loggers:
     def __init__(self, names: Sequence[str], folder: RunFolder, environment: Mapping[str, str]) -> None:
         """Raise ConfigError if a logger's package is missing; `environment` is that of the logger processes."""
         lines = [
-            f"{folder.train_json}: loggers: found {name}, wanted its package: pip install -e '.[{name}]'"
+            f"{folder.train_json}: loggers: found {name}, wanted its package: pip install '.[{name}]'"
             for name in names
             if find_spec(name) is None
         ]

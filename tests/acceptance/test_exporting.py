@@ -47,7 +47,7 @@ TOGGLES = [
 
 
 def with_random_weights(folder: Path) -> Path:
-    """Give a run folder a checkpoint whose every parameter is far from its initial value."""
+    """Return a run folder a checkpoint whose every parameter is far from its initial value."""
     model = random_model(load_model_config(folder / "model.json"))
     (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
     save_file(model.state_dict(), folder / "checkpoints" / "step-00000007" / "model.safetensors")

@@ -60,7 +60,7 @@ def test_killed_at_random_moments(
 
 
 def rank_processes(launcher: int) -> dict[int, int]:
-    """Give the process number of every rank that torchrun has started."""
+    """Return the process number of every rank that torchrun has started."""
     found = {}
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):

@@ -29,7 +29,7 @@ from tests.helpers import (
 
 
 def listening_addresses(pid: int) -> set[str]:
-    """Give the addresses at which a process listens for connections, as /proc writes them."""
+    """Return the addresses at which a process listens for connections, as /proc writes them."""
     links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
     own = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
     found = set()

@@ -57,7 +57,7 @@ def test_skypilot_reads_its_files(tmp_path: Path) -> None:
 
 
 def left_at_home(place: Path) -> set[Path]:
-    """Give what SkyPilot leaves out of a folder that goes by way of a bucket: it reads .skyignore as globs."""
+    """Return what SkyPilot leaves out of a folder that goes by way of a bucket: it reads .skyignore as globs."""
     rules = [rule for rule in (ROOT / ".skyignore").read_text().splitlines() if rule and not rule.startswith("#")]
     patterns = [f".{rule}" if rule.startswith("/") else f"**/{rule}" for rule in rules]
     found = {Path(path) for rule in patterns for path in glob.glob(rule, root_dir=place, recursive=True)}
@@ -69,7 +69,7 @@ def every_file(place: Path) -> set[Path]:
 
 
 def left_by_rsync(place: Path) -> set[Path]:
-    """Give what SkyPilot leaves out of a folder that goes straight to a machine."""
+    """Return what SkyPilot leaves out of a folder that goes straight to a machine."""
     shutil.copy(ROOT / ".skyignore", place)
     sent = place.parent / "sent"
     subprocess.run(["rsync", "-a", "--filter=dir-merge,- .skyignore", f"{place}/", f"{sent}/"], check=True)
@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_what_was_kept_of_a_machine_that_is_gone(
 
 
 def launchers_of(group: int) -> list[int]:
-    """Give the torchrun processes of a job."""
+    """Return the torchrun processes of a job."""
     done = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True, check=True)
     rows = [line.split(None, 2) for line in done.stdout.splitlines()[1:]]
     return [int(pid) for pid, session, words in rows if session == str(group) and "bin/torchrun" in words]

@@ -20,13 +20,13 @@ from harness.run.files import ROOT, read_json, utc_now, write_json
 from harness.run.provenance import git_state
 from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
 from harness.run.score import describe_checkpoint
+from instruction.answering import EvalSet, EvaluatedModel, respond
 from instruction.answers import ModelAnswers, require_comparable
 from instruction.examples import encode_items
 from instruction.items import BUILTIN_SET, load_items, split_items
 from instruction.journal import held
 from instruction.measures import HEADINGS, LOSS, measure, measures_as_json, measures_as_rows
 from instruction.recipe import DEFAULT_RECIPE, Recipe, differences, load_recipe
-from instruction.responding import EvalSet, EvaluatedModel, respond
 
 UNTRAINED = "untrained"
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from harness.engine.opening import Weights, open_weights
 from harness.engine.key_value_cache import KeyValueCache
+from harness.engine.opening import Weights, open_weights
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.errors import CheckpointError
 from harness.tokens.randomness import initial_normal

@@ -214,7 +214,8 @@ def described(buckets: list[Bucket]) -> list[dict[str, object]]:
 def output_file(arguments: ScoreArguments, weights: Path) -> Path:
     """Return where the result goes: as asked, into the run's evals folder, or beside a loose model file.
 
-    `weights` is the model file itself, whatever links led to it. Makes the folder, so that one that cannot be written is known before the work is done.
+    `weights` is the model file itself, whatever links led to it. Makes the folder, so that one that cannot be written
+    is known before the work is done.
     """
     path = arguments.output
     if path is None:

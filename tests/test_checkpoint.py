@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 import ddp_train
 from harness.engine import checkpoint
-from harness.engine.checkpoint import CheckpointMetadata, TrainState
+from harness.engine.opening import CheckpointMetadata, open_checkpoint
 from harness.engine.optimizers import make_optimizer
 from harness.run.errors import CheckpointError, StorageError
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
+from harness.run.train_state import TrainState
 from model import GPTModel
 from tests.conftest import Called
 
@@ -164,7 +165,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoints_and_no_litter(
     model = GPTModel(model_config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = make_optimizer(model, config, torch.device("cpu"))
-    metadata = CheckpointMetadata.read(folder.checkpoint(19))
+    metadata = CheckpointMetadata.read(folder.checkpoint(19), 19)
     state = TrainState(**{**vars(metadata.state), "next_step": 26})
     taken = checkpoint.snapshot(model, optimizer, scaler, state, metadata.identity)
     monkeypatch.setenv("TRAIN_FAULT", f"{point}:enospc")

@@ -458,7 +458,8 @@ def save_checkpoint(folder: Path, seed: int) -> None:
     place.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in made.state_dict().items()}, place / "model.safetensors")
     save_file({"x": torch.zeros(1)}, place / "optimizer.safetensors")
-    write(place / "state.json", {"train_state": {"tokens": 123}, "scaler": {}, "identity": {}})
+    state = {"next_step": 8, "optimizer_steps": 8, "tokens": 123}
+    write(place / "state.json", {"train_state": state, "scaler": {}, "identity": {}})
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in place.iterdir()
@@ -622,13 +623,17 @@ def test_a_journal_writes_whole_lines_where_the_system_takes_a_part(
     assert Journal(tmp_path / "lines.jsonl").lines == lines
 
 
-def test_a_journal_drops_half_a_line_and_refuses_nonsense(tmp_path: Path) -> None:
+def test_a_journal_drops_half_a_line_and_passes_over_nonsense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": ')
     journal = Journal(path)
     journal.append({"c": "\u2028 é"})
     journal.close()
     assert Journal(path).lines == [{"a": 1}, {"c": "\u2028 é"}]
-    path.write_bytes(b"nonsense\n")
-    with pytest.raises(DataError, match="line 1"):
-        Journal(path)
+    raw = b'nonsense\n{"a": 1}\n[1]\n'
+    path.write_bytes(raw)
+    assert Journal(path).lines == [{"a": 1}]
+    assert path.read_bytes() == raw
+    assert "passing over 2 damaged lines" in capsys.readouterr().err

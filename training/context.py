@@ -114,7 +114,8 @@ def untrained_model(request: RunRequest) -> GPTModel:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that a checkpoint of a model has, by name."""
-    return {name: tuple(value.shape) for name, value in uninitialized_model(config).state_dict().items()}
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in GPTModel(config).state_dict().items()}
 
 
 def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig) -> None:

@@ -81,7 +81,11 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def save(folder: RunFolder, taken: Snapshot, keep: int | None, is_best: bool) -> None:
-    """Write a checkpoint, point the links at it and delete those that are no longer kept; errors as for `write`."""
+    """Write a checkpoint, point the links at it and delete those that are no longer kept; errors as for `write`.
+
+    The lines of metrics that a resume from it keeps are made durable first.
+    """
+    folder.metrics.flush()
     write(folder, taken)
     if is_best:
         link_best(folder, taken.step)

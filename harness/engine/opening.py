@@ -5,6 +5,7 @@ sizes, hashes, the types and relations of what state.json says, and the headers 
 anything is loaded or moved. What cannot be read, for whatever reason, is damaged.
 """
 
+import json
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +24,7 @@ from harness.engine.identity import ResumeIdentity
 from harness.run.errors import CheckpointError, ConfigError
 from harness.run.files import file_sha256, json_text, open_regular, sha256_of, write_json
 from harness.run.run_folder import IMPORTED_STEP, MODEL_FILE, STATE_FILE, STEP_FOLDER, RunFolder, run_of_model_file
-from harness.run.strict_json import read_strict_json
+from harness.run.strict_json import on_one_line, read_strict_json
 from harness.run.train_state import TrainState
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -52,13 +53,13 @@ class CheckpointMetadata:
         """Read the state.json in the folder of the checkpoint of global step `step`; raises CheckpointError."""
         file = path / STATE_FILE
         try:
-            document = STATE_DOCUMENT.validate_python(read_strict_json(file, MAX_STATE_BYTES))
+            document = STATE_DOCUMENT.validate_json(json.dumps(read_strict_json(file, MAX_STATE_BYTES)))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))[:80]
-            raise CheckpointError(f"{file}: cannot be read ({place}: {first['msg']})") from None
+            place = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"{file}: cannot be read ({on_one_line(place)}: {first['msg']})") from None
         except ConfigError as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})") from None
+            raise CheckpointError(f"{file}: cannot be read ({str(error).removeprefix(f'{file}: ')})") from None
         if (wrong := document.contradiction(step)) is not None:
             raise CheckpointError(f"{file}: {wrong}")
         identity = ResumeIdentity(document.identity, document.data, document.split)
@@ -206,13 +207,13 @@ def read_tensors(path: Path, name: Path | None = None) -> dict[str, Tensor]:
 def _require_vouched_for(path: Path, sha256: str) -> None:
     owner = run_of_model_file(path)
     if owner is not None and owner[1] != IMPORTED_STEP:
-        found = open_checkpoint(path.parent, reads=(STATE_FILE,)).sha256[path.name]
+        found = open_checkpoint(path.parent, reads=(STATE_FILE,)).sha256.get(path.name)
         if sha256 != found:
             raise CheckpointError(f"{path}: found SHA-256 {sha256}, wanted {found} ({MANIFEST_FILE})")
-        return
-    if owner is not None and (named := _initial_weights(owner[0])) is not None:
-        return _require_named(path, sha256, named)
-    print(f"warning: {path}: nothing vouches for a file outside a run's checkpoints", file=sys.stderr)
+    elif owner is not None and (named := _initial_weights(owner[0])) is not None:
+        _require_named(path, sha256, named)
+    else:
+        print(f"warning: {path}: nothing vouches for a file outside a run's checkpoints", file=sys.stderr)
 
 
 def _initial_weights(folder: RunFolder) -> str | None:
@@ -245,7 +246,7 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         is_ours = manifest.keys() == {"step", "files"} and STEP_FOLDER.fullmatch(path.name)
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error})") from None
+        raise CheckpointError(f"{file}: cannot be read ({str(error).removeprefix(f'{file}: ')})") from None
     if set(files) != set(FILES):
         raise CheckpointError(f"{file}: found files {sorted(files)}, wanted a checkpoint's three")
     if not is_ours or manifest["step"] != int(is_ours[1]):

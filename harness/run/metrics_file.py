@@ -12,7 +12,7 @@ from harness.run.files import naming, open_regular, read_bytes, write_bytes
 from harness.run.json_lines import APPEND, append_json_lines, parse_json_lines, write_all
 
 Line = dict[str, Any]
-NEEDED = {"step": int, "tokens": int, "elapsed": int | float}
+NEEDED = {"step": int, "tokens": int, "elapsed": int | float, "train/loss": int | float | None}
 TEXT = "sample"
 
 
@@ -46,10 +46,10 @@ class MetricsFile:
     def drop_from(self, step: int) -> None:
         """Delete the lines of global steps from `step` on, which a resumed run trains again.
 
-        Damaged lines before the last whole one are moved to a file beside it, with a warning.
+        Damaged lines are moved to a file beside it, with a warning.
         """
         lines = list(self._parsed())
-        while lines and lines[-1][1] is None:  # cut off by a kill, past what any checkpoint vouches for
+        if lines and not lines[-1][0].endswith(b"\n"):  # cut off by a kill, past what any checkpoint vouches for
             lines.pop()
         broken = [text for text, line in lines if line is None]
         if broken:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.run.config import ModelConfig, TrainConfig, load_run_configs
-from harness.run.errors import ConfigError, RunLockedError
+from harness.run.errors import ConfigError
 from harness.run.files import remove
 from harness.run.locks import locked
 from harness.run.metrics_file import MetricsFile

@@ -11,6 +11,7 @@ import torch
 
 from harness.engine import checkpoint
 from harness.engine.identity import ResumeIdentity
+from harness.engine.opening import open_checkpoint
 from harness.engine.optimizers import make_optimizer
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.run_folder import RunFolder

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.engine import checkpoint
+from harness.engine.opening import open_checkpoint
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from tests.helpers import (

@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
-from harness.engine.opening import open_checkpoint
+from harness.engine import checkpoint
+from harness.engine.identity import ResumeIdentity
+from harness.engine.opening import CheckpointMetadata, open_checkpoint
+from harness.run.run_folder import MODEL_FILE, RunFolder
+from harness.run.train_state import TrainState
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -310,6 +315,14 @@ def final_bits(folder: Path) -> dict[str, Any]:
     }
     losses = [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in metrics(folder)]
     return {**hashes, "state": state, "losses": losses}
+
+
+def save_weights(folder: Path, step: int, weights: dict[str, torch.Tensor], **state: Any) -> None:
+    """Write a checkpoint of given weights into a run's folder, as the trainer would after global step `step`."""
+    done = TrainState(**{"next_step": step + 1, "optimizer_steps": step + 1, **state})
+    metadata = CheckpointMetadata(done, {}, ResumeIdentity({}))
+    tensors = {MODEL_FILE: weights, "optimizer.safetensors": {}}
+    checkpoint.write(RunFolder(folder), checkpoint.Snapshot(metadata, tensors))
 
 
 def strict_json(text: str) -> Any:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from harness.engine.identity import ResumeIdentity
+from harness.engine.optimizer_state import is_state_of
 from harness.run.errors import CheckpointError, ConfigError
 from harness.run.files import file_sha256, json_text, open_regular, sha256_of, write_json
 from harness.run.run_folder import IMPORTED_STEP, MODEL_FILE, STATE_FILE, STEP_FOLDER, RunFolder, run_of_model_file
@@ -150,8 +151,10 @@ def require_fit(found: VerifiedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
     different = [name for name in weights.keys() | shapes.keys() if weights.get(name) != shapes.get(name)]
     if different:
         raise CheckpointError(f"{found.path / MODEL_FILE}: {min(different)} does not fit this model")
-    kept = [*found.headers[OPTIMIZER_FILE], *found.metadata.optimizer_numbers]
-    strange = [key for key in kept if key.partition(".")[2] not in shapes]
+    kept = {name: shape for name, (shape, _) in found.headers[OPTIMIZER_FILE].items()}
+    kept |= dict.fromkeys(found.metadata.optimizer_numbers, ())
+    parameters = {key: shapes.get(key.partition(".")[2]) for key in kept}
+    strange = [key for key, shape in parameters.items() if shape is None or not is_state_of(kept[key], shape)]
     if strange:
         raise CheckpointError(f"{found.path / OPTIMIZER_FILE}: {min(strange)} does not fit this model")
 

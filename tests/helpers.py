@@ -127,7 +127,7 @@ def run(
         env={**os.environ, **OFFLINE, **environment},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=600,
     )
     assert check is None or done.returncode == check, done.stderr
     return done
@@ -277,7 +277,7 @@ def workers(
 def train_in_fork(folder: Path, datasets_dir: Path, *more: object, check: int = 0, **options: Any) -> list[Worker]:
     """Train as `workers` does, to the end; assert every rank's exit status."""
     with workers(folder, datasets_dir, *more, **options) as started:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 600
         for worker in started:
             worker.process.join(max(0.0, deadline - time.monotonic()))
         statuses = [worker.process.exitcode for worker in started]
@@ -285,7 +285,7 @@ def train_in_fork(folder: Path, datasets_dir: Path, *more: object, check: int = 
     return started
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     """Wait until `condition` holds."""
     deadline = time.monotonic() + seconds
     while not condition():

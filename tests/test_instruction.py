@@ -310,7 +310,7 @@ def test_hub_datasets_are_read(hub: Hub, tmp_path: Path) -> None:
 
     def load(*names: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-c", HUB_SCRIPT, *names]
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
     done = load(f"hf:{DATASET}", f"hf:{DATASET}@v2", f"hf:{DATASET}/b@v2", f"hf:{DATASET}/b/c.json@v2")
     assert done.stdout.split() == ["30", "30", "7", "7"], done.stderr

@@ -340,7 +340,7 @@ def test_push_uploads_the_folder_and_keeps_the_token(trained: Path, hub: ModelHu
         command("convert.py", "export", "text", out, "--runs-dir", trained.parent, "--push", "owner/mine",
                 "--no-check"),
         cwd=ROOT, env={**hub.environment(tmp_path / "home"), "HF_TOKEN": SECRET}, capture_output=True, text=True,
-        timeout=170,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert hub.uploaded == {path.name: path.read_bytes() for path in out.iterdir()}

@@ -62,7 +62,7 @@ def test_a_killed_rank_is_restarted_with_nccl(tmp_path: Path, datasets_dir: Path
     try:
         wait_for(lambda: lines_in(restarted / "metrics.jsonl") >= 8)
         os.kill(rank_processes(launcher.pid)[rank], 9)
-        _, errors = launcher.communicate(timeout=150)
+        _, errors = launcher.communicate(timeout=600)
     finally:
         launcher.kill()
         launcher.communicate()

@@ -370,7 +370,7 @@ def test_from_the_hub(hub: ModelHub, tmp_path: Path) -> None:
     hub.files = wanted | {"pytorch_model.bin": b"\x80", "onnx/model.safetensors": b"no", "tf_model.h5": b"no"}
     done = subprocess.run(
         command("convert.py", "import", "hf:owner/gpt2", "mine", "--runs-dir", tmp_path / "runs"),
-        cwd=ROOT, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=170,
+        cwd=ROOT, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert hub.fetched() == sorted(wanted)

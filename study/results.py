@@ -36,6 +36,8 @@ class RunMetadata:
     step: int
     tokens_seen: int
     hardware: str
+    decays: bool
+    """Whether the learning rate is low at the end."""
     tokens_per_second: float | None
     cost: float | None
     currency: str
@@ -88,8 +90,8 @@ class Group:
         return [result.metadata for result in self.results if result.metadata is not None]
 
     def mean_sequence_losses(self) -> Floats | None:
-        """Return every test sequence's loss averaged over the runs; None where a run has none."""
-        if len(self.metadata) < len(self.results) or not self.metadata:
+        """Return every test sequence's loss averaged over the runs that have a loss; None where one has none."""
+        if len(self.metadata) < len(self.losses) or not self.metadata:
             return None
         mean: Floats = np.mean([item.sequence_losses for item in self.metadata], axis=0)
         return mean
@@ -195,6 +197,7 @@ def _metadata(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: 
         step=step,
         tokens_seen=tokens_seen,
         hardware=RunRecord.read(folder.run_json).hardware,
+        decays=train.schedule_name != "constant",
         tokens_per_second=folder.metrics.tokens_per_second(),
         cost=last.get("cost"),
         currency=train.currency or "",

@@ -49,12 +49,12 @@ class Purchase:
     def in_words(self) -> str:
         """Return the purchase as text, with its seeds where runs are named by numbers."""
         runs = self.arm_runs + self.baseline_runs
-        shown = f"{runs} more run{'s' * (runs > 1)} {self._which()}"
+        shown = f"{runs:,} more run{'s' * (runs > 1)} {self._which()}"
         currency = next((item.currency for item in self.arm.metadata), "")
         if self.money is not None:
             shown += f", {self.money:,.2f} {currency}".rstrip()
         if self.hours is not None:
-            shown += f", {self.hours:,.2g} h"
+            shown += f", {self.hours:,.2g} h" if self.hours < 10 else f", {self.hours:,.0f} h"
         return shown
 
     def _which(self) -> str:
@@ -161,7 +161,7 @@ def best_buy(judgement: Judgement) -> str:
     variance of the estimate; to be able to change one's mind then is worth tau psi(|d| / tau), with psi(u) = phi(u) -
     u (1 - Phi(u)) (Raiffa and Schlaifer 1961, Applied Statistical Decision Theory, 5.5: two actions, linear loss).
     """
-    options = []
+    options: list[tuple[float, Purchase, str]] = []
     for item in judgement.arms:
         if item.estimate is None or is_settled(item.verdict):
             continue
@@ -170,20 +170,18 @@ def best_buy(judgement: Judgement) -> str:
         later = _after(item, len(judgement.baseline.losses), has + 1).se
         value = _value(abs(item.estimate.difference), item.estimate.se**2 - later**2)
         options.append((value, bought, item.group.recipe))
-    if not options:
-        return ""
-    priced = all(bought.money for _, bought, _ in options)
-    value, bought, recipe = max(
-        options,
-        key=lambda one: (
-            one[0] / (one[1].money if priced and one[1].money else one[1].arm_runs + one[1].baseline_runs)
-        ),
+    costs: tuple[tuple[str, Callable[[Purchase], float | None]], ...] = (
+        ("its price", lambda one: one.money),
+        ("its hours", lambda one: one.hours),
+        ("a run", lambda one: one.arm_runs + one.baseline_runs),
     )
-    if value <= 0:
+    what, cost_of = next(one for one in costs if all(one[1](bought) for _, bought, _ in options))
+    value, bought, recipe = max(options, key=lambda one: one[0] / (cost_of(one[1]) or 1.0), default=(0.0, None, ""))
+    if bought is None or value <= 0:
         return ""
     return (
-        f"Worth most for {'its price' if priced else 'a run'}: {recipe}, {bought.in_words()}: it saves {value:.2g} "
-        "nats per token on average of what acting now loses."
+        f"Worth most for {what}: {recipe}, {bought.in_words()}: it saves {value:.2g} nats per token on average of "
+        "what acting now loses."
     )
 
 

@@ -234,8 +234,8 @@ def welch(difference: float, mine: Estimate, theirs: Estimate) -> Estimate:
     """Return a difference of two means whose errors are known from few runs each.
 
     Degrees of freedom by Welch (1947) and Satterthwaite (1946), rounded down, and at most WELCH_CAP times those of
-    the side with fewer. Without that bound a side of two or three runs that happen to agree makes the test far too sure:
-    7 runs against 2, a family of five, is wrong in 13% of studies, and in 25% if the arms are twice as noisy.
+    the side with fewer. Without that bound two or three runs that happen to agree make the test far too sure: 7 runs
+    against 2, a family of five, is wrong in 13% of studies, and in 25% if the arms are twice as noisy.
     """
     variances = (mine.se**2, theirs.se**2)
     spread = variances[0] ** 2 / mine.df + variances[1] ** 2 / theirs.df

@@ -168,7 +168,7 @@ def clustered_mean(values: Floats, clusters: NDArray[np.int64]) -> Estimate:
     sizes = np.bincount(index).astype(np.float64)
     if len(sizes) < 2:
         return Estimate(mean, math.inf, 1)
-    sums: Floats = np.bincount(index, weights=values - mean)
+    sums = np.bincount(index, weights=values - mean).astype(np.float64)
     weights = 1 / (1 - sizes / len(values))
     variance = float((weights * sums**2).sum()) / len(values) ** 2
     within = float(((values - mean) ** 2).sum() - (sums**2 / sizes).sum()) / max(1, len(values) - len(sizes))

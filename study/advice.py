@@ -13,7 +13,7 @@ from scipy.special import ndtr
 from study.comparisons import welch
 from study.results import Group, RunMetadata
 from study.statistics import ALPHA, POWER, Estimate, fewest, power
-from study.verdicts import Judged, Judgement, is_settled
+from study.verdicts import Judged, Judgement
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def advice_on(item: Judged, judgement: Judgement) -> str:
 
     Effects that look large are rarely as large in truth, so the runs for the margin come first.
     """
-    if item.estimate is None or is_settled(item.verdict) or item.comparison.noise is None:
+    if item.estimate is None or not item.is_open or item.comparison.noise is None:
         return ""
     margin, seen = judgement.rules.margin, abs(item.estimate.difference)
     found = f"To settle an effect of {margin:g} four times in five: {_bought(item, judgement, margin)}."
@@ -163,7 +163,7 @@ def best_buy(judgement: Judgement) -> str:
     """
     options: list[tuple[float, Purchase, str]] = []
     for item in judgement.arms:
-        if item.estimate is None or is_settled(item.verdict):
+        if item.estimate is None or not item.is_open:
             continue
         has = len(item.comparison.pairs) or len(item.group.losses)
         bought = purchase(item, judgement, has + 1)
@@ -176,9 +176,10 @@ def best_buy(judgement: Judgement) -> str:
         ("a run", lambda one: one.arm_runs + one.baseline_runs),
     )
     what, cost_of = next(one for one in costs if all(one[1](bought) for _, bought, _ in options))
-    value, bought, recipe = max(options, key=lambda one: one[0] / (cost_of(one[1]) or 1.0), default=(0.0, None, ""))
-    if bought is None or value <= 0:
+    options.sort(key=lambda one: one[0] / (cost_of(one[1]) or 1.0))
+    if not options or options[-1][0] <= 0:
         return ""
+    value, bought, recipe = options[-1]
     return (
         f"Worth most for {what}: {recipe}, {bought.in_words()}: it saves {value:.2g} nats per token on average of "
         "what acting now loses."

@@ -89,7 +89,7 @@ def gather(request: ComparisonRequest) -> tuple[list[Group], Experiment | None]:
         named_folders += _replicates(named_folders, request)
     if not named_folders:
         raise ConfigError(f"{request.runs_dir}: found no scored run, wanted one with a score of test_loss.py")
-    return group_results(read_runs(named_folders, request.checkpoint)), None
+    return group_results(read_runs(named_folders, request.checkpoint), in_folders=True), None
 
 
 def _replicates(named: Sequence[RunFolder], request: ComparisonRequest) -> list[RunFolder]:

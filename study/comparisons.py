@@ -97,7 +97,7 @@ def compare(
     overrides all others.
     """
     warnings: list[str] = []
-    theirs, mine = (side_of(group, warnings) for group in (baseline, arm))
+    theirs, mine = sides_of((baseline, arm), warnings)
     if not mine.losses or not theirs.losses:
         return Comparison("none")
     if given is not None:
@@ -112,16 +112,20 @@ def compare(
     return side_by_side(mine, theirs, find_prior(baseline, arm, False), warnings)
 
 
-def side_of(group: Group, warnings: list[str]) -> Side:
-    """Return the losses of a recipe; replicates that are equal to the last bit are one run, and a warning says so."""
-    losses = tuple(group.losses)
-    digits = decimals(losses)
-    if len(losses) > 1 and len(set(losses)) == 1 and digits > RECORDED_DECIMALS:
-        warnings.append(
-            f"{group.recipe}: its {len(losses)} runs have one loss to the last digit, so they count as one"
-        )
-        losses = losses[:1]
-    return Side(losses, 10.0 ** -min(digits, FINEST_DECIMALS))
+def sides_of(groups: Sequence[Group], warnings: list[str]) -> list[Side]:
+    """Return the losses of recipes; replicates that are equal to the last bit are one run, and a warning says so.
+
+    They were recorded alike, with as many decimals as any of them shows.
+    """
+    digits = decimals([loss for group in groups for loss in group.losses])
+    sides = []
+    for group in groups:
+        losses = tuple(group.losses)
+        if len(losses) > 1 and len(set(losses)) == 1 and digits > RECORDED_DECIMALS:
+            warnings.append(f"{group.recipe}: its {len(losses)} runs are equal to the last digit and count as one")
+            losses = losses[:1]
+        sides.append(Side(losses, 10.0 ** -min(digits, FINEST_DECIMALS)))
+    return sides
 
 
 def decimals(losses: Sequence[float]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from study.comparisons import NOISIEST, Side, compare, evaluation_estimate, losses_by_seed, side_of
+from study.comparisons import NOISIEST, Side, compare, evaluation_estimate, losses_by_seed, sides_of
 from study.designs import STACK
 from study.prior import is_contradicted
 from study.results import Group
@@ -76,10 +76,10 @@ def _contrast(weights: Weights, rules: Rules) -> tuple[Estimate, Estimate] | Non
     seed's luck falls out. Else the recipes' own errors add up (Satterthwaite 1946), a single run's taken for that of
     the recipe with the most runs, and for firm words for NOISIEST times that.
     """
-    sides = [side_of(group, []) for group, _ in weights]
+    sides = sides_of([group for group, _ in weights], [])
     seeds = _shared_seeds(weights)
     if rules.given is None and len(seeds) > 1:
-        estimate = _over_seeds(weights, seeds, rules)
+        estimate = _over_seeds(weights, seeds, sides[0].rounding_variance, rules)
         return estimate, estimate
     total = sum(weight * side.mean for (_, weight), side in zip(weights, sides, strict=True))
     most = max(sides, key=lambda side: side.df)
@@ -105,15 +105,13 @@ def _shared_seeds(weights: Weights) -> list[tuple[str, str]]:
     return shared if 2 * len(shared) >= min(len(group.losses) for group, _ in weights) else []
 
 
-def _over_seeds(weights: Weights, seeds: Sequence[tuple[str, str]], rules: Rules) -> Estimate:
+def _over_seeds(weights: Weights, seeds: Sequence[tuple[str, str]], rounding: float, rules: Rules) -> Estimate:
     values = np.zeros(len(seeds))
-    floor = 0.0
     for group, weight in weights:
         table = losses_by_seed(group)
         values += weight * np.array([table[pair] for pair in seeds])
-        floor += weight**2 * side_of(group, []).rounding_variance
     runs = sum(weight**2 for _, weight in weights)
-    own, df = max(float(np.var(values, ddof=1)), floor), len(seeds) - 1
+    own, df = max(float(np.var(values, ddof=1)), runs * rounding), len(seeds) - 1
     prior = rules.find_prior(weights[1][0], weights[0][0], True)
     if prior is not None and is_contradicted(prior, Noise(math.sqrt(own / runs), df), True):
         prior = None

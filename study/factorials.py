@@ -182,9 +182,9 @@ def _finding(
 def _pair_word(estimate: Estimate, p: float, p_same: float, margin: float) -> str:
     if p < ALPHA:
         return INTERACTS
-    if p_same < ALPHA:
-        return f"{NO_INTERACTION} {margin:g}"
-    return MAY_INTERACT if estimate.p < ALPHA else CANNOT_TELL
+    if estimate.p < ALPHA:
+        return MAY_INTERACT
+    return f"{NO_INTERACTION} {margin:g}" if p_same < ALPHA else CANNOT_TELL
 
 
 def _name(word: Word, factors: Sequence[str]) -> str:

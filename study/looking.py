@@ -18,7 +18,7 @@ from harness.run.files import write_json
 from study.experiment import Experiment, PlannedLooks, PlannedRun
 from study.looks import Rule, Schedule, equally_spaced, error_of_repeated_looks
 from study.statistics import ALPHA, Estimate, holm
-from study.verdicts import CANNOT_TELL, DIVERGES, Judgement, is_settled, verdict_of
+from study.verdicts import CANNOT_TELL, DIVERGES, Judgement, is_sign_told, verdict_of
 
 LOOKS_FILE = "looks.json"
 DECIDED, HOPELESS, LAST = "decided", "cannot be decided within the plan", "the last look"
@@ -157,7 +157,7 @@ def take_look(
         )
         if arm not in still:
             continue
-        if is_settled(verdicts[arm]):
+        if is_sign_told(verdicts[arm]) or adjusted_same[arm] < ALPHA:
             stopped[arm] = DECIDED
         elif not record.to_come:
             stopped[arm] = LAST

@@ -35,11 +35,6 @@ def is_sign_told(verdict: str) -> bool:
     return verdict.startswith((HELPS, HURTS, SLIGHTLY_BETTER, SLIGHTLY_WORSE))
 
 
-def is_settled(verdict: str) -> bool:
-    """Say whether a verdict leaves nothing to buy more runs for."""
-    return is_sign_told(verdict) or verdict.startswith((NO_LARGER, DIVERGES))
-
-
 @dataclass(frozen=True)
 class Rules:
     """How a table is judged."""
@@ -80,8 +75,20 @@ class Judged:
     """What the words of the family rest on; it differs from `estimate` for a single run (study/comparisons.py)."""
     verdict: str = CANNOT_TELL
     p_holm: float = math.nan
+    p_same: float = math.nan
+    """Of a difference of the margin or more, adjusted like p_holm."""
     divergence: Divergence | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the difference is shown to be smaller than the margin."""
+        return self.p_same < ALPHA
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more runs could tell more that matters."""
+        return not (is_sign_told(self.verdict) or self.is_within or self.verdict == DIVERGES)
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,9 @@ def judge(baseline: Group, arms: Sequence[Group], rules: Rules | None = None) ->
     judged = []
     for item, divergence in zip(drafts, _divergences(baseline, arms), strict=True):
         if item.estimate:
-            p = next(told)
-            item = replace(item, p_holm=p, verdict=verdict_of(item.estimate, p, next(same), rules.margin))
+            p, p_same = next(told), next(same)
+            verdict = verdict_of(item.estimate, p, p_same, rules.margin)
+            item = replace(item, p_holm=p, p_same=p_same, verdict=verdict)
         is_diverging = divergence is not None and divergence.is_told
         judged.append(replace(item, divergence=divergence, verdict=DIVERGES if is_diverging else item.verdict))
     return Judgement(baseline, tuple(judged), len(tested), rules)
@@ -126,11 +134,9 @@ def verdict_of(estimate: Estimate, p: float, p_same: float, margin: float) -> st
         return f"{SLIGHTLY_BETTER if is_better else SLIGHTLY_WORSE} {margin:g}"
     if p < ALPHA:
         return HELPS if is_better else HURTS
-    if is_within:
-        return f"{NO_LARGER} {margin:g}"
     if estimate.p < ALPHA:
         return LEANS_BETTER if is_better else LEANS_WORSE
-    return CANNOT_TELL
+    return f"{NO_LARGER} {margin:g}" if is_within else CANNOT_TELL
 
 
 def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:

@@ -6,19 +6,20 @@ import numpy as np
 
 from study.results import Group
 from study.statistics import Estimate, detectable, loss_slope, tokens_worth
-from study.verdicts import CANNOT_TELL, Judged, Judgement, is_sign_told
+from study.verdicts import CANNOT_TELL, NO_LARGER, Judged, Judgement, is_sign_told
 
 
 def sentence_of(item: Judged, judgement: Judgement) -> str:
     """Return the verdict on an arm with the numbers behind it."""
     if item.estimate is None:
-        return f"{item.verdict}: {_why_unknown(item.group, judgement.baseline)}{_divergence(item)}."
+        return f"{item.verdict}: {_why_unknown(item.group, judgement.baseline)}.{_divergence(item)}"
     runs = f"n {len(item.group.losses)} v {len(judgement.baseline.losses)}"
     family = f"Holm p {item.p_holm:.2g} of {judgement.family}"
     if judgement.looks > 1:
         family += f" and over {judgement.looks} looks"
+    within = f" It is within {judgement.rules.margin:g}." if item.is_within and NO_LARGER not in item.verdict else ""
     return (
-        f"{item.verdict}: {explain(item.estimate, item.verdict)} {family}, {runs}. {_noise(item)}"
+        f"{item.verdict}: {explain(item.estimate, item.verdict)}{within} {family}, {runs}. {_noise(item)}"
         f"{_acting_now(item.estimate, item.verdict)}{_divergence(item)}"
     )
 

@@ -82,7 +82,9 @@ class Situation:
     offset: float = 0.0
     """True difference of every arm in the studies without an effect."""
     prior: NoisePrior | None = None
-    """What is known beforehand; every recipe's variance is then drawn from it."""
+    """What is known beforehand; every recipe's variance is then drawn from it, or of pairs every arm's."""
+    ignores_seeds: bool = False
+    """The prior is of single runs, though seeds are shared; noises are then as without it."""
     documents: tuple[int, ...] = ()
     """Sequences in each document of the test set; none where losses of sequences are not there."""
 
@@ -113,9 +115,9 @@ def draw(generator: np.random.Generator, s: Situation, effects: Sequence[float])
     as many times larger.
     """
     sds = s.sd * np.array([1.0, *s.sds])
-    if s.prior is not None:
+    if s.prior is not None and not s.ignores_seeds:
         sds = s.prior.sd * np.sqrt(s.prior.df / generator.chisquare(s.prior.df, len(sds)))
-    is_of_pairs = s.prior is not None and s.follows is not None
+    is_of_pairs = s.prior is not None and s.follows is not None and not s.ignores_seeds
     base = generator.standard_normal(s.baseline_runs)
     groups = [losses_of("baseline", s, 3.6 + sds[0] * base, -1, generator)]
     truths = list(effects)
@@ -335,7 +337,14 @@ SIMULATIONS: Mapping[str, Simulation] = {
     "correlations .97 to .25, 5 shared seeds": shared(5, follows=LIKE_REAL),
     "correlations .97 to .25, 8 shared seeds": shared(8, follows=LIKE_REAL),
     "pairs, a prior of 4 df, 4 seeds": shared(4, follows=(0.0,) * ARMS, prior=PRIOR_4),
+    "pairs, a prior of 4 df, 5 seeds": shared(5, follows=(0.0,) * ARMS, prior=PRIOR_4),
     "pairs, a prior of 4 df, 8 seeds": shared(8, follows=(0.0,) * ARMS, prior=PRIOR_4),
+    "correlations .97 to .25, a prior of runs (9 df), 4 seeds": shared(
+        4, follows=LIKE_REAL, sd=0.0012, prior=PRIOR_9, ignores_seeds=True
+    ),
+    "correlations .97 to .25, a prior of runs (9 df), 8 seeds": shared(
+        8, follows=LIKE_REAL, sd=0.0012, prior=PRIOR_9, ignores_seeds=True
+    ),
     "one arm 5 times as noisy, 4 v 4": table(sds=NOISY),
     "one arm 5 times as noisy, 8 v 8": table(runs=8, baseline_runs=8, sds=NOISY),
     "one arm 5 times as noisy, 7 v 2": table(runs=2, baseline_runs=7, sds=NOISY),

@@ -130,7 +130,7 @@ def sides_of(groups: Sequence[Group], warnings: list[str]) -> list[Side]:
 
 def decimals(losses: Sequence[float]) -> int:
     """Return how many decimals losses were recorded with: the most that any of them shows."""
-    return max((max(0, -int(Decimal(repr(loss)).as_tuple().exponent)) for loss in losses), default=0)
+    return max((max(0, -int(Decimal(repr(float(loss))).as_tuple().exponent)) for loss in losses), default=0)
 
 
 def shared_pairs(baseline: Group, arm: Group) -> tuple[tuple[float, float], ...]:

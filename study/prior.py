@@ -16,8 +16,11 @@ from scipy.special import digamma, fdtr, fdtrc, polygamma
 from study.ledger import Entry, Scale, scale_distance
 from study.statistics import Floats, Noise, NoisePrior
 
-CONTRADICTION = 0.01
-"""A prior is set aside where the comparison's own noise would be so unlikely under it."""
+LARGER, SMALLER = 0.01, 0.001
+"""A prior is set aside where a noise as large, or of pairs as small, as the comparison's own is so unlikely under it.
+
+Of a small noise more is asked: what is set aside leaves a comparison that happens to look far too sure.
+"""
 OUTLYING = 0.05
 FEWEST_PAIRS = 4
 MOST_DF = 1000.0
@@ -102,17 +105,17 @@ def is_like_public(subject: Subject) -> bool:
 
 
 def is_contradicted(prior: NoisePrior, own: Noise, is_paired: bool = False) -> bool:
-    """Say whether replicates show a noise that the prior makes very unlikely (F test at 1%).
+    """Say whether replicates show a noise that the prior makes very unlikely, by an F test.
 
-    Only a larger noise contradicts, since a prior that is too large is merely careful; but of paired differences also
-    a much smaller one does, because a gentle change on shared seeds cancels most of the noise. `own` is of one run:
-    of paired differences, their standard deviation over sqrt(2).
+    Only a larger noise contradicts (at 1%), since a prior that is too large is merely careful; but of paired
+    differences also a much smaller one does (at 0.1%), because a gentle change on shared seeds cancels most of the
+    noise. `own` is of one run: of paired differences, their standard deviation over sqrt(2).
     """
     if own.df < 1 or own.sd <= 0:
         return False
     ratio = (own.sd / prior.sd) ** 2
-    is_smaller = is_paired and fdtr(own.df, prior.df, ratio) < CONTRADICTION
-    return bool(fdtrc(own.df, prior.df, ratio) < CONTRADICTION or is_smaller)
+    is_smaller = is_paired and fdtr(own.df, prior.df, ratio) < SMALLER
+    return bool(fdtrc(own.df, prior.df, ratio) < LARGER or is_smaller)
 
 
 def fit_prior(variances: Sequence[float], dfs: Sequence[float]) -> tuple[float, float]:

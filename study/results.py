@@ -215,8 +215,8 @@ def _metadata(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: 
 def group_results(results: Iterable[Result], in_folders: bool = False) -> list[Group]:
     """Put replicates together, in the order of their first run.
 
-    Recipes of runs `in_folders` are named by what their runs' names share. There, a run with the same recipe and seeds
-    as another measures hardware, not seeds, so only the first of them counts.
+    Recipes of runs `in_folders` are named by what their runs' names share. There, a run with the same recipe and
+    seeds as another measures hardware, not seeds, so only the first of them counts.
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:

@@ -108,7 +108,7 @@ def _bought(item: Judged, judgement: Judgement, effect: float) -> str:
     has = len(item.comparison.pairs) or len(item.group.losses)
 
     def finds(count: int) -> bool:
-        planned = _after(item, len(judgement.baseline.losses), count)
+        planned = _after(item, judgement, count)
         return power(effect, planned.se, planned.df, level) >= POWER
 
     evaluation = item.evaluation
@@ -137,12 +137,14 @@ def purchase(item: Judged, judgement: Judgement, count: int) -> Purchase:
     return Purchase(item.group, baseline, arm_alone + both, baseline_alone + both)
 
 
-def _after(item: Judged, baseline_runs: int, count: int) -> Estimate:
+def _after(item: Judged, judgement: Judgement, count: int) -> Estimate:
     """Return the uncertainty to expect once an arm has `count` runs, and the baseline no fewer."""
-    comparison = item.comparison
-    noise, lent = comparison.noise, comparison.prior.df if comparison.prior else 0.0
+    comparison, baseline = item.comparison, judgement.baseline
+    noise = comparison.noise
     assert noise is not None
-    others = count if comparison.pairs else max(baseline_runs, count)
+    prior = comparison.prior and judgement.rules.find_prior(baseline, item.group, count if comparison.pairs else 0)
+    lent = prior.df if prior else 0.0
+    others = count if comparison.pairs else max(len(baseline.losses), count)
     parts = [Estimate(0.0, noise.sd / math.sqrt(runs), runs - 1 + lent) for runs in (count, others)]
     se = math.hypot(*(part.se for part in parts))
     if comparison.method == "given noise":
@@ -167,7 +169,7 @@ def best_buy(judgement: Judgement) -> str:
             continue
         has = len(item.comparison.pairs) or len(item.group.losses)
         bought = purchase(item, judgement, has + 1)
-        later = _after(item, len(judgement.baseline.losses), has + 1).se
+        later = _after(item, judgement, has + 1).se
         value = _value(abs(item.estimate.difference), item.estimate.se**2 - later**2)
         options.append((value, bought, item.group.recipe))
     costs: tuple[tuple[str, Callable[[Purchase], float | None]], ...] = (

@@ -125,9 +125,11 @@ def prior_finder(request: ComparisonRequest, groups: Sequence[Group]) -> PriorFi
     runs = frozenset(result.run for group in groups for result in group.results)
     public = True if request.prior == "public" else None
 
-    def find(baseline: Group, arm: Group, is_paired: bool) -> NoisePrior | None:
+    def find(baseline: Group, arm: Group, pairs: int) -> NoisePrior | None:
         subject = _subject(baseline, arm, runs)
-        return (find_pair_prior if is_paired else find_run_prior)(entries, subject, public)
+        if pairs:
+            return find_pair_prior(entries, subject, pairs, public)
+        return find_run_prior(entries, subject, public)
 
     return find
 

@@ -24,9 +24,9 @@ FINEST_DECIMALS = 7
 RECORDED_DECIMALS = 6
 """Equal losses with more digits than people write down are not rounded alike: they are one run, recorded twice."""
 
-PriorFinder = Callable[[Group, Group, bool], NoisePrior | None]
-"""From baseline, arm, and whether runs are paired, to what is known of the noise of one run (of a pair: the standard
-deviation of a difference over the square root of 2)."""
+PriorFinder = Callable[[Group, Group, int], NoisePrior | None]
+"""From baseline, arm, and in how many pairs they are compared (0: in none), to what is known of the noise of one run;
+of a pair that is the standard deviation of a difference over the square root of 2."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Comparison:
         return float(np.corrcoef(values.T)[0, 1])
 
 
-def no_prior(_baseline: Group, _arm: Group, _is_paired: bool) -> None:
+def no_prior(_baseline: Group, _arm: Group, _pairs: int) -> None:
     """Find no prior: each comparison stands on its own runs."""
 
 
@@ -108,8 +108,8 @@ def compare(
         pairs = pairs[:1]
     fewest, most = sorted((len(mine.losses), len(theirs.losses)))
     if (len(pairs) > 1 and 2 * len(pairs) >= fewest) or len(pairs) == most == 1:
-        return in_pairs(pairs, (mine, theirs), find_prior(baseline, arm, True), warnings)
-    return side_by_side(mine, theirs, find_prior(baseline, arm, False), warnings)
+        return in_pairs(pairs, (mine, theirs), find_prior(baseline, arm, len(pairs)), warnings)
+    return side_by_side(mine, theirs, find_prior(baseline, arm, 0), warnings)
 
 
 def sides_of(groups: Sequence[Group], warnings: list[str]) -> list[Side]:

@@ -112,7 +112,7 @@ def _over_seeds(weights: Weights, seeds: Sequence[tuple[str, str]], rounding: fl
         values += weight * np.array([table[pair] for pair in seeds])
     runs = sum(weight**2 for _, weight in weights)
     own, df = max(float(np.var(values, ddof=1)), runs * rounding), len(seeds) - 1
-    prior = rules.find_prior(weights[1][0], weights[0][0], True)
+    prior = rules.find_prior(weights[1][0], weights[0][0], len(seeds))
     if prior is not None and is_contradicted(prior, Noise(math.sqrt(own / runs), df), True):
         prior = None
     variance, total_df = moderated(own, df, prior, runs)
@@ -127,7 +127,7 @@ def _variance_of_a_run(
         return rules.given.sd**2, rules.given.df
     own, most = sides
     source = own if own.df else most
-    prior = rules.find_prior(*pair, False)
+    prior = rules.find_prior(*pair, 0)
     if prior is not None and not is_contradicted(prior, Noise(math.sqrt(source.variance), source.df)):
         return moderated(source.variance, source.df if own.df else 0.0, prior)
     return source.variance * (1.0 if own.df else times**2), source.df

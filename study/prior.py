@@ -22,7 +22,9 @@ LARGER, SMALLER = 0.01, 0.001
 Of a small noise more is asked: what is set aside leaves a comparison that happens to look far too sure.
 """
 OUTLYING = 0.05
-FEWEST_PAIRS = 4
+FEWEST_ARMS = 4
+MANY_PAIRS = 4
+"""So many pairs say more of their noise than single runs do, whose seeds cancel nothing."""
 MOST_DF = 1000.0
 
 PUBLIC_PRIOR = NoisePrior(
@@ -67,15 +69,15 @@ def find_run_prior(
 
 
 def find_pair_prior(
-    entries: Sequence[Entry], subject: Subject | None, public: bool | None = None
+    entries: Sequence[Entry], subject: Subject | None, pairs: int, public: bool | None = None
 ) -> NoisePrior | None:
     """Find the prior for differences between arm and baseline on one seed, as the noise of one run of the two.
 
-    From earlier experiments of this scale that shared seeds, four arms or more; else that of runs whose seeds cancel
-    nothing.
+    From earlier experiments of this scale that shared seeds, four arms or more; else, for fewer than MANY_PAIRS or
+    where the user says so, that of runs whose seeds cancel nothing.
     """
     if subject is not None:
-        pairs = [
+        found = [
             entry
             for entry in entries
             if entry.component == "pairs"
@@ -83,13 +85,15 @@ def find_pair_prior(
             and scale_distance(entry, subject.scale) <= 1
             and not subject.runs & set(entry.runs)
         ]
-        if len(pairs) >= FEWEST_PAIRS:
-            sd, df = fit_prior([entry.sd**2 for entry in pairs], [entry.df for entry in pairs])
+        if len(found) >= FEWEST_ARMS:
+            sd, df = fit_prior([entry.sd**2 for entry in found], [entry.df for entry in found])
             return NoisePrior(
-                sd, df, f"{len(pairs)} arms of earlier experiments on shared seeds, in the noise ledger"
+                sd, df, f"{len(found)} arms of earlier experiments on shared seeds, in the noise ledger"
             )
     run = find_run_prior(entries, subject, public)
-    return None if run is None else NoisePrior(run.sd, run.df, f"{run.source}, as if seeds were not shared")
+    if run is None or (pairs >= MANY_PAIRS and not public):
+        return None
+    return NoisePrior(run.sd, run.df, f"{run.source}, as if seeds were not shared")
 
 
 def is_like_public(subject: Subject) -> bool:

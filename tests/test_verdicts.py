@@ -265,12 +265,12 @@ def test_a_prior_lends_its_degrees_of_freedom(of_seeds: Seeds | None) -> None:
     baseline, arm = make_group("base", BASELINE, of_seeds), make_group("it", [3.586, 3.601, 3.596], of_seeds)
     asked = []
 
-    def find(one: Group, other: Group, is_paired: bool) -> NoisePrior:
-        asked.append((one.recipe, other.recipe, is_paired))
+    def find(one: Group, other: Group, pairs: int) -> NoisePrior:
+        asked.append((one.recipe, other.recipe, pairs))
         return PRIOR
 
     judged = judge_one(baseline, arm, find_prior=find)
-    assert asked == [("base", "it", of_seeds is not None)]
+    assert asked == [("base", "it", 3 if of_seeds else 0)]
     assert judged.estimate is not None
     if of_seeds is None:
         parts = [moderated(float(np.var(group.losses, ddof=1)), 2, PRIOR)[0] / 3 for group in (baseline, arm)]

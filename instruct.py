@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from harness.engine.checkpoint import read_tensors
 from harness.engine.distributed import Launch, choose_device, set_up_kernels
+from harness.engine.opening import read_tensors
 from harness.run.arguments import (
     add_device,
     add_runs_dir,
@@ -28,9 +28,8 @@ from harness.run.arguments import (
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import exit_status_of
 from harness.run.run_folder import RunFolder
-from instruction import judgement
-from instruction.evaluating import ModelSource, RespondRequest, evaluate
-from instruction.judgement import JudgeRequest
+from instruction.judge import STRENGTH_MARGIN, JudgeRequest, judge
+from instruction.respond import ModelSource, RespondRequest, evaluate
 from model import fingerprint, load_weights, uninitialized_model
 from study.verdicts import MARGIN
 from training.context import give_initial_weights
@@ -102,13 +101,13 @@ def judge_verb(words: list[str]) -> None:
     )
     _add_caps(parser)
     parser.add_argument("--offline", action="store_true", help="score the replies in DIR and ask for none")
-    parser.add_argument("--margin", type=positive, default=judgement.MARGIN, help="log-odds that matter (0.1)")
+    parser.add_argument("--margin", type=positive, default=STRENGTH_MARGIN, help="log-odds that matter (0.1)")
     request = parse_into(JudgeRequest, parser, words)
     if request.max_spend is not None and request.price_per_million_tokens is None:
         parser.error("--max-spend: needs --price-per-million-tokens, the dearer of the judge's prices")
     if len(set(request.judge)) < len(request.judge):
         parser.error("--judge: found one twice, wanted each once (--repeats asks again)")
-    judgement.judge(request, os.environ)
+    judge(request, os.environ)
 
 
 def _add_caps(parser: argparse.ArgumentParser) -> None:

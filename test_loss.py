@@ -22,16 +22,17 @@ from torch import Tensor, nn
 import data
 from harness.engine.distributed import Launch, choose_device, set_up_kernels
 from harness.engine.evaluate import Bucket, LossTally, token_loss_batches
+from harness.engine.opening import open_weights
 from harness.run.arguments import add_device, parse_into, parser_of, whole_number
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError, StorageError, exit_status_of
-from harness.run.files import file_sha256, json_number, utc_now
+from harness.run.files import json_number, utc_now
 from harness.run.run_folder import run_of_model_file
 from harness.run.score import Score, describe_model, perplexity_of, score_path
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
 from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
-from model import load_model
+from model import model_of
 
 FREQUENCY_TOKENS = 2**27  # of the train split, enough to know how often an id occurs
 SEQUENCES_PER_BATCH = 6  # of the published test set, whatever --batch-size the machine can hold
@@ -59,8 +60,10 @@ def main() -> None:
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
-    output = output_file(arguments)
-    model = load_model(arguments.model_json, arguments.model_safetensors, device)
+    config, weights = load_model_config(arguments.model_json), open_weights(arguments.model_safetensors)
+    scored = describe_model(weights.path, weights.sha256)  # now: a live run may delete the checkpoint meanwhile
+    output = output_file(arguments, weights.path)
+    model = model_of(config, weights, device)
     file, check = open_test_tokens(arguments, model.config)
     length, sequences = model.config.context_length, arguments.batches * SEQUENCES_PER_BATCH
 
@@ -88,7 +91,7 @@ def main() -> None:
         dtype=arguments.dtype,
         device=device.type,
         time=utc_now(),
-        model=describe_model(arguments.model_safetensors, file_sha256(arguments.model_safetensors)),
+        model=scored,
         path=output,
     )
     print(f"Scored {sequences:,} sequences of {length:,} tokens; one loss for each goes to {output}")
@@ -208,14 +211,15 @@ def described(buckets: list[Bucket]) -> list[dict[str, object]]:
     ]
 
 
-def output_file(arguments: ScoreArguments) -> Path:
+def output_file(arguments: ScoreArguments, weights: Path) -> Path:
     """Return where the result goes: as asked, into the run's evals folder, or beside a loose model file.
 
-    Makes the folder, so that one that cannot be written is known before the work is done.
+    `weights` is the model file itself, whatever links led to it. Makes the folder, so that one that cannot be written
+    is known before the work is done.
     """
     path = arguments.output
     if path is None:
-        owner = run_of_model_file(arguments.model_safetensors)
+        owner = run_of_model_file(weights)
         place = owner[0].evals if owner else arguments.model_safetensors.parent / "evals"
         model = owner[0].checkpoint(owner[1]).name if owner else arguments.model_safetensors.stem
         sequences = arguments.batches * SEQUENCES_PER_BATCH

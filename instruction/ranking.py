@@ -10,9 +10,9 @@ from typing import get_args
 import numpy as np
 
 from harness.run.errors import DataError
+from instruction.asking import PromptOutcome, State
 from instruction.bradley_terry import Preferences, Strengths, alpha_of, bradley_terry
 from instruction.compare import Cells, Metric, Row, compare
-from instruction.judging import PromptOutcome, State
 from study.statistics import Estimate, clustered_mean
 
 STATES: tuple[State, ...] = get_args(State)

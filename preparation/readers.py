@@ -34,7 +34,7 @@ LONGEST_BYTES = 2**28
 # Cutting a text here changes none of its tokens, because GPT-2's words have white space only at their beginning.
 # (Python's \S is stricter than the encoding's: Python counts more characters as white space.)
 CUT = re.compile(r"\S(?=[ \n])")
-INSTALL_DATA = "pip install -e '.[data]'"
+INSTALL_DATA = "pip install '.[data]'"
 
 
 @dataclass(frozen=True)

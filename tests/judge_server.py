@@ -29,7 +29,7 @@ class JudgeServer:
         self.reply: Callable[[int, str], str] = lambda number, text: text
         """Changes the text of reply `number` (from 1 on)."""
         self.status: Callable[[int], tuple[int, dict[str, str]] | None] = lambda number: None
-        """Gives another HTTP status and headers for a request, or `(0, {})` to drop the connection."""
+        """Returns another HTTP status and headers for a request, or `(0, {})` to drop the connection."""
         self.objects_to = ""
         """A key of a request that is answered with 422, as by an endpoint that does not know it."""
         self.usage: dict[str, Any] | None = {"prompt_tokens": 900, "completion_tokens": 100, "total_tokens": 1000}
@@ -73,7 +73,7 @@ class JudgeServer:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def error_of(self, status: int) -> dict[str, Any]:
-        """Give an error body that repeats the key, as a careless endpoint might."""
+        """Return an error body that repeats the key, as a careless endpoint might."""
         extra = f", extra_forbidden: {self.objects_to}" if self.objects_to else ""
         return {"error": {"message": f"status {status} for key {KEY}{extra}", "type": "error"}}
 
@@ -96,7 +96,7 @@ class JudgeServer:
         }  # fmt: skip
 
     def merit_of(self, answer: str, content: str) -> float:
-        """Give the merit that stands in an answer, or how like the reference it looks."""
+        """Return the merit that stands in an answer, or how like the reference it looks."""
         if found := MERIT.search(answer):
             return float(found[1])
         reference = REFERENCE.search(content)

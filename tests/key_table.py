@@ -15,7 +15,7 @@ from tests.helpers import TINY_MODEL
 
 
 def imported_weights() -> bytes:
-    """Give other initial weights than the runs' seeds would draw, as a file."""
+    """Return other initial weights than the runs' seeds would draw, as a file."""
     model = GPTModel(ModelConfig(**TINY_MODEL))
     initialise(model, init_seed=1234)
     return save(model.state_dict())

@@ -58,7 +58,7 @@ class ModelHub:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Give the variables under which a process talks to this server alone, with an empty cache."""
+        """Return the variables under which a process talks to this server alone, with an empty cache."""
         clean = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
         return {name: value for name, value in clean.items() if not name.startswith("HF_")} | {
             "HF_ENDPOINT": self.url,
@@ -69,7 +69,7 @@ class ModelHub:
         }
 
     def answer_to(self, verb: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """Give status, headers and body."""
+        """Return status, headers and body."""
         for part, status in self.refuse.items():
             if part in path:
                 return status, self.refusal, b'{"error": "refused"}'

@@ -68,11 +68,11 @@ def metadata(folder: Path, split: str = "train") -> dict[str, str]:
 
 
 def all_tokens(folder: Path) -> list[int]:
-    """Give the tokens of a dataset whose validation split is its end."""
+    """Return the tokens of a dataset whose validation split is its end."""
     found = splits(folder)
     return [int(token) for token in np.concatenate([found["train"], found["validation"]])]
 
 
 def file_bytes(folder: Path) -> list[bytes]:
-    """Give the bytes of both files."""
+    """Return the bytes of both files."""
     return [(folder / f"{name}.safetensors").read_bytes() for name in ("train", "validation")]

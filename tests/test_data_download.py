@@ -84,7 +84,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def answer_to(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Give status, headers and body for a path; unknown ones are answered as the Hub does."""
+        """Return status, headers and body for a path; unknown ones are answered as the Hub does."""
         api, resolve = f"/api/datasets/{DATASET}", f"/datasets/{DATASET}/resolve/"
         if path == api or path.startswith(f"{api}/revision/"):
             revision = path.rpartition("/revision/")[2] if path != api else "main"
@@ -144,7 +144,7 @@ sys.exit(exit_status_of(lambda: ensure_dataset(Path(sys.argv[1]), config)))
 
 
 def hub_environment(folder: Path, endpoint: str, offline: bool = False) -> dict[str, str]:
-    """Give an environment in which the Hub is at `endpoint`, and its cache in `folder`."""
+    """Return an environment in which the Hub is at `endpoint`, and its cache in `folder`."""
     clean = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
     return {name: value for name, value in clean.items() if not name.startswith(("HF_", "TRANSFORMERS_"))} | {
         "HF_ENDPOINT": endpoint,
@@ -166,7 +166,7 @@ def start(folder: Path, endpoint: str, offline: bool = False, **config: Any) -> 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     """Wait for a process; give its exit status and the lines of stderr that are not a progress bar's."""
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]
     return process.returncode, lines
 
@@ -233,7 +233,7 @@ def test_a_download_that_was_cut_off_is_made_again(tmp_path: Path, hub: Hub, num
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(timeout=5) == -number
+    assert process.wait(timeout=600) == -number
     process.communicate()
     assert not list((tmp_path / "datasets" / DATASET).glob("*.safetensors"))
     hub.delay_seconds = 0.0

@@ -41,12 +41,12 @@ TEST_SET = Scored(0, 2)
 
 
 def signs_of(design: Design) -> Signs:
-    """Give the arms as rows of +-1."""
+    """Return the arms as rows of +-1."""
     return np.array([[1.0 if factor in arm.on else -1.0 for factor in design.factors] for arm in design.arms])
 
 
 def contrasts(design: Design, size: int) -> dict[str, Signs]:
-    """Give the columns of all effects of `size` factors, by their letters."""
+    """Return the columns of all effects of `size` factors, by their letters."""
     signs = signs_of(design)
     return {
         "".join(LETTERS[place] for place in chosen): signs[:, list(chosen)].prod(axis=1)
@@ -59,7 +59,7 @@ def factors(count: int) -> list[str]:
 
 
 def possible_fractions() -> list[tuple[int, str]]:
-    """Give the numbers of factors and the resolutions of which there is a fraction: a half of k factors has k."""
+    """Return the numbers of factors and the resolutions of which there is a fraction: a half of k factors has k."""
     return [(count, name) for count in range(2, MAX_FACTORS + 1) for name, r in RESOLUTIONS.items() if count >= r]
 
 
@@ -260,7 +260,7 @@ def test_stack_is_added_only_where_there_is_none_and_can_be_one(name: DesignName
 
 
 def contrast_weights(design: Design) -> Signs:
-    """Give the weights of arm means that make up the design's first effect."""
+    """Return the weights of arm means that make up the design's first effect."""
     if design.is_factorial:
         return signs_of(design)[:, 0] * 2 / len(design.arms)
     weights = np.zeros(len(design.arms))
@@ -376,7 +376,7 @@ def plan(
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Give every file's bytes."""
+    """Return every file's bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

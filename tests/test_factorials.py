@@ -23,7 +23,7 @@ TOLD = ("HELPS", "HURTS", INTERACTS)
 
 
 def groups_of(design: Design, losses: dict[frozenset[str], list[float]]) -> list[Group]:
-    """Give an arm's losses on seeds 0, 1, ... by the set of its factors that are on."""
+    """Return an arm's losses on seeds 0, 1, ... by the set of its factors that are on."""
     return [
         Group(
             arm.name,
@@ -37,7 +37,7 @@ def groups_of(design: Design, losses: dict[frozenset[str], list[float]]) -> list
 
 
 def in_standard_order(values: list[int]) -> dict[frozenset[str], list[float]]:
-    """Give a textbook's runs in Yates' order by the letters that are high."""
+    """Return a textbook's runs in Yates' order by the letters that are high."""
     letters = LETTERS[: len(values).bit_length() - 1]
     return {
         frozenset(letter for place, letter in enumerate(letters) if run >> place & 1): [float(value)]

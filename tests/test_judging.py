@@ -18,8 +18,8 @@ import pytest
 
 import instruct
 from instruction.answers import Answer, ModelAnswers
+from instruction.asking import JudgePrompt, PromptOutcome
 from instruction.client import retry_after
-from instruction.judging import JudgePrompt, PromptOutcome
 from instruction.prompt import messages_for, read_reply
 from instruction.ranking import rank
 from tests.conftest import Called
@@ -32,7 +32,7 @@ TRUTH = {"base": 0.0, "better": 1.2, "worse": -0.8}
 def answers_of(
     strengths: dict[str, float], items: int, seeds: int, spread: float = 0.0, draw: int = 0
 ) -> list[ModelAnswers]:
-    """Give answers in which the merit of each stands: strength, luck of the fine-tuning, and Gumbel noise.
+    """Return answers in which the merit of each stands: strength, luck of the fine-tuning, and Gumbel noise.
 
     Two models' merits then compare as Bradley and Terry have it, with their strengths (and luck) as log-odds; a score
     is 10 points for a unit of merit, around 50.
@@ -55,7 +55,7 @@ def answers_of(
 
 
 def judged_fairly(models: list[ModelAnswers]) -> list[PromptOutcome]:
-    """Give the outcomes of a judge that sees merit and nothing else."""
+    """Return the outcomes of a judge that sees merit and nothing else."""
     merit = {
         (model.model, answer.cell): float(answer.answer.split()[1]) for model in models for answer in model.answers
     }
@@ -395,7 +395,7 @@ def test_an_interrupt_keeps_the_replies_under_way(judge: JudgeServer, tmp_path: 
     )  # fmt: skip
     wait_for(lambda: replies.is_file() and replies.read_bytes().count(b"\n") >= 4)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert replies.read_bytes().count(b"\n") == len(judge.requests)

@@ -24,7 +24,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def both(amp_dtype: torch.dtype | None) -> tuple[Pair, Pair]:
-    """Give loss and gradients of hidden states and head, scaled as a gradient scaler would, plain and lean."""
+    """Return loss and gradients of hidden states and head, scaled as a gradient scaler would, plain and lean."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(4, 64, 32, generator=generator, requires_grad=True)
     head = torch.randn(501, 32, generator=generator).mul_(0.3).requires_grad_()

@@ -72,7 +72,7 @@ def copied(target: Path, edits: tuple[tuple[str, str, str], ...]) -> Project:
     def run(*words: object, check: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *map(str, words)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=target, capture_output=True, text=True, timeout=150, env=environment)
+        done = subprocess.run(command, cwd=target, capture_output=True, text=True, timeout=600, env=environment)
         assert done.returncode == check, done.stderr
         return done
 

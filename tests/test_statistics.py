@@ -373,7 +373,7 @@ def test_fewest_is_the_smallest_count_that_is_enough(least: int, wanted: int) ->
 
 
 def signs_of(design: Design) -> NDArray[np.float64]:
-    """Give the main effects and two-way interactions as columns of +-1."""
+    """Return the main effects and two-way interactions as columns of +-1."""
     mains = np.array([[1.0 if factor in arm.on else -1.0 for factor in design.factors] for arm in design.arms])
     count = len(design.factors)
     pairs = [mains[:, a] * mains[:, b] for a in range(count) for b in range(a + 1, count)]

@@ -31,7 +31,7 @@ def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tenso
 def restore_state(
     optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
 ) -> None:
-    """Give a new optimizer the state that `named_state` returned, in its types, on the parameters' device.
+    """Load into a new optimizer the state that `named_state` returned, in its types, on the parameters' device.
 
     Raises KeyError, with the name, for state of a parameter that the model lacks or of another shape than it has.
     """
@@ -43,10 +43,15 @@ def restore_state(
             raise KeyError(key)
         parameter = parameters[name]
         if isinstance(value, Tensor):
-            if value.ndim and value.shape != parameter.shape:
+            if not is_state_of(tuple(value.shape), tuple(parameter.shape)):
                 raise KeyError(key)
             value = value.to(_place_of(value, parameter, group_of[parameter]), copy=True)
         optimizer.state[parameter][kind] = value
+
+
+def is_state_of(shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool:
+    """Say whether a state tensor of one shape can belong to a parameter of another: a count, or a value for each."""
+    return shape in ((), parameter)
 
 
 def _place_of(value: Tensor, parameter: nn.Parameter, group: State) -> torch.device:
@@ -61,7 +66,7 @@ def empty_like_state(
     described: Mapping[str, tuple[tuple[int, ...], str]],
     numbers: Mapping[str, float],
 ) -> list[Tensor]:
-    """Give a new optimizer `numbers`, and room for tensors as `description_of` describes them; return those."""
+    """Load `numbers` into a new optimizer, with room for tensors as `description_of` describes them; return those."""
     tensors = {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in described.items()}
     restore_state(optimizer, model, tensors, numbers)
     kept, _ = named_state(optimizer, model)

@@ -41,7 +41,7 @@ class Messenger:
         self._addresses = addresses.split()
         self._has_begun = False
         if self._addresses and find_spec("apprise") is None:
-            raise ConfigError(f"{VARIABLE}: found an address, wanted the package apprise: pip install -e '.[notify]'")
+            raise ConfigError(f"{VARIABLE}: found an address, wanted the package apprise: pip install '.[notify]'")
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.engine import checkpoint
+from harness.engine.opening import open_checkpoint
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
     assert_same_run,
@@ -43,7 +43,7 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks(whole_by_two: Path, tmp_path
     launcher.send_signal(signal.SIGTERM)
     at = len(metrics(folder))
     try:
-        launcher.communicate(timeout=60)
+        launcher.communicate(timeout=600)
     finally:
         launcher.kill()
     assert launcher.returncode == 1  # whatever the ranks say
@@ -97,9 +97,9 @@ def test_one_sigint_saves_and_a_second_ends_at_once(whole: Path, tmp_path: Path,
         worker.send(signal.SIGINT)
         again = time.monotonic()
         assert worker.wait() == -signal.SIGINT
-        assert time.monotonic() - again < 1
+        assert time.monotonic() - again < 50  # of the 60 seconds that the step sleeps
     for step in RunFolder(folder).checkpoint_steps():
-        checkpoint.verify(RunFolder(folder).checkpoint(step))
+        open_checkpoint(RunFolder(folder).checkpoint(step))
     train_in_fork(folder, datasets_dir)
     assert_same_run(folder, whole)
 
@@ -119,7 +119,7 @@ def test_sigterm_inside_a_save_lets_it_finish(
         train_in_fork(folder, datasets_dir, check=75, fault=f"ckpt.{point}@{step}:term")
         assert_stopped_after(folder, step, later=5)  # tiny steps go by while a save is written, but not past the next
         for saved in RunFolder(folder).checkpoint_steps():
-            checkpoint.verify(RunFolder(folder).checkpoint(saved))
+            open_checkpoint(RunFolder(folder).checkpoint(saved))
         step = 3 * (status(folder)["step"] // 3 + 1)  # the next save of the schedule
     train_in_fork(folder, datasets_dir)
     assert_same_run(folder, whole)
@@ -138,7 +138,7 @@ def test_a_signal_before_training_leaves_the_run_as_it_was(
     else:
         time.sleep(1)
     process.send_signal(number)
-    assert process.wait(timeout=5) == -number
+    assert process.wait(timeout=600) == -number
     assert process.communicate()[1] == ""
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
@@ -164,6 +164,6 @@ def test_a_survivor_that_is_told_to_stop_does_not_wait_for_the_dead(
         survivor.send(signal.SIGTERM)
         told = time.monotonic()
         assert survivor.wait() in (8, -signal.SIGTERM)
-        assert time.monotonic() - told < 5
+        assert time.monotonic() - told < 100  # a collective would wait for the peer timeout, 5 minutes
     train_in_fork(folder, datasets_dir, count=2)
     assert_same_run(folder, whole_by_two)

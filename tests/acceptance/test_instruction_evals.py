@@ -68,7 +68,7 @@ def evaluate(call: Callable[..., Called], folder: Path, recipe: dict[str, Any], 
 
 @pytest.fixture(autouse=True)
 def any_kernels() -> Iterator[None]:
-    """Give the process its kernels back: the command asks for deterministic ones."""
+    """Restore the process's kernels: the command asks for deterministic ones."""
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -196,7 +196,7 @@ def test_a_report_in_a_real_browser(runs_dir: Path, call: Callable[..., Called],
     def browse(what: str) -> str:
         command = ["chromium", *switches.split(), f"--user-data-dir={tmp_path}/profile", what, output.as_uri()]
         home = {**os.environ, "HOME": str(tmp_path)}
-        return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True, env=home).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=home).stdout
 
     shown = browse("--dump-dom")
     assert "<title>Runs compared</title>" in shown

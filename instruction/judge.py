@@ -10,14 +10,14 @@ from harness.run.errors import ConfigError, DataError, StopRequestedError
 from harness.run.files import utc_now, write_json, write_text
 from harness.run.recipe import hash_of_json
 from instruction.answers import ModelAnswers, load_answers, require_comparable
+from instruction.asking import Caps, Collector, JudgePrompt, JudgeSettings, Replies, plan_prompts
 from instruction.client import Endpoint
 from instruction.journal import Journal, held
-from instruction.judging import Caps, Collector, JudgePrompt, JudgeSettings, Replies, plan_prompts
 from instruction.page import as_json, as_text, page
 from instruction.prompt import MOST_SHOWN
 from instruction.ranking import Ranking, rank
 
-MARGIN = 0.1  # in log-odds: preferred in 52.5% of the pairs
+STRENGTH_MARGIN = 0.1  # in log-odds: preferred in 52.5% of the pairs
 
 
 @dataclass(frozen=True)

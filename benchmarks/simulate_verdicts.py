@@ -4,7 +4,7 @@
 
 A study is a table of losses that is written to a file and judged as `compare --losses` judges a user's; what a table
 cannot hold (losses of single test sequences, looks, designs) goes through the functions that `compare` and `run` call
-then. Of every situation as many studies are drawn without an effect as with one in the first arm:
+then. Of every situation half as many studies are drawn with an effect in the first arm as without one:
 
 - false: studies in which an arm without effect is told to differ (HELPS, HURTS, BETTER or WORSE BY LESS THAN), or
   where arms differ by exactly the margin, in which one is told not to (NO DIFFERENCE);
@@ -52,7 +52,7 @@ from study.verdicts import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "simulate_verdicts.json"
-SCRATCH = Path(tempfile.mkdtemp(prefix="verdicts-")) / "losses.csv"
+MEMORY = Path("/dev/shm")
 ARMS = 5
 RUN_SD = 0.0123
 """Noise of one run, in nats per token: that of the published baseline."""
@@ -175,19 +175,20 @@ def judged(s: Situation, groups: Sequence[Group], names: tuple[str, ...] = ()) -
         for result in group.results:
             loss = "nan" if result.loss is None else f"{result.loss:.{s.decimals}f}"
             lines.append(f"{result.run},{result.recipe},{result.init_seed},{result.train_seed},{loss}")
-    SCRATCH.write_text("\n".join(lines), encoding="utf-8")
-    request = ComparisonRequest(SCRATCH.parent, names, "baseline", SCRATCH)
-    return assemble(request).judgement
+    with tempfile.NamedTemporaryFile("w", dir=MEMORY if MEMORY.is_dir() else None) as file:
+        file.write("\n".join(lines))
+        file.flush()
+        return assemble(ComparisonRequest(Path("no-ledger"), names, "baseline", Path(file.name))).judgement
 
 
 def simulate(name: str, s: Situation, generator: np.random.Generator, studies: int) -> Outcome:
-    """Draw and judge `studies` studies without an effect, and as many with one in the first arm."""
+    """Draw and judge `studies` studies without an effect, and half as many with one in the first arm."""
     arms = len(s.sds)
     null, real = np.full(arms, s.offset), np.zeros(arms)
     real[0] = -s.own_effect()
     false, helps, found, covered = [], [], [], []
-    for _ in range(studies):
-        for effects in (null, real):
+    for number in range(studies):
+        for effects in (null, real) if number % 2 else (null,):
             groups, truths = draw(generator, s, effects.tolist())
             items = judged(s, groups).arms
             covered.append([holds(item, truth) for item, truth in zip(items, truths, strict=True)])
@@ -342,9 +343,6 @@ SIMULATIONS: Mapping[str, Simulation] = {
     "correlations .97 to .25, a prior of runs (9 df), 3 seeds": shared(
         3, follows=LIKE_REAL, sd=0.0012, prior=PRIOR_9, ignores_seeds=True
     ),
-    "correlations .97 to .25, the same where the user says so, 8 seeds": shared(
-        8, follows=LIKE_REAL, sd=0.0012, prior=PRIOR_9, ignores_seeds=True
-    ),
     "one arm 5 times as noisy, 4 v 4": table(sds=NOISY),
     "one arm 5 times as noisy, 8 v 8": table(runs=8, baseline_runs=8, sds=NOISY),
     "one arm 5 times as noisy, 7 v 2": table(runs=2, baseline_runs=7, sds=NOISY),
@@ -377,7 +375,7 @@ SIMULATIONS: Mapping[str, Simulation] = {
 def main() -> None:
     """Simulate every situation, print a table, and write it as JSON and as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=4000, metavar="N", help="a situation, twice (default 4000)")
+    parser.add_argument("--studies", type=int, default=4000, metavar="N", help="a situation (default 4000)")
     parser.add_argument("--seed", type=int, default=1, help="(default 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="situations whose name holds it")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")

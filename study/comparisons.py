@@ -130,7 +130,7 @@ def sides_of(groups: Sequence[Group], warnings: list[str]) -> list[Side]:
 
 def decimals(losses: Sequence[float]) -> int:
     """Return how many decimals losses were recorded with: the most that any of them shows."""
-    return max((max(0, -int(Decimal(repr(float(loss))).as_tuple().exponent)) for loss in losses), default=0)
+    return max((len(f"{Decimal(repr(float(loss))):f}".partition(".")[2]) for loss in losses), default=0)
 
 
 def shared_pairs(baseline: Group, arm: Group) -> tuple[tuple[float, float], ...]:
@@ -157,7 +157,7 @@ def in_pairs(
     count = len(differences)
     floor = sum(side.rounding_variance for side in sides)
     own = max(float(np.var(differences, ddof=1)), floor) if count > 1 else 0.0
-    prior = _believed(prior, [Noise(math.sqrt(own / 2), count - 1)], True, warnings)
+    prior = _believed(prior, [Noise(math.sqrt(own / 2), count - 1)], warnings)
     if prior is None and count == 1:
         return Comparison("none", pairs=pairs, warnings=tuple(warnings))
     variance, df = moderated(own, count - 1, prior, runs=2)
@@ -181,7 +181,7 @@ def in_pairs(
 def side_by_side(mine: Side, theirs: Side, prior: NoisePrior | None, warnings: list[str]) -> Comparison:
     """Compare two means: Welch's test, or a single run against the spread of the other side's runs."""
     sides = (mine, theirs)
-    prior = _believed(prior, [Noise(math.sqrt(side.variance), side.df) for side in sides], False, warnings)
+    prior = _believed(prior, [Noise(math.sqrt(side.variance), side.df) for side in sides], warnings)
     if min(mine.df, theirs.df) == 0:
         return _single_run(mine, theirs, prior, warnings)
     parts = []
@@ -268,14 +268,12 @@ def evaluation_estimate(weights: Sequence[tuple[Group, float]]) -> Estimate | No
     return clustered_mean(total, weights[0][0].metadata[0].documents)
 
 
-def _believed(
-    prior: NoisePrior | None, own: Sequence[Noise], is_paired: bool, warnings: list[str]
-) -> NoisePrior | None:
+def _believed(prior: NoisePrior | None, own: Sequence[Noise], warnings: list[str]) -> NoisePrior | None:
     """Return a prior, or None and a warning where the comparison's own noise would be very unlikely under it."""
-    odd = [noise for noise in own if prior is not None and is_contradicted(prior, noise, is_paired)]
+    odd = [noise for noise in own if prior is not None and is_contradicted(prior, noise)]
     if prior is None or not odd:
         return prior
-    warnings.append(f"its noise, {odd[0].sd:.2g}, is not as expected, so this is set aside: {_lent(prior)}")
+    warnings.append(f"its noise, {odd[0].sd:.2g}, is larger than expected, so this is set aside: {_lent(prior)}")
     return None
 
 

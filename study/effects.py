@@ -113,7 +113,7 @@ def _over_seeds(weights: Weights, seeds: Sequence[tuple[str, str]], rounding: fl
     runs = sum(weight**2 for _, weight in weights)
     own, df = max(float(np.var(values, ddof=1)), runs * rounding), len(seeds) - 1
     prior = rules.find_prior(weights[1][0], weights[0][0], len(seeds))
-    if prior is not None and is_contradicted(prior, Noise(math.sqrt(own / runs), df), True):
+    if prior is not None and is_contradicted(prior, Noise(math.sqrt(own / runs), df)):
         prior = None
     variance, total_df = moderated(own, df, prior, runs)
     return Estimate(float(values.mean()), math.sqrt(variance / len(seeds)), total_df)

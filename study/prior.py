@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import digamma, fdtr, fdtrc, polygamma
+from scipy.special import digamma, fdtrc, polygamma
 
 from study.ledger import Entry, Scale, scale_distance
 from study.statistics import Floats, Noise, NoisePrior
 
-LARGER, SMALLER = 0.01, 0.001
-"""A prior is set aside where a noise as large, or of pairs as small, as the comparison's own is so unlikely under it.
-
-Of a small noise more is asked: what is set aside leaves a comparison that happens to look far too sure.
-"""
+CONTRADICTION = 0.01
+"""A prior is set aside where a noise as large as the comparison's own would be so unlikely under it."""
 OUTLYING = 0.05
 FEWEST_ARMS = 4
 MANY_PAIRS = 4
@@ -108,18 +105,16 @@ def is_like_public(subject: Subject) -> bool:
     return subject.decays and all(near)
 
 
-def is_contradicted(prior: NoisePrior, own: Noise, is_paired: bool = False) -> bool:
-    """Say whether replicates show a noise that the prior makes very unlikely, by an F test.
+def is_contradicted(prior: NoisePrior, own: Noise) -> bool:
+    """Say whether replicates show a noise larger than the prior makes likely (F test at 1%).
 
-    Only a larger noise contradicts (at 1%), since a prior that is too large is merely careful; but of paired
-    differences also a much smaller one does (at 0.1%), because a gentle change on shared seeds cancels most of the
-    noise. `own` is of one run: of paired differences, their standard deviation over sqrt(2).
+    A smaller noise does not contradict: a prior that is too large is merely careful, and setting it aside where a
+    noise happens to look small would leave the comparison far too sure. `own` is of one run: of paired differences,
+    their standard deviation over sqrt(2).
     """
     if own.df < 1 or own.sd <= 0:
         return False
-    ratio = (own.sd / prior.sd) ** 2
-    is_smaller = is_paired and fdtr(own.df, prior.df, ratio) < SMALLER
-    return bool(fdtrc(own.df, prior.df, ratio) < LARGER or is_smaller)
+    return bool(fdtrc(own.df, prior.df, (own.sd / prior.sd) ** 2) < CONTRADICTION)
 
 
 def fit_prior(variances: Sequence[float], dfs: Sequence[float]) -> tuple[float, float]:

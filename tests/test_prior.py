@@ -89,8 +89,6 @@ def test_a_noise_that_the_prior_excludes_sets_it_aside() -> None:
     assert is_contradicted(PUBLIC_PRIOR, Noise(0.0123, 6))
     assert not is_contradicted(PUBLIC_PRIOR, Noise(0.0015, 6))
     assert not is_contradicted(PUBLIC_PRIOR, Noise(0.0001, 6))
-    assert is_contradicted(PUBLIC_PRIOR, Noise(0.0001, 6), is_paired=True)
-    assert not is_contradicted(PUBLIC_PRIOR, Noise(0.0001, 2), is_paired=True)
     assert not is_contradicted(PUBLIC_PRIOR, Noise(0.0, 6))
 
 

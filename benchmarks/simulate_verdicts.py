@@ -18,8 +18,8 @@ Rates come with their Monte Carlo standard errors and go to benchmarks/results/s
 import argparse
 import math
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -378,22 +378,25 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=4000, metavar="N", help="a situation (default 4000)")
     parser.add_argument("--seed", type=int, default=1, help="(default 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="situations whose name holds it")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
     arguments = parser.parse_args()
-    start = time.monotonic()
+    names = [name for name in SIMULATIONS if arguments.only in name]
     outcomes = []
-    for number, (name, simulation) in enumerate(SIMULATIONS.items()):
-        if arguments.only in name:
-            outcome = simulation(name, np.random.default_rng([arguments.seed, number]), arguments.studies)
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for outcome in pool.map(partial(simulated, arguments.seed, arguments.studies), names):
+            print("  ".join(row_of(outcome)), flush=True)
             outcomes.append(outcome)
-            print("  ".join(row_of(outcome)), f" ({time.monotonic() - start:.0f} s)", flush=True)
-    rows = [{"situation": one.name, "false": one.false, **one.rates} for one in outcomes]
-    write_json(arguments.output, {"studies": arguments.studies, "seed": arguments.seed, "outcomes": rows})
-    headings = ["situation", "false, %", "rates, %"]
-    write_text(
-        arguments.output.with_suffix(".md"),
-        "\n".join(markdown_table(headings, [row_of(one) for one in outcomes])) + "\n",
-    )
+            rows = [{"situation": one.name, "false": one.false, **one.rates} for one in outcomes]
+            write_json(arguments.output, {"studies": arguments.studies, "seed": arguments.seed, "outcomes": rows})
+    lines = markdown_table(["situation", "false, %", "rates, %"], [row_of(one) for one in outcomes])
+    write_text(arguments.output.with_suffix(".md"), "\n".join(lines) + "\n")
+
+
+def simulated(seed: int, studies: int, name: str) -> Outcome:
+    """Simulate a situation by name; its numbers do not depend on which others are simulated."""
+    generator = np.random.default_rng([seed, list(SIMULATIONS).index(name)])
+    return SIMULATIONS[name](name, generator, studies)
 
 
 def row_of(outcome: Outcome) -> list[str]:

@@ -55,7 +55,7 @@ def validation_loss(context: TrainContext) -> float:
     )
     try:
         with context.autocast():
-            own = sequence_losses(context.model, batches, context.device).sum()
+            own = sequence_losses(context.model, context.watchdog.watching(batches), context.device).sum()
     except DataError as error:  # the others are waiting for this rank's share: they get one that is no number
         context.reader.failure, own = error, math.nan
     total = torch.tensor([own], dtype=torch.float32, device=context.device)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import ddp_train
 from harness.engine import distributed, loss
@@ -114,3 +115,16 @@ def test_the_compiler_s_splitter_sees_every_parameter_of_a_bucket(
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     torch.compile(loss.Objective(model), backend=backend, fullgraph=True)(tokens, tokens.clone())
     assert len(set(seen)) == len(list(model.parameters())), seen
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_attention_drops_at_the_rate_that_was_asked_for(device: str) -> None:
+    """Some kernels round it to a sixteenth. Each visible position has the same weight, and a value of its own."""
+    length = 64
+    query = torch.zeros(64, 8, length, length, device=device, dtype=torch.float16 if device == "cuda" else None)
+    value = torch.eye(length, device=device, dtype=query.dtype).expand_as(query)
+    torch.manual_seed(1)
+    kept = F.scaled_dot_product_attention(query, query, value, dropout_p=0.1, is_causal=True) > 0
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    rate = 1 - kept[..., visible].float().mean().item()
+    assert rate == pytest.approx(0.1, abs=0.002)  # a million draws: a standard error of 0.0003

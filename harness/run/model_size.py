@@ -11,6 +11,8 @@ class ParameterCount:
 
     total: int
     without_embeddings: int
+    block_matrices: int
+    """Weights in the matrices of all blocks."""
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
@@ -22,7 +24,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     body = model.n_layers * block + 2 * width
     embeddings = (model.vocab_size + model.context_length) * width
     head = 0 if model.tie_weights else model.vocab_size * width
-    return ParameterCount(total=body + embeddings + head, without_embeddings=body)
+    return ParameterCount(body + embeddings + head, body, block_matrices=model.n_layers * 12 * width * width)
 
 
 def flops_per_token(model: ModelConfig) -> int:

@@ -33,14 +33,13 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Return U V^T for each matrix U S V^T of (N, rows, columns), approximately, in bfloat16.
+    """Return U V^T for each matrix U S V^T of (N, rows, columns), approximately, in its type.
 
     Five steps of a quintic Newton-Schulz iteration (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
-    is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
     for _ in range(ITERATIONS):
         gram = x @ x.mT
@@ -79,13 +78,15 @@ class Muon(AdamW):
     def _step_stack(self, parameters: list[nn.Parameter], rate: float, weight_decay: float) -> None:
         """Step matrices of one shape."""
         skips = getattr(self, "found_inf", torch.zeros((), device=parameters[0].device))  # 1.0 or 0.0
+        # Half the bytes to send and tensor cores, where there are any; CPUs emulate bfloat16, many times slower.
+        dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
         directions = []
         for parameter in parameters:
             assert parameter.grad is not None
             momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
             gradient = torch.where(skips > 0, momentum, parameter.grad)  # which leaves the momentum as it is
             momentum.lerp_(gradient, 1 - MOMENTUM)
-            directions.append(gradient.lerp(momentum, MOMENTUM).bfloat16())
+            directions.append(gradient.lerp(momentum, MOMENTUM).to(dtype))
         updates = in_shares(orthogonalised, torch.stack(directions))
         rows, columns = parameters[0].shape
         acts = 1 - skips

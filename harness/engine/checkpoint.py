@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from harness.engine.averaging import WeightAverage
 from harness.engine.failpoints import failpoint
 from harness.engine.identity import ResumeIdentity
 from harness.engine.opening import (
-    FILES,
     MANIFEST_FILE,
     OPTIMIZER_FILE,
     CheckpointMetadata,
@@ -36,7 +36,7 @@ from harness.engine.opening import (
 from harness.engine.optimizer_state import named_state, restore_state
 from harness.run.errors import CheckpointError, NonFiniteError, StorageError
 from harness.run.files import file_sha256, fsync_folder, remove, replace_link, write_json
-from harness.run.run_folder import MODEL_FILE, TEMPORARY_PREFIX, RunFolder
+from harness.run.run_folder import AVERAGED_FILE, MODEL_FILE, STATE_FILE, TEMPORARY_PREFIX, RunFolder
 from harness.run.train_state import TrainState
 
 
@@ -60,7 +60,12 @@ class Snapshot:
 
 
 def snapshot(
-    model: nn.Module, optimizer: Optimizer, scaler: GradScaler, state: TrainState, identity: ResumeIdentity
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    state: TrainState,
+    identity: ResumeIdentity,
+    average: WeightAverage | None = None,
 ) -> Snapshot:
     """Copy what a checkpoint of the last completed global step holds; waits for the device.
 
@@ -68,10 +73,12 @@ def snapshot(
     """
     weights = model.state_dict()
     kept, numbers = named_state(optimizer, model)
-    require_finite({**weights, **kept}, state.next_step - 1)
+    averaged = average.tensors if average else {}
+    require_finite({**weights, **kept, **{f"average of {name}": value for name, value in averaged.items()}}, state.next_step - 1)
     tensors = {
         MODEL_FILE: {name: _copied(tensor.float()) for name, tensor in weights.items()},
         OPTIMIZER_FILE: {name: _copied(tensor) for name, tensor in kept.items()},
+        **({AVERAGED_FILE: {name: _copied(tensor) for name, tensor in averaged.items()}} if average else {}),
     }
     return Snapshot(CheckpointMetadata(replace(state), scaler.state_dict(), identity, numbers), tensors)
 
@@ -168,7 +175,7 @@ def prune(folder: RunFolder, keep: int | None, state: TrainState) -> None:
 def _write_files(temporary: Path, taken: Snapshot) -> None:
     with ThreadPoolExecutor() as pool:  # one file is hashed while the next is written
         hashes = {}
-        for name in FILES:
+        for name in (*taken.tensors, STATE_FILE):
             if name in taken.tensors:
                 save_tensors(taken.tensors[name], temporary / name)
             else:

@@ -119,7 +119,7 @@ def main() -> None:
             Status("running", start.from_step - 1 if start.from_step else None).write(folder.status_json)
 
         distributed.run_on_rank0(launch, record)
-        model, optimizer, scaler = build(request, launch, device, point)
+        model, optimizer, scaler, average = build(request, launch, device, point)
         context = TrainContext(
             launch=launch,
             device=device,
@@ -130,6 +130,7 @@ def main() -> None:
             model=model,
             optimizer=optimizer,
             scaler=scaler,
+            average=average,
             objective=wrap(model, config, launch, device),
             state=point.state,
             identity=identity,
@@ -183,6 +184,8 @@ def train(context: TrainContext, observers: Observers) -> None:
                 config.clipping_max_norm,
                 keep_gradients=launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
             )
+            if context.average is not None:
+                context.average.update(step, outcome.is_finite)
             wants_to_stop = context.stop.requested or context.checkpoint_writer.has_failed
             pending = PendingMetrics(launch, losses, outcome.grad_norm, outcome.is_finite, wants_to_stop)
             log.submit(step, pending, learning_rate)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, positive, whole_number
 from harness.run.errors import ConfigError, exit_status_of
@@ -123,7 +124,9 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", metavar="EXPERIMENT", help="its name, or its experiment.json")
     parser.add_argument("--losses", type=Path, metavar="FILE", help="a CSV table of test losses instead of folders")
     parser.add_argument("--margin", type=positive, default=MARGIN, help="smallest difference that matters (0.01)")
-    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of all runs (default last)")
+    parser.add_argument(
+        "--checkpoint", choices=get_args(CheckpointRule), default="last", help="of all runs (default last)"
+    )
     add_runs_dir(parser)
 
 
@@ -206,7 +209,9 @@ def noise_verb(words: list[str]) -> None:
     parser = parser_of(noise_verb.__doc__, "experiment.py noise")
     parser.add_argument("--baseline", metavar="RUN", help="whose replicates, runs of other seeds, to learn from")
     parser.add_argument("--experiment", metavar="EXPERIMENT", help="whose arms on shared seeds to learn from")
-    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of all runs (default last)")
+    parser.add_argument(
+        "--checkpoint", choices=get_args(CheckpointRule), default="last", help="of all runs (default last)"
+    )
     add_runs_dir(parser)
     arguments = parser.parse_args(words)
     if arguments.experiment is not None:

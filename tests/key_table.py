@@ -67,7 +67,7 @@ TRAIN_ROWS = {
     "schedule": Row("cosine", {"losses", "rate"}),
     "warmup_period_percent": Row(50, {"losses", "rate"}, {"schedule_learning_rate": True}),
     "cooldown_percent": Row(50.0, {"losses", "rate"}, {"schedule": "wsd"}),
-    "final_rate_fraction": Row(0.0, {"losses", "rate"}, {"schedule": "wsd"}),
+    "final_rate_fraction": Row(0.0, {"losses", "rate"}, {"schedule": "linear"}),
     "optimizer": Row("muon", {"losses"}),
     "muon_learning_rate": Row(0.05, {"losses"}, {"optimizer": "muon"}),
     "adam_beta1": Row(0.8, {"losses"}),

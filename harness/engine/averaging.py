@@ -18,7 +18,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, global_step: int, changed: Tensor) -> None:
-        """Take the weights after a global step in, unless `changed` (0-dimensional, on the device) says that they stayed.
+        """Take the weights after a global step in, unless `changed` (0-dimensional, on the device) says no.
 
         Nothing waits for the device.
         """

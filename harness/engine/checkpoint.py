@@ -74,7 +74,9 @@ def snapshot(
     weights = model.state_dict()
     kept, numbers = named_state(optimizer, model)
     averaged = average.tensors if average else {}
-    require_finite({**weights, **kept, **{f"average of {name}": value for name, value in averaged.items()}}, state.next_step - 1)
+    require_finite(
+        {**weights, **kept, **{f"average of {name}": value for name, value in averaged.items()}}, state.next_step - 1
+    )
     tensors = {
         MODEL_FILE: {name: _copied(tensor.float()) for name, tensor in weights.items()},
         OPTIMIZER_FILE: {name: _copied(tensor) for name, tensor in kept.items()},
@@ -204,6 +206,16 @@ def load(found: VerifiedCheckpoint, model: nn.Module, optimizer: Optimizer) -> N
         restore_state(optimizer, model, kept, found.metadata.optimizer_numbers)
     except KeyError as error:
         raise CheckpointError(f"{found.path / OPTIMIZER_FILE}: {error.args[0]} does not fit this model") from None
+
+
+def load_average(found: VerifiedCheckpoint, average: WeightAverage) -> None:
+    """Copy the average in a checkpoint that fits the model into `average`; raises CheckpointError."""
+    if AVERAGED_FILE not in found.headers:
+        raise CheckpointError(
+            f"{found.path}: found no {AVERAGED_FILE}, wanted one (train.json: weight_average_decay)"
+        )
+    for name, value in read_tensors(found.path / AVERAGED_FILE).items():
+        average.tensors[name].copy_(value)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -1,8 +1,9 @@
 """The one way to open a checkpoint, for every command: nothing of it is used that was not checked.
 
-A checkpoint is a folder of three or four files and a manifest with their sizes and SHA-256. It is opened as a whole: links,
-sizes, hashes, the types and relations of what state.json says, and the headers of the tensors, all of it before
-anything is loaded or moved. What cannot be read, for whatever reason, is damaged.
+A checkpoint is a folder of three files, or four with an average of the weights, and a manifest with their sizes and
+SHA-256. It is opened as a whole: links, sizes, hashes, the types and relations of what state.json says, and the
+headers of the tensors, all of it before anything is loaded or moved. What cannot be read, for whatever reason, is
+damaged.
 """
 
 import json

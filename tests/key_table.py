@@ -75,6 +75,7 @@ TRAIN_ROWS = {
     "adam_epsilon": Row(1e-4, {"losses"}),
     "weight_decay": Row(0.5, {"losses"}),
     "decay_all": Row(True, {"losses"}),
+    "z_loss": Row(0.01, {"losses"}),
     "weight_average_decay": Row(0.9, set(), shown_in="test_averaging.py"),
     "clipping_max_norm": Row(50.0, {"losses", "extras"}),
     "use_amp": Row(True, {"losses"}),

@@ -67,6 +67,29 @@ def make_objective(tmp_path: Path, seed: int = 1) -> tuple[GPTModel, Objective]:
     return model, Objective(model)
 
 
+@pytest.mark.parametrize(
+    ("amp_dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str
+)
+@pytest.mark.usefixtures("few_rows")
+def test_z_loss_is_in_the_gradients_and_not_in_the_loss(amp_dtype: torch.dtype | None, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(4, 64, 32, generator=generator, requires_grad=True)
+    head = torch.randn(501, 32, generator=generator).mul_(0.3).requires_grad_()
+    targets = torch.randint(0, 501, (4, 64), generator=generator)
+    with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+        logits = F.linear(hidden, head)
+        plain = next_token_loss(logits, targets)
+        lean = chunked_next_token_loss(hidden, head, targets, z_loss=0.02)
+    torch.testing.assert_close(lean, plain, rtol=tolerance / 10, atol=0)
+    whole = plain + 0.02 * logits.float().logsumexp(dim=-1).square().mean()
+    for found, wanted, without in zip(
+        *(torch.autograd.grad(value, (hidden, head), retain_graph=True) for value in (lean, whole, plain)),
+        strict=True,
+    ):
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+        assert (without - wanted).abs().max() > 0.05 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_objective_is_the_plain_loss_of_the_logits(tmp_path: Path, tied: bool) -> None:
     model, objective = make_objective(tmp_path)
@@ -122,9 +145,9 @@ def test_compiler_sees_one_operator_and_compiles_at_most_two_chunks(monkeypatch:
         graphs.append(graph)
         return graph
 
-    def recorded(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def recorded(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         chunks.append(len(logits))
-        return loss.softmax_gradient(logits, targets)
+        return loss.softmax_gradient(logits, targets, z_loss)
 
     monkeypatch.setattr(loss, "compiled_softmax_gradient", lambda: recorded)
     compiled = torch.compile(chunked_next_token_loss, backend=keep, fullgraph=True)

@@ -81,8 +81,8 @@ def build(
 ) -> tuple[GPTModel, Optimizer, GradScaler, WeightAverage | None]:
     """Make model, optimizer and scaler on the device, with the resume point's values on every rank.
 
-    Rank 0 has the average of the weights too, where the run keeps one.
-    Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder.
+    Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder. It alone has
+    the average of the weights, where the run keeps one.
     """
     config, found = request.config, point.checkpoint
     model = uninitialized_model(request.model_config, config.activation_checkpointing)
@@ -140,7 +140,7 @@ def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig
 
 def wrap(model: nn.Module, config: TrainConfig, launch: Launch, device: torch.device) -> nn.Module:
     """Make the objective and wrap it for the other ranks, then for the compiler, which sees through DDP's buckets."""
-    objective = distributed.wrap_ddp(Objective(model), launch, device)
+    objective = distributed.wrap_ddp(Objective(model, config.z_loss), launch, device)
     is_compiled = device.type == "cuda" if config.compile == "auto" else config.compile
     return torch.compile(objective) if is_compiled else objective  # type: ignore[return-value]
 

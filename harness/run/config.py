@@ -123,6 +123,8 @@ class TrainConfig:
     """Weight decay, times the learning rate, of matrices and embeddings; of biases and norms with decay_all only."""
     decay_all: Later[Recipe[bool]] = False
     """Decay every parameter, biases and norms too."""
+    z_loss: Later[Recipe[float]] = Field(default=0.0, ge=0, le=1)
+    """Weight of the mean squared log-normaliser of the softmax in what is minimised; reported losses are without."""
     weight_average_decay: Later[Recipe[float | None]] = Field(default=None, gt=0, lt=1)
     """Keep an exponential average of the weights, this much of it kept by each global step; null keeps none."""
     clipping_max_norm: Recipe[float | None] = Field(default=None, gt=0)

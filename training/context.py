@@ -29,6 +29,7 @@ from harness.run.run_folder import RunFolder
 from harness.run.train_state import TrainState
 from model import GPTModel, initialise, load_weights, uninitialized_model
 from training.arguments import RunRequest
+from training.reading import ReadAhead
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class TrainContext:
     model_config: ModelConfig
     config: TrainConfig
     splits: data.Splits
+    reader: ReadAhead
+    """Of the train split."""
     model: GPTModel
     """The model without wrappers."""
     optimizer: Optimizer
@@ -166,13 +169,15 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
     launch, stop, identity = Launch(), StopRequest(), ResumeIdentity({})
     point = from_the_beginning(identity)
     model, optimizer, scaler, average = build(request, launch, device, point)
+    source = data.SyntheticData(plan, request.model_config.vocab_size)
     context = TrainContext(
         launch=launch,
         device=device,
         folder=RunFolder(Path(os.devnull)),
         model_config=request.model_config,
         config=request.config,
-        splits=data.Splits(plan, data.SyntheticData(plan, request.model_config.vocab_size), None, [], ""),
+        splits=data.Splits(plan, source, None, [], ""),
+        reader=ReadAhead(source, 0, plan, range(0)),
         model=model,
         optimizer=optimizer,
         scaler=scaler,

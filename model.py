@@ -36,7 +36,7 @@ STORED_MASK = re.compile(r"trf_blocks\.\d+\.att\.mask")
 
 
 class LayerNorm(nn.Module):
-    """Normalise over channels to mean 0 and variance 1, with a learned scale and shift unless `is_learned` is false."""
+    """Normalise over channels to mean 0 and variance 1, with a learned scale and shift if `is_learned`."""
 
     def __init__(self, config: ModelConfig, is_learned: bool = True) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over channels (Zhang and Sennrich 2019, arXiv:1910.07467), with a learned scale."""
+    """Divide by the root mean square over channels (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, config: ModelConfig, is_learned: bool = True) -> None:
         super().__init__()
@@ -118,9 +118,7 @@ class Attention(nn.Module):
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if (
-            self.qk_norm
-        ):  # Henry et al. 2020, arXiv:2010.04245, with the usual 1 / sqrt(D) in place of a learned scale
+        if self.qk_norm:  # Henry et al. 2020, arXiv:2010.04245, but with the usual 1 / sqrt(D) and no learned scale
             query, key = (F.rms_norm(heads, heads.shape[-1:], eps=NORM_EPS) for heads in (query, key))
         if self.value_mix is not None and first_values is not None:
             value = value + self.value_mix.to(value.dtype) * (first_values - value)
@@ -312,9 +310,9 @@ def _gpt2_value(init_seed: int, name: str, shapes: Shapes) -> Tensor:
 
 
 def _torch_value(init_seed: int, name: str, shapes: Shapes) -> Tensor:
-    """Draw as PyTorch's modules do by default: linear layers from U(-1/sqrt(inputs), 1/sqrt(inputs)), embeddings N(0, 1).
+    """Draw as PyTorch's modules do by default, which is what the published runs started from.
 
-    This is what the published runs started from.
+    Weights and biases of linear layers are uniform within 1/sqrt(inputs), embeddings N(0, 1).
     """
     shape = shapes[name]
     if name in (TOKEN_EMBEDDING, POSITION_EMBEDDING):
@@ -326,10 +324,10 @@ def _torch_value(init_seed: int, name: str, shapes: Shapes) -> Tensor:
 
 
 def _zero_projections_value(init_seed: int, name: str, shapes: Shapes) -> Tensor:
-    """Draw as GPT-2, but for the projections into the residual stream and the head, which are 0 (muP's advice).
+    """Draw as GPT-2 does, but leave the projections into the residual stream and the head at 0.
 
-    So every block begins as the identity, and the first loss is ln(V) (Yang et al. 2022, arXiv:2203.03466, appendix
-    D.2). A shared embedding is not 0.
+    So every block begins as the identity and the first loss is ln(V); for the head see Yang et al. 2022,
+    arXiv:2203.03466, appendix D.2. An embedding that is also the head is not 0.
     """
     if name == HEAD or RESIDUAL_PROJECTION.fullmatch(name):
         return torch.zeros(shapes[name])

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from harness.engine.key_value_cache import KeyValueCache
+from harness.engine.loss import capped
 from harness.engine.opening import Weights, open_weights
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.errors import CheckpointError
@@ -215,6 +216,7 @@ class GPTModel(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.logit_softcap = config.logit_softcap
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         is_learned = config.positions == "learned"
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim) if is_learned else None
@@ -230,7 +232,8 @@ class GPTModel(nn.Module):
 
         With a cache, the tokens continue those of earlier calls and attend to them; for evaluation only.
         """
-        return F.linear(self.hidden_states(tokens, cache), self.head_weight())
+        logits = F.linear(self.hidden_states(tokens, cache), self.head_weight())
+        return logits if self.logit_softcap is None else capped(logits, self.logit_softcap)
 
     def head_weight(self) -> Tensor:
         """Return the output head's matrix (V, C), which a tied model shares with the token embedding."""

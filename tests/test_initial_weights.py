@@ -59,6 +59,7 @@ def assert_shared_bits_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -
         ({"bias": False}, 0, 6 + 5),
         ({"embedding_norm": True}, 0, 0),
         ({"value_residual": True}, 1, 0),
+        ({"logit_softcap": 15.0}, 0, 0),
     ],
 )
 def test_model_intervention_leaves_shared_values_bit_identical(

@@ -31,12 +31,13 @@ INTERVENTIONS: list[dict[str, Any]] = [
     {"bias": False},
     {"embedding_norm": True},
     {"value_residual": True},
+    {"logit_softcap": 2.0},
 ]
 # Two stacks that between them have everything, and one that has what is left beside rotary positions.
 STACKS: list[dict[str, Any]] = [
     {
         "positions": "rotary", "norm": "rms", "feed_forward": "relu_squared", "qk_norm": True, "bias": False,
-        "embedding_norm": True, "value_residual": True, "init": "zero_projections",
+        "embedding_norm": True, "value_residual": True, "logit_softcap": 15.0, "init": "zero_projections",
     },
     {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "qkv_bias": True, "tie_weights": True},
     {"embedding_norm": True, "value_residual": True, "bias": False, "init": "torch"},
@@ -126,7 +127,9 @@ def textbook_logits(weights: dict[str, Tensor], config: ModelConfig, tokens: Ten
         x = x + attended
         x = x + feed_forward(norm(x, f"{block}.norm2"), f"{block}.ff")
     head = weights["tok_emb.weight" if config.tie_weights else "out_head.weight"]
-    return norm(x, "final_norm") @ head.T
+    logits = norm(x, "final_norm") @ head.T
+    cap = config.logit_softcap
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 @pytest.mark.parametrize("change", [*TOGGLES, *INTERVENTIONS, *STACKS], ids=str)

@@ -33,17 +33,33 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(rows.float(), ids, reduction="none") for rows, ids in chunks]).view_as(targets)
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of logits (n, V) in float32, and its gradient (n, V) in the logits' type."""
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Bound logits between -softcap and softcap (Gemma Team 2024, arXiv:2408.00118, section 2)."""
+    return softcap * torch.tanh(logits / softcap)
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of logits (n, V) in float32, and its gradient (n, V) in the logits' type.
+
+    With a softcap, it is that of the capped logits. A logit of -inf has no probability and no gradient.
+    """
+    ids, dtype, slope = targets.unsqueeze(-1), logits.dtype, None
+    if softcap is not None:
+        bounded = capped(logits.float(), softcap)
+        slope = 1 - (bounded / softcap).square_()
+        logits = bounded.masked_fill_(logits == -math.inf, -math.inf)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    wanted = log_probabilities.gather(-1, targets.unsqueeze(-1))  # (n, 1)
-    gradient = log_probabilities.exp_().to(logits.dtype)  # in place: this is what takes the memory
-    gradient.scatter_(-1, targets.unsqueeze(-1), wanted.exp().sub_(1).to(logits.dtype))
+    wanted = log_probabilities.gather(-1, ids)  # (n, 1)
+    gradient, of_target = log_probabilities.exp_(), wanted.exp().sub_(1)  # in place: this is what takes the memory
+    if slope is not None:
+        gradient, of_target = gradient.mul_(slope), of_target.mul_(slope.gather(-1, ids))
+    gradient = gradient.to(dtype)
+    gradient.scatter_(-1, ids, of_target.to(dtype))
     return -wanted.sum(), gradient
 
 
 @cache
-def compiled_softmax_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]:
     """Return `softmax_gradient` compiled: the logits are read twice and the gradient is written, nothing else."""
     return torch.compile(softmax_gradient, fullgraph=True, dynamic=False)
 
@@ -59,7 +75,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, is_compiled: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype, is_compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of a linear head, and its gradients, computed a chunk of rows at a time.
 
@@ -86,7 +102,7 @@ def loss_and_gradients(
     ):
         logits = chunk @ narrow.t()  # (n, V')
         logits[:, vocab_size:] = -math.inf
-        loss, gradient = gradient_of(logits, chunk_targets)
+        loss, gradient = gradient_of(logits, chunk_targets, softcap)
         del logits
         total += loss
         torch.mm(gradient, narrow, out=chunk_gradient)
@@ -95,7 +111,7 @@ def loss_and_gradients(
 
 
 def _empty_loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, is_compiled: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype, is_compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=torch.float32)
     return loss, torch.empty_like(hidden, dtype=dtype), torch.empty_like(weight, dtype=torch.float32)
@@ -109,12 +125,13 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.types = hidden.dtype, weight.dtype
 
 
-def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None, None]:
+def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     hidden_gradient, weight_gradient = ctx.saved_tensors
     hidden_type, weight_type = ctx.types
     scale = loss_gradient / len(hidden_gradient)
     # Cast before they are scaled, or the loss scale would overflow in float16.
-    return hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type), None, None, None
+    of_hidden, of_weight = hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type)
+    return of_hidden, of_weight, None, None, None, None
 
 
 # An operator of its own, so that the compiler does not look inside: unrolled, all chunks would live at once.
@@ -125,23 +142,26 @@ chunked_linear_cross_entropy.register_fake(_empty_loss_and_gradients)
 chunked_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def chunked_next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def chunked_next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Return `next_token_loss(hidden @ head.T, targets)` and its gradients without holding all logits at once.
 
-    hidden (B, T, C), head (V, C), targets (B, T). Under autocast the products are computed in its type, as the plain
+    hidden (B, T, C), head (V, C), targets (B, T); with a softcap, the logits are `capped` before. Under autocast the products are computed in its type, as the plain
     loss's are; sums over rows are float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         loss, _, _ = chunked_linear_cross_entropy(
-            hidden.flatten(0, 1), head, targets.flatten(), dtype, torch.compiler.is_compiling()
+            hidden.flatten(0, 1), head, targets.flatten(), softcap, dtype, torch.compiler.is_compiling()
         )
     return cast(Tensor, loss)
 
 
 class LanguageModel(Protocol):
     """What the objective needs of a model besides logits."""
+
+    logit_softcap: float | None
+    """What bounds the logits that head and hidden states make."""
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Return the final hidden states (B, T, C) for tokens (B, T)."""
@@ -164,7 +184,8 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a micro-batch; tokens and targets (B, T)."""
         model = cast(LanguageModel, self.model)
-        return chunked_next_token_loss(model.hidden_states(tokens), model.head_weight(), targets)
+        hidden = model.hidden_states(tokens)
+        return chunked_next_token_loss(hidden, model.head_weight(), targets, model.logit_softcap)
 
 
 def first_loss_warning(loss: float, model: nn.Module, vocab_size: int) -> str | None:

@@ -76,6 +76,8 @@ class ModelConfig:
     """Normalise what enters the first block, without learned scales."""
     value_residual: Later[Recipe[bool]] = False
     """Mix the first block's attention values into those of every later block, in learned proportion."""
+    logit_softcap: Later[Recipe[float | None]] = Field(default=None, gt=0)
+    """Bound logits between minus this number and it, by a hyperbolic tangent; null does not."""
     init: Later[Recipe[Literal["gpt2", "torch", "zero_projections"]]] = "gpt2"
     """Initial weights: GPT-2's, PyTorch's defaults, or GPT-2's with what ends a branch, and the head, at zero."""
 

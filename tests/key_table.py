@@ -48,6 +48,15 @@ MODEL_ROWS = {
     "drop_rate": Row(0.0, {"losses"}),
     "qkv_bias": Row(True, {"parameters", "losses"}),
     "tie_weights": Row(True, {"parameters", "losses"}),
+    "positions": Row("rotary", {"parameters", "losses"}),
+    "norm": Row("rms", {"parameters", "losses"}),
+    "feed_forward": Row("swiglu", {"parameters", "losses"}),
+    "qk_norm": Row(True, {"losses"}),
+    "bias": Row(False, {"parameters", "losses"}),
+    "embedding_norm": Row(True, {"losses"}),
+    "value_residual": Row(True, {"parameters", "losses"}),
+    "logit_softcap": Row(0.1, {"losses"}),
+    "init": Row("torch", {"initial", "losses", "extras"}),
 }
 TRAIN_ROWS = {
     "dataset": Row("other", {"order", "losses", "extras"}),

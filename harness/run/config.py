@@ -62,6 +62,24 @@ class ModelConfig:
     """Bias on the query, key and value projections."""
     tie_weights: Recipe[bool] = False
     """The output head shares the token embedding."""
+    positions: Later[Recipe[Literal["learned", "rotary"]]] = "learned"
+    """How attention knows where tokens stand: an embedding of every position, or a rotation of queries and keys."""
+    norm: Later[Recipe[Literal["layer", "rms"]]] = "layer"
+    """Normalisation before each branch and the output head: LayerNorm, or RMSNorm, which has no mean and no shift."""
+    feed_forward: Later[Recipe[Literal["gelu", "relu_squared", "swiglu"]]] = "gelu"
+    """Activation between the feed-forward layers; swiglu has a third layer and 2/3 of the width, as many weights."""
+    qk_norm: Later[Recipe[bool]] = False
+    """Divide each head's queries and keys by their root mean square, without learned scales."""
+    bias: Later[Recipe[bool]] = True
+    """Biases of the linear layers and shifts of the norms; false leaves out every one."""
+    embedding_norm: Later[Recipe[bool]] = False
+    """Normalise what enters the first block, without learned scales."""
+    value_residual: Later[Recipe[bool]] = False
+    """Mix the first block's attention values into those of every later block, in learned proportion."""
+    logit_softcap: Later[Recipe[float | None]] = Field(default=None, gt=0)
+    """Bound logits between minus this number and it, by a hyperbolic tangent; null does not."""
+    init: Later[Recipe[Literal["gpt2", "torch", "zero_projections"]]] = "gpt2"
+    """Initial weights: GPT-2's, PyTorch's defaults, or GPT-2's with what ends a branch, and the head, at zero."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -263,6 +281,12 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
         return [f"{key}: found {data[key]}, which acts only with {choice} {shown(wanted)}"]
 
     lines = multiple("emb_dim", "n_heads") + multiple("global_batch_size", "microbatch_size")
+    if data.get("qkv_bias") and data.get("bias") is False:
+        lines.append("qkv_bias: found true with bias false, wanted one of the two")
+    if data.get("positions") == "rotary":
+        width, heads = data.get("emb_dim"), data.get("n_heads")
+        if width and heads and width % heads == 0 and width // heads % 2:
+            lines.append(f"emb_dim: found {width // heads} channels a head, wanted an even number to rotate in pairs")
     if "gradient_accumulation_steps" in data and data.get("global_batch_size") is not None:
         lines.append("global_batch_size: found together with gradient_accumulation_steps, wanted one of the two")
     if data.get("schedule_learning_rate") and data.get("schedule") not in (None, "cosine"):

@@ -114,6 +114,7 @@ def loss_and_gradients(
         total += loss
         torch.mm(gradient, narrow, out=chunk_gradient)
         add_product(weight_gradient, gradient.t(), chunk)
+        del gradient  # or it would live beside the next chunk's logits
     return total / len(rows), hidden_gradient, weight_gradient[:vocab_size]
 
 

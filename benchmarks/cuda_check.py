@@ -18,6 +18,7 @@ import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,9 +192,9 @@ def programs(case: Case) -> tuple[dict[str, Program], dict[str, str]]:
             sources = generate(case.architecture, step, tokens, targets)
             rows = min(case.sequences * 1024, loss_chunk_rows("cuda"))
             logits = torch.empty(rows, _padded(case.model.vocab_size), dtype=dtype)
-            sources["chunk of the loss"] = generate(
-                case.architecture, loss.softmax_gradient, logits, targets.flatten()[:rows]
-            )["forward"]
+            gradient_of = partial(loss.softmax_gradient, softcap=math.inf, z_loss=0.0)
+            chunk = generate(case.architecture, gradient_of, logits, targets.flatten()[:rows])
+            sources["chunk of the loss"] = chunk["forward"]
     finally:
         F.scaled_dot_product_attention = attention
         torch.use_deterministic_algorithms(False)
@@ -212,7 +213,7 @@ def _padded(vocab_size: int) -> int:
 def loss_bytes(case: Case) -> int:
     """Return the most bytes that the loss holds, its results among them, its chunks as generated code has them."""
 
-    def gradient_of(logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient_of(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         return logits.new_empty((), dtype=torch.float32), torch.empty_like(logits)
 
     compiled = loss.compiled_softmax_gradient
@@ -223,7 +224,9 @@ def loss_bytes(case: Case) -> int:
             hidden, weight = torch.empty(tokens, GPT2.emb_dim), torch.empty(GPT2.vocab_size, GPT2.emb_dim)
             targets = torch.empty(tokens, dtype=torch.int64)
         with PeakTracker([hidden, weight, targets]) as tracker:
-            results = loss.loss_and_gradients(hidden, weight, targets, getattr(torch, case.dtype), True)
+            results = loss.loss_and_gradients(
+                hidden, weight, targets, (math.inf, 0.0), getattr(torch, case.dtype), True
+            )
         del results
     finally:
         loss.compiled_softmax_gradient = compiled  # type: ignore[assignment]

@@ -1,6 +1,7 @@
 """Foretell tokens/s on cards that were not at hand, from generated code: what a measurement can prove wrong.
 
-  python -m benchmarks.predict        # needs a CUDA build of torch, no GPU; see benchmarks/cuda_check.py
+  python -m benchmarks.predict             # from the bytes counted in benchmarks/results/moved-bytes.json
+  python -m benchmarks.predict --count     # counts them anew: takes a CUDA build of torch, no GPU
 
 A micro-batch's time is the sum of its kernels' times. A kernel that Inductor wrote moves its tensors once, at the
 memory's realistic bandwidth; a matrix product takes its FLOPs at a realistic rate, attention likewise, counting the
@@ -9,6 +10,8 @@ bytes a parameter once a global step of 96 sequences. Bytes are counted for 2 an
 rates are assumptions (`CARDS`). Written to benchmarks/results/predicted.md and .json.
 """
 
+import argparse
+import json
 import sys
 from dataclasses import asdict, dataclass
 
@@ -25,6 +28,7 @@ from harness.run.model_size import count_parameters, flops_per_token
 LAUNCH_SECONDS = 2.5e-6
 OPTIMIZER_BYTES = 44
 STEP_TOKENS = 96 * 1024
+COUNTED = RESULTS / "moved-bytes.json"
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,13 @@ class Card:
     """Tokens/s."""
 
 
-# Products are taken to reach 77% of the data sheet's peak on an A100, 65% on an H100, whose clock falls under full
-# load, and 87% on a 3090; attention, with heads of 64 and 1,024 tokens, 29%, 18% and 63%; memory 85%.
+# Products are taken to reach 77% of the data sheet's peak on an A100, 65% on an H100 and 71% on an H200, whose clocks
+# fall under full load, and 75% on a 3090; attention, with heads of 64 and 1,024 tokens, 29%, 25% and 56%; memory 85%.
 CARDS = (
     Card("NVIDIA A100-SXM4-40GB", 240, 90, 0.85 * 1555, (12, 64), 188_000),
-    Card("NVIDIA H100 80GB HBM3", 640, 180, 0.85 * 3350, (12, 64), 520_000),
-    Card("NVIDIA GeForce RTX 3090", 62, 45, 0.85 * 936, (12, 32), 43_000),
+    Card("NVIDIA H100 80GB HBM3", 640, 250, 0.85 * 3350, (12, 64), 446_000),
+    Card("NVIDIA H200", 700, 250, 0.85 * 4800, (12, 64), 520_000),
+    Card("NVIDIA GeForce RTX 3090", 53, 40, 0.85 * 936, (12, 32), 43_000),
 )
 KINDS = {"LayerNorm, residual, dropout": ("layer_norm",), "GELU": ("gelu",), "embedding": ("embedding",)}
 OTHERS = "casts, sums and the rest"
@@ -53,9 +58,16 @@ OTHERS = "casts, sums and the rest"
 
 def main() -> int:
     """Count, foretell, print, store."""
-    if not torch.version.cuda:
-        print(f"torch: found {torch.__version__}, wanted a build for CUDA", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", action="store_true", help="count the bytes that generated code moves")
+    if parser.parse_args().count:
+        if not torch.version.cuda:
+            print(f"--count: found torch {torch.__version__}, wanted a build for CUDA", file=sys.stderr)
+            return 2
+        sizes = sorted({size for card in CARDS for size in card.micro_batches})
+        counted = {str(size): asdict(count_moved(size)) for size in sizes}
+        write_json(COUNTED, {"torch": torch.__version__, "micro_batches": counted})
+    counted = json.loads(COUNTED.read_text())["micro_batches"]
     lines = [
         "| card | micro-batch | products | attention | softmax of the loss | "
         + " | ".join((*KINDS, OTHERS))
@@ -63,10 +75,9 @@ def main() -> int:
         "|---|---:|" + "---:|" * (len(KINDS) + 10),
     ]
     rows = []
-    counted = {size: bytes_moved(size) for size in sorted({size for card in CARDS for size in card.micro_batches})}
     for card in CARDS:
         for size in card.micro_batches:
-            times = milliseconds(card, size, *counted[size])
+            times = milliseconds(card, size, Moved(**counted[str(size)]))
             total = sum(times.values())
             speed = size * 1024 / total * 1e3
             peak = peak_flops_per_second(card.name, use_amp=True)
@@ -79,12 +90,22 @@ def main() -> int:
             rows.append({**asdict(card), "micro_batch": size, "milliseconds": times, "tokens_per_second": speed})
     print("\n".join(lines))
     (RESULTS / "predicted.md").write_text("\n".join(lines) + "\n")
-    write_json(RESULTS / "predicted.json", {"torch": torch.__version__, "rows": rows})
+    write_json(RESULTS / "predicted.json", {"rows": rows})
     return 0
 
 
-def bytes_moved(sequences: int) -> tuple[dict[str, float], float]:
-    """Return the bytes that generated kernels of each kind move in a micro-batch, and how many launches there are."""
+@dataclass(frozen=True)
+class Moved:
+    """What a micro-batch's generated kernels do."""
+
+    bytes: dict[str, float]
+    """Read and written, by kind."""
+    launches: float
+    """Of all kernels, products and attention among them."""
+
+
+def count_moved(sequences: int) -> Moved:
+    """Count in generated code."""
     found = []
     for layers in (2, 4):
         passes, _ = programs(Case("sm_90", sequences, n_layers=layers))
@@ -97,7 +118,7 @@ def bytes_moved(sequences: int) -> tuple[dict[str, float], float]:
         found.append((kinds, launches))
     (few, few_launches), (more, more_launches) = found
     kinds = {kind: few[kind] + (more[kind] - few[kind]) * 5 for kind in few}  # 2 blocks and 5 times 2 more
-    return kinds, few_launches + (more_launches - few_launches) * 5
+    return Moved(kinds, few_launches + (more_launches - few_launches) * 5)
 
 
 def kinds_of(program: Program, sequences: int) -> dict[str, float]:
@@ -112,7 +133,7 @@ def kinds_of(program: Program, sequences: int) -> dict[str, float]:
     return kinds
 
 
-def milliseconds(card: Card, sequences: int, moved: dict[str, float], launches: float) -> dict[str, float]:
+def milliseconds(card: Card, sequences: int, moved: Moved) -> dict[str, float]:
     """Return the time of every kind of work in a micro-batch, with its share of the optimizer's."""
     tokens, width, layers = sequences * 1024, GPT2.emb_dim, GPT2.n_layers
     padded = GPT2.vocab_size + -GPT2.vocab_size % VOCAB_MULTIPLE
@@ -124,8 +145,8 @@ def milliseconds(card: Card, sequences: int, moved: dict[str, float], launches: 
         "products": products / card.product_tflops / 1e12,
         "attention": attention / card.attention_tflops / 1e12,
         "softmax of the loss": softmax / card.gigabytes_per_second / 1e9,
-        **{kind: size / card.gigabytes_per_second / 1e9 for kind, size in moved.items()},
-        "launches": launches * LAUNCH_SECONDS,
+        **{kind: size / card.gigabytes_per_second / 1e9 for kind, size in moved.bytes.items()},
+        "launches": moved.launches * LAUNCH_SECONDS,
         "optimizer": OPTIMIZER_BYTES
         * count_parameters(GPT2).total
         / card.gigabytes_per_second

@@ -128,3 +128,35 @@ def test_attention_drops_at_the_rate_that_was_asked_for(device: str) -> None:
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     rate = 1 - kept[..., visible].float().mean().item()
     assert rate == pytest.approx(0.1, abs=0.002)  # a million draws: a standard error of 0.0003
+
+
+def test_kernels_are_set_up_for_the_rank_s_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    distributed.set_up_kernels(torch.device("cuda", 3), use_tf32=True, deterministic=False)
+    assert chosen == [torch.device("cuda", 3)]
+
+
+def test_deterministic_kernels_do_not_fill_what_is_written_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch would write NaN into every new tensor, a pass over memory each."""
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "")
+    distributed.set_up_kernels(torch.device("cpu"), use_tf32=False, deterministic=True)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize(("drop_rate", "seeds"), [(0.0, 0), (0.1, 8)])
+@pytest.mark.usefixtures("without_charts")
+def test_generators_are_seeded_only_for_dropout(
+    make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch,
+    drop_rate: float, seeds: int,
+) -> None:  # fmt: skip
+    keys: list[tuple[int, ...]] = []
+    monkeypatch.setattr(ddp_train, "seed_dropout", lambda *key: keys.append(key))
+    folder = make_run(model={"drop_rate": drop_rate})
+    place = (folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu", "--max-steps", 2)
+    assert call(ddp_train.main, *place).status == 0
+    assert len(keys) == seeds

@@ -154,7 +154,7 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
         folder=RunFolder(Path(os.devnull)),
         model_config=request.model_config,
         config=request.config,
-        splits=data.Splits(plan, data.SyntheticData(plan, request.model_config.vocab_size), None, [], ""),
+        splits=data.Splits(plan, data.SyntheticData(plan, request.model_config.vocab_size), None, {}, ""),
         model=model,
         optimizer=optimizer,
         scaler=scaler,

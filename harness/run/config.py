@@ -22,6 +22,11 @@ from harness.run.strict_json import on_one_line, read_strict_json, shown
 
 MAX_PARAMETERS = 10**10
 DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
+DATASETS_WANTED = Wanted(
+    "NAME or OWNER/NAME, of letters, digits, '.', '_' and '-', "
+    'or a list of at least two different {"name": NAME, "weight": above 0}'
+)
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 Purpose = Literal["init", "order", "dropout"]
@@ -40,6 +45,11 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError("each at most once")
     return names
+
+
+def _other_names(datasets: "tuple[WeightedDataset, ...]") -> "tuple[WeightedDataset, ...]":
+    _each_once(tuple(dataset.name for dataset in datasets))
+    return datasets
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -65,17 +75,34 @@ class ModelConfig:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
+class WeightedDataset:
+    """One of the datasets that a run mixes."""
+
+    name: str = Field(pattern=DATASET_NAME, max_length=200)
+    """As the name of a single dataset."""
+    weight: float = Field(gt=0, le=1e9)
+    """Its share of the sequences, relative to the other weights."""
+    revision: str | None = Field(default=None, pattern=REVISION, max_length=200)
+    """Hub commit to pin."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
     """How a model is trained: data, batch, optimizer, precision, seeds and intervals."""
 
-    dataset: Recipe[Annotated[str, Wanted("NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'")]] = Field(
-        pattern=DATASET_NAME, max_length=200
-    )
-    """Folder under DATASETS_DIR, and Hub dataset id to download when the folder is missing."""
+    dataset: Recipe[
+        Annotated[
+            Annotated[str, Field(pattern=DATASET_NAME, max_length=200)]
+            | Annotated[tuple[WeightedDataset, ...], Field(min_length=2, strict=False), AfterValidator(_other_names)],
+            DATASETS_WANTED,
+        ]
+    ] = Field()
+    """Folder under DATASETS_DIR, and Hub dataset id to download when the folder is missing; or a list of them, each
+    `{"name": ..., "weight": ...}`, whose sequences are mixed by weight (the first is validated and scored on)."""
     dataset_revision: Recipe[Annotated[str | None, Wanted("a commit, branch or tag name")]] = Field(
-        default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200
+        default=None, pattern=REVISION, max_length=200
     )
-    """Hub commit to pin."""
+    """Hub commit to pin; in a list, each dataset's `revision`."""
     min_train_tokens: Execution[Annotated[int, AfterValidator(_not_zero)]] = Field(ge=-1, le=10**15)
     """Tokens to train on, rounded up to whole global batches; -1 takes all whole global batches that fit."""
     start_train_token: Recipe[int] = Field(ge=0)
@@ -157,6 +184,26 @@ class TrainConfig:
         if self.schedule in ("constant", "cosine"):
             object.__setattr__(self, "schedule_learning_rate", self.schedule == "cosine")
             object.__setattr__(self, "schedule", None)
+
+    @property
+    def datasets(self) -> tuple[WeightedDataset, ...]:
+        """The datasets that are trained on; a single one has the weight 1."""
+        if isinstance(self.dataset, str):
+            return (WeightedDataset(name=self.dataset, weight=1.0, revision=self.dataset_revision),)
+        return self.dataset
+
+    @property
+    def scored_dataset(self) -> str:
+        """The dataset that validation and test losses are measured on."""
+        return self.datasets[0].name
+
+    @property
+    def dataset_shares(self) -> str:
+        """The datasets in words, as `books` or `books (70%) + code (30%)`."""
+        if isinstance(self.dataset, str):
+            return self.dataset
+        total = sum(part.weight for part in self.dataset)
+        return " + ".join(f"{part.name} ({100 * part.weight / total:.3g}%)" for part in self.dataset)
 
     @property
     def schedule_name(self) -> str:
@@ -242,6 +289,8 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
         lines.append("global_batch_size: found together with gradient_accumulation_steps, wanted one of the two")
     if data.get("schedule_learning_rate") and data.get("schedule") not in (None, "cosine"):
         lines.append(f"schedule: found {shown(data['schedule'])} with schedule_learning_rate, wanted one of the two")
+    if data.get("dataset_revision") is not None and not isinstance(data.get("dataset"), str | None):
+        lines.append("dataset_revision: found with a list of datasets, wanted a revision in each of them")
     pair = ("validation_interval", "validation_batches")
     for missing, given in (pair, pair[::-1]):
         if data.get(missing) is None and data.get(given) is not None:

@@ -5,10 +5,8 @@ at a step is a pure function of the plan and the seeds, so there is no iterator 
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,72 +20,12 @@ from harness.engine.failpoints import failpoint
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import DataError, hub_errors
 from harness.run.plan import Plan, make_plan, validation_sequences
+from harness.tokens.checked_tokens import CheckedTokens, TokenCheck, check_tokens
 from harness.tokens.mixture import Mixture
 from harness.tokens.randomness import Permutation, order_permutation
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
 
-CHECK_CHUNK_TOKENS = 2**24
 FINGERPRINT_TOKENS = 2**20
-
-
-@dataclass(frozen=True)
-class TokenCheck:
-    """What one pass over tokens [start, start + count) of a split found."""
-
-    start: int
-    count: int
-    highest_id: int
-    sha256: str
-    """Over the file's type, and the tokens as little-endian uint32."""
-
-
-def check_tokens(file: TokenFile, start: int, count: int, vocab_size: int) -> TokenCheck:
-    """Check that every id in [start, start + count) is in [0, vocab_size), and hash those tokens.
-
-    The result is cached beside the file until its size or time changes, so that resuming does not read gigabytes
-    again. Raises DataError with the index of the first id that is out of range.
-    """
-    size, mtime_ns = file.size_and_time()
-    cache = file.path.with_name(f".{file.path.stem}-{start}-{count}.check.json")
-    key = {"size": size, "mtime_ns": mtime_ns}
-    result = _cached_check(cache, key)
-    if result is None or result.highest_id >= vocab_size:
-        result = _read_and_check(file, start, count, vocab_size)
-        try:
-            temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({**key, **asdict(result)}))
-            temporary.replace(cache)
-        except OSError:
-            pass  # a read-only dataset folder costs another pass at the next start, nothing else
-    return result
-
-
-def _cached_check(path: Path, key: dict[str, int]) -> TokenCheck | None:
-    try:
-        cached = json.loads(path.read_text())
-        if all(cached[name] == value for name, value in key.items()):
-            return TokenCheck(
-                int(cached["start"]), int(cached["count"]), int(cached["highest_id"]), str(cached["sha256"])
-            )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
-
-
-def _read_and_check(file: TokenFile, start: int, count: int, vocab_size: int) -> TokenCheck:
-    digest = hashlib.sha256(file.dtype.encode())
-    highest = 0
-    for chunk_start in range(start, start + count, CHECK_CHUNK_TOKENS):
-        tokens = file.read(chunk_start, min(CHECK_CHUNK_TOKENS, start + count - chunk_start))
-        wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
-        if wrong.size:
-            raise DataError(
-                f"{file.path}: found id {tokens[wrong[0]]} at token {chunk_start + int(wrong[0]):,}, "
-                f"wanted ids from 0 to {vocab_size - 1} (model.json: vocab_size)"
-            )
-        highest = max(highest, int(tokens.max()))
-        digest.update(tokens.astype("<u4").tobytes())
-    return TokenCheck(start, count, highest, digest.hexdigest())
 
 
 def ensure_dataset(datasets_dir: Path, config: TrainConfig) -> None:
@@ -132,7 +70,7 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
 class SequenceFile:
     """A dataset's train split cut into sequences: sequence s is tokens [start + s*T, start + s*T + T + 1)."""
 
-    file: TokenFile
+    file: TokenFile | CheckedTokens
     start_token: int
     length: int
     """T, of a sequence in tokens."""
@@ -144,16 +82,23 @@ class SequenceFile:
         sequence = index if self.order is None else self.order[index]
         return self.file.read(self.start_token + sequence * self.length, self.length + 1)
 
-    def fingerprint(self) -> str:
-        """Return a SHA-256 (hex) that is cheap to compute and prevents a run from resuming on other data.
 
-        It covers the file's length and type, start_token, and up to 2^20 tokens from there and at the file's end.
-        """
-        digest = hashlib.sha256(f"{self.file.dtype} {self.file.length} {self.start_token}".encode())
-        count = min(FINGERPRINT_TOKENS, self.file.length - self.start_token)
-        for start in (self.start_token, self.file.length - count):
-            digest.update(self.file.read(start, count).astype("<u4").tobytes())
-        return digest.hexdigest()
+def fingerprint_of(files: Sequence[TokenFile], start_token: int) -> str:
+    """Return the fingerprint of a run's only train split, or a SHA-256 (hex) over those of all."""
+    each = [fingerprint(file, start_token) for file in files]
+    return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
+
+
+def fingerprint(file: TokenFile, start_token: int) -> str:
+    """Return a SHA-256 (hex) that is cheap to compute and prevents a run from resuming on other data.
+
+    It covers the file's length and type, start_token, and up to 2^20 tokens from there and at the file's end.
+    """
+    digest = hashlib.sha256(f"{file.dtype} {file.length} {start_token}".encode())
+    count = min(FINGERPRINT_TOKENS, file.length - start_token)
+    for start in (start_token, file.length - count):
+        digest.update(file.read(start, count).astype("<u4").tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -175,16 +120,14 @@ class TrainData:
         block = torch.from_numpy(np.stack([self.parts[part].read(index) for part, index in places]))  # (B, T + 1)
         return block[:, :-1], block[:, 1:]
 
-    def fingerprint(self) -> str:
-        """Return the fingerprint of the only dataset, or a SHA-256 over those of all."""
-        each = [part.fingerprint() for part in self.parts]
-        return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
+    def spans(self) -> list[tuple[int, int]]:
+        """Return the first token and the number of tokens that the plan may read of each file.
 
-    def used(self) -> list[tuple[TokenFile, int, int]]:
-        """Return each file with the first token and the number of tokens that the plan reads of it."""
+        A shuffled run draws its sequences from the whole split.
+        """
         counts = self.mixture.counts(self.plan.global_steps * self.plan.global_batch)
         return [
-            (part.file, part.start_token, count * part.length + 1)
+            (part.start_token, (count if part.order is None else part.order.length) * part.length + 1)
             for part, count in zip(self.parts, counts, strict=True)
         ]
 
@@ -249,16 +192,28 @@ class Splits:
 
     plan: Plan
     train: TrainData | SyntheticData
-    validation: TokenFile | None
+    validation: TokenFile | CheckedTokens | None
     checks: dict[str, TokenCheck]
     """Of the train split of each dataset and then the validation split, by name; empty in a process that did not
     check."""
     fingerprint: str
-    """Of the train data; see TrainData.fingerprint."""
+    """Of the train data; see `fingerprint_of`."""
 
     def describe(self) -> list[dict[str, object]]:
         """Return the checks as run.json holds them."""
-        return [asdict(check) for check in self.checks.values()]
+        return [check.describe() for check in self.checks.values()]
+
+    def bound_to(self, checks: dict[str, TokenCheck]) -> "Splits":
+        """Return the same data, of which no token is read that one process's checks did not see."""
+        assert isinstance(self.train, TrainData)
+        files = [file for file in (*(part.file for part in self.train.parts), self.validation) if file is not None]
+        bound = [
+            CheckedTokens(file, check)
+            for file, check in zip(files, checks.values(), strict=True)
+            if isinstance(file, TokenFile)
+        ]
+        parts = tuple(replace(part, file=bound.pop(0)) for part in self.train.parts)
+        return replace(self, train=replace(self.train, parts=parts), validation=bound.pop() if bound else None)
 
     def checked(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens that this process checked, by split and range."""
@@ -279,7 +234,7 @@ def open_splits(
     plan = make_plan(model, config, world_size, tokens_available(files, model, config))
     train = train_data(files, config, plan)
     names = ["train"] if len(files) == 1 else [f"train {part.name}" for part in config.datasets]
-    used = dict(zip(names, train.used(), strict=True))
+    used = {name: (file, *span) for name, file, span in zip(names, files, train.spans(), strict=True)}
     validation = None
     if config.validation_batches is not None:
         validation = open_split(datasets_dir, config.scored_dataset, "validation")
@@ -291,11 +246,11 @@ def open_splits(
             )
         used["validation"] = (validation, config.start_val_token, needed)
     checks = {name: check_tokens(*span, model.vocab_size) for name, span in used.items()} if reads_through else {}
-    return Splits(plan, train, validation, checks, train.fingerprint())
+    return Splits(plan, train, validation, checks, fingerprint_of(files, config.start_train_token))
 
 
 def evaluation_batches(
-    file: TokenFile, start_token: int, sequences: range, context_length: int, batch_size: int
+    file: TokenFile | CheckedTokens, start_token: int, sequences: range, context_length: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield tokens and targets, each (up to batch_size, T), of `sequences` counted from start_token."""
     for first in range(sequences.start, sequences.stop, batch_size):

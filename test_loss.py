@@ -22,16 +22,18 @@ from torch import Tensor, nn
 import data
 from harness.engine.distributed import Launch, choose_device, set_up_kernels
 from harness.engine.evaluate import Bucket, LossTally, token_loss_batches
+from harness.engine.opening import open_weights
 from harness.run.arguments import add_device, parse_into, parser_of, whole_number
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError, StorageError, exit_status_of
-from harness.run.files import file_sha256, json_number, utc_now
+from harness.run.files import json_number, utc_now
 from harness.run.run_folder import run_of_model_file
 from harness.run.score import Score, describe_model, perplexity_of, score_path
-from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.tokens.checked_tokens import CHECK_CHUNK_TOKENS, CheckedTokens, check_tokens
+from harness.tokens.token_files import SPLITS, open_split, split_files
 from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
-from model import load_model
+from model import model_of
 
 FREQUENCY_TOKENS = 2**27  # of the train split, enough to know how often an id occurs
 SEQUENCES_PER_BATCH = 6  # of the published test set, whatever --batch-size the machine can hold
@@ -59,9 +61,11 @@ def main() -> None:
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
-    output = output_file(arguments)
-    model = load_model(arguments.model_json, arguments.model_safetensors, device)
-    file, check = open_test_tokens(arguments, model.config)
+    config, weights = load_model_config(arguments.model_json), open_weights(arguments.model_safetensors)
+    scored = describe_model(weights.path, weights.sha256)  # now: a live run may delete the checkpoint meanwhile
+    output = output_file(arguments, weights.path)
+    model = model_of(config, weights, device)
+    file = open_test_tokens(arguments, model.config)
     length, sequences = model.config.context_length, arguments.batches * SEQUENCES_PER_BATCH
 
     batches = data.evaluation_batches(file, arguments.start_token, range(sequences), length, arguments.batch_size)
@@ -71,7 +75,7 @@ def main() -> None:
         tally_losses(model, with_progress(batches, sequences), device, tally)
     losses = tally.sequence_losses()
     loss = float(losses.mean())
-    text_bytes = target_bytes(file, arguments.start_token + 1, check.count - 1)
+    text_bytes = target_bytes(file, arguments.start_token + 1, file.check.count - 1)
     bits_per_byte = json_number(loss * sequences * length / math.log(2) / text_bytes) if text_bytes else None
     score = Score(
         dataset=arguments.dataset,
@@ -79,7 +83,7 @@ def main() -> None:
         start_token=arguments.start_token,
         tokens=sequences * length,
         sequences=sequences,
-        tokens_sha256=check.sha256,
+        tokens_sha256=file.check.sha256,
         loss=json_number(loss),
         perplexity=perplexity_of(loss),
         bits_per_byte=bits_per_byte,
@@ -88,7 +92,7 @@ def main() -> None:
         dtype=arguments.dtype,
         device=device.type,
         time=utc_now(),
-        model=describe_model(arguments.model_safetensors, file_sha256(arguments.model_safetensors)),
+        model=scored,
         path=output,
     )
     print(f"Scored {sequences:,} sequences of {length:,} tokens; one loss for each goes to {output}")
@@ -121,7 +125,7 @@ def parse_arguments() -> ScoreArguments:
     return parse_into(ScoreArguments, parser)
 
 
-def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> tuple[TokenFile, data.TokenCheck]:
+def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> CheckedTokens:
     """Find the test tokens, downloading them if need be, and check all of them; raises DataError."""
     data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
     file = open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
@@ -133,7 +137,7 @@ def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> tuple[Tok
             f"(--batches {arguments.batches} x {SEQUENCES_PER_BATCH} sequences x {model.context_length} tokens + 1); "
             "choose --start-token and --batches"
         )
-    return file, data.check_tokens(file, arguments.start_token, needed, model.vocab_size)
+    return CheckedTokens(file, check_tokens(file, arguments.start_token, needed, model.vocab_size))
 
 
 def tally_losses(
@@ -159,21 +163,21 @@ def with_progress(batches: Iterator[tuple[Tensor, Tensor]], sequences: int) -> I
             bar.update(len(tokens))
 
 
-def target_bytes(file: TokenFile, start: int, count: int) -> int | None:
+def target_bytes(file: CheckedTokens, start: int, count: int) -> int | None:
     """Return the UTF-8 bytes that tokens [start, start + count) stand for; None where they are not GPT-2's."""
     if file.metadata.get("tokenizer", "gpt2") != "gpt2":
         return None
     lengths = np.array(bytes_per_token())
     total = 0
-    for first in range(start, start + count, data.CHECK_CHUNK_TOKENS):
-        tokens = file.read(first, min(data.CHECK_CHUNK_TOKENS, start + count - first))
+    for first in range(start, start + count, CHECK_CHUNK_TOKENS):
+        tokens = file.read(first, min(CHECK_CHUNK_TOKENS, start + count - first))
         if tokens.max() >= VOCAB_SIZE:
             return None
         total += int(lengths[tokens].sum())
     return total
 
 
-def first_documents(file: TokenFile, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
+def first_documents(file: CheckedTokens, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
     """Return for each sequence the number of the document that its first token belongs to, counted from the first.
 
     Sequences that begin in one document are not independent of each other, so they form a cluster. None where
@@ -182,8 +186,8 @@ def first_documents(file: TokenFile, start: int, sequences: int, length: int) ->
     if file.metadata.get("tokenizer", "gpt2") != "gpt2":
         return None
     ends: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    for first in range(0, sequences * length, data.CHECK_CHUNK_TOKENS):
-        tokens = file.read(start + first, min(data.CHECK_CHUNK_TOKENS, sequences * length - first))
+    for first in range(0, sequences * length, CHECK_CHUNK_TOKENS):
+        tokens = file.read(start + first, min(CHECK_CHUNK_TOKENS, sequences * length - first))
         ends.append(np.flatnonzero(tokens == END_OF_TEXT_ID) + first)
     return np.searchsorted(np.concatenate(ends), np.arange(sequences) * length).astype(np.int64)
 
@@ -194,9 +198,9 @@ def by_frequency(arguments: ScoreArguments, tally: LossTally, vocab_size: int) -
         return None
     file = open_split(arguments.datasets_dir, arguments.dataset, "train")
     count = np.zeros(vocab_size, dtype=np.int64)
-    for first in range(0, min(file.length, FREQUENCY_TOKENS), data.CHECK_CHUNK_TOKENS):
-        tokens = file.read(first, min(data.CHECK_CHUNK_TOKENS, file.length - first))
-        count += np.bincount(tokens[tokens < vocab_size], minlength=vocab_size)
+    for first in range(0, min(file.length, FREQUENCY_TOKENS), CHECK_CHUNK_TOKENS):
+        tokens = file.read(first, min(CHECK_CHUNK_TOKENS, file.length - first))
+        count += np.bincount(tokens[(tokens >= 0) & (tokens < vocab_size)], minlength=vocab_size)
     return described(tally.by_frequency(count))
 
 
@@ -208,14 +212,15 @@ def described(buckets: list[Bucket]) -> list[dict[str, object]]:
     ]
 
 
-def output_file(arguments: ScoreArguments) -> Path:
+def output_file(arguments: ScoreArguments, weights: Path) -> Path:
     """Return where the result goes: as asked, into the run's evals folder, or beside a loose model file.
 
-    Makes the folder, so that one that cannot be written is known before the work is done.
+    `weights` is the model file itself, whatever links led to it. Makes the folder, so that one that cannot be written
+    is known before the work is done.
     """
     path = arguments.output
     if path is None:
-        owner = run_of_model_file(arguments.model_safetensors)
+        owner = run_of_model_file(weights)
         place = owner[0].evals if owner else arguments.model_safetensors.parent / "evals"
         model = owner[0].checkpoint(owner[1]).name if owner else arguments.model_safetensors.stem
         sequences = arguments.batches * SEQUENCES_PER_BATCH

@@ -4,7 +4,6 @@ python test_smoke.py runs/NAME/model.json runs/NAME/checkpoints/best/model.safet
 python test_smoke.py --timeline NAME      the same sample from every kept checkpoint of a run
 """
 
-import json
 import secrets
 import sys
 from dataclasses import dataclass
@@ -13,12 +12,15 @@ from pathlib import Path
 import torch
 
 from harness.engine.distributed import Launch, choose_device, set_up_kernels
+from harness.engine.opening import Weights, open_weights
 from harness.engine.sampling import SampleSettings, continue_text
 from harness.run.arguments import add_device, add_runs_dir, parse_into, parser_of, positive_or_zero, whole_number
+from harness.run.config import ModelConfig, load_model_config
 from harness.run.errors import CheckpointError, exit_status_of
 from harness.run.files import utc_now
+from harness.run.json_lines import append_json_lines
 from harness.run.run_folder import IMPORTED, IMPORTED_STEP, open_run, run_of_model_file
-from model import load_model
+from model import model_of
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,25 @@ def main() -> None:
     if arguments.timeline is None:
         assert arguments.model_json is not None
         assert arguments.model_safetensors is not None
-        print(sample(arguments, arguments.model_json, arguments.model_safetensors, device))
+        config = load_model_config(arguments.model_json)
+        print(sample(arguments, config, open_weights(arguments.model_safetensors), device))
         return
     folder = open_run(arguments.runs_dir, arguments.timeline)
     steps = folder.model_steps()
     if not steps:
         raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted at least one")
+    config, sampled = load_model_config(folder.model_json), 0
     for step in steps:
-        weights = folder.weights(step)
+        try:
+            text = sample(arguments, config, open_weights(folder.weights(step)), device)
+        except CheckpointError as error:  # the others are still worth reading
+            print(f"warning: passing over {error}", file=sys.stderr)
+            continue
+        sampled += 1
         label = IMPORTED if step == IMPORTED_STEP else f"step {step:,}"
-        print(f"{label}: {sample(arguments, folder.model_json, weights, device)}", flush=True)
+        print(f"{label}: {text}", flush=True)
+    if not sampled:
+        raise CheckpointError(f"{folder.checkpoints}: no checkpoint is valid")
 
 
 def parse_arguments() -> SmokeArguments:
@@ -78,12 +89,12 @@ def parse_arguments() -> SmokeArguments:
     return arguments
 
 
-def sample(arguments: SmokeArguments, model_json: Path, weights: Path, device: torch.device) -> str:
+def sample(arguments: SmokeArguments, config: ModelConfig, weights: Weights, device: torch.device) -> str:
     """Return one model's text, and keep it in evals/smoke.jsonl where the model is a run's checkpoint."""
-    model = load_model(model_json, weights, device)
+    model = model_of(config, weights, device)
     settings = SampleSettings(arguments.num_tokens, arguments.temperature, arguments.top_k or None, arguments.seed)
-    text = continue_text(model, model.config, arguments.prompt, settings)
-    owner = run_of_model_file(weights)
+    text = continue_text(model, config, arguments.prompt, settings)
+    owner = run_of_model_file(weights.path)
     if owner is not None:
         folder, step = owner
         line = {
@@ -97,8 +108,7 @@ def sample(arguments: SmokeArguments, model_json: Path, weights: Path, device: t
             "time": utc_now(),
         }
         folder.evals.mkdir(exist_ok=True)
-        with (folder.evals / "smoke.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_lines(folder.evals / "smoke.jsonl", [line])
     return text
 
 

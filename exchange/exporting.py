@@ -13,11 +13,13 @@ from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE, config_document, re
 from exchange.model_card import CHART, Interval, Publication, model_card
 from exchange.origin import Origin
 from exchange.vocabulary import tokenizer_files
-from harness.engine.checkpoint import MANIFEST_FILE, save_tensors
+from harness.engine import resume
+from harness.engine.checkpoint import save_tensors
+from harness.engine.opening import Weights, open_weights
 from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, StorageError, hub_errors
-from harness.run.files import atomic_folder, file_sha256, read_json, write_json, write_text
-from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
+from harness.run.files import atomic_folder, write_json, write_text
+from harness.run.run_folder import IMPORTED_STEP, MODEL_FILE, RunFolder, open_run
 from harness.run.score import Score
 from harness.tokens.tokenizer import (
     END_OF_TEXT,
@@ -54,24 +56,24 @@ class ExportRequest:
     check: bool
 
 
-OpenModel = Callable[[Path, Path], nn.Module]
-"""Opens a model from its model.json and its weights, on the CPU and in evaluation mode."""
+ModelOf = Callable[[ModelConfig, Weights], nn.Module]
+"""Makes the model with some weights, on the CPU and in evaluation mode."""
 IntervalOf = Callable[[Score], Interval]
 
 
-def export(request: ExportRequest, open_model: OpenModel, interval_of: IntervalOf) -> None:
+def export(request: ExportRequest, model_of: ModelOf, interval_of: IntervalOf) -> None:
     """Find the checkpoint, write the export, check it, and push it if asked; raises HarnessError."""
     require_possible(request)
     folder, step = find_checkpoint(request.runs_dir, request.run)
-    require_whole(folder, step)
     config, _ = folder.read_configs()
     require_expressible(config, folder.model_json)
-    model = open_model(folder.model_json, folder.weights(step))
+    weights = open_weights(folder.weights(step))
+    model = model_of(config, weights)
     is_gpt2 = Origin.read(folder.imported_source).tokenizer_is_gpt2 is not False
     has_tokenizer = config.vocab_size == VOCAB_SIZE and is_gpt2
     with atomic_folder(request.out_dir) as path:
         write_model(path, model, config, has_tokenizer)
-        write_card(path, folder, step, request, interval_of)
+        write_card(path, folder, (step, weights.sha256), request, interval_of)
         if request.check:
             found = parity.check_logits(model, path, config.vocab_size, config.context_length)
             if has_tokenizer:
@@ -108,23 +110,15 @@ def find_checkpoint(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
     place, _, name = rest.partition("/")
     if rest and (place != "checkpoints" or not name or "/" in name):
         raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
-    if not rest:  # not the link `latest`: a kill may have left it on an older checkpoint
-        steps = folder.model_steps()
-    else:
-        path = (folder.checkpoints / name).resolve()
-        steps = [step for step in folder.model_steps() if folder.checkpoint(step).resolve() == path]
-    if not steps or not folder.weights(steps[-1]).is_file():
-        raise CheckpointError(f"{folder.checkpoints}: found no {name or 'checkpoint'}, wanted one with {MODEL_FILE}")
-    return folder, steps[-1]
-
-
-def require_whole(folder: RunFolder, step: int) -> None:
-    """Check the weights against the checkpoint's manifest, where it has one; raises CheckpointError."""
-    path = folder.weights(step)
-    files = read_json(folder.checkpoint(step) / MANIFEST_FILE).get("files", {})
-    wanted = files.get(MODEL_FILE, {}).get("sha256")
-    if wanted and (found := file_sha256(path)) != wanted:
-        raise CheckpointError(f"{path}: found SHA-256 {found}, wanted {wanted}")
+    is_imported = folder.weights(IMPORTED_STEP).is_file()
+    if is_imported and name and (folder.checkpoints / name).resolve() == folder.imported.resolve():
+        return folder, IMPORTED_STEP
+    # Not the link `latest`: a kill may have left it on an older checkpoint.
+    if (found := resume.find(folder, name or None)) is not None:
+        return folder, found.step
+    if not is_imported:
+        raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted one with {MODEL_FILE}")
+    return folder, IMPORTED_STEP
 
 
 def write_model(path: Path, model: nn.Module, config: ModelConfig, has_tokenizer: bool) -> None:
@@ -143,12 +137,17 @@ def write_model(path: Path, model: nn.Module, config: ModelConfig, has_tokenizer
             write_text(path / name, text)
 
 
-def write_card(path: Path, folder: RunFolder, step: int, request: ExportRequest, interval_of: IntervalOf) -> None:
-    """Write the model card, with the run's loss chart and the scores of exactly these weights."""
+def write_card(
+    path: Path, folder: RunFolder, exported: tuple[int, str], request: ExportRequest, interval_of: IntervalOf
+) -> None:
+    """Write the model card, with the run's loss chart and the scores of exactly these weights.
+
+    `exported` is the step of the checkpoint and the SHA-256 of its weights.
+    """
+    step, sha256 = exported
     chart = folder.charts / CHART
     if chart.is_file():
         shutil.copyfile(chart, path / CHART)
-    sha256 = file_sha256(folder.weights(step))
     of_these = [score for score in Score.of_checkpoint(folder, step) if score.model.model_sha256 == sha256]
     scores = [(score, interval_of(score)) for score in of_these if score.loss is not None]
     has_tokenizer = (path / "tokenizer.json").is_file()

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.engine import checkpoint, resume
+from harness.engine import resume
 from harness.engine.distributed import device_name
+from harness.engine.opening import VerifiedCheckpoint
 from harness.engine.sampling import require_gpt2_ids
 from harness.report.text import aligned
 from harness.run.config import ModelConfig, TrainConfig
@@ -118,7 +119,7 @@ def open_model(
 
     def opened(weights: Path | None) -> nn.Module:
         if weights is None and found is not None:
-            weights = found / MODEL_FILE
+            weights = found.path / MODEL_FILE
         return source.build(folder, replace(config, drop_rate=recipe.drop_rate), train, weights).to(device).eval()
 
     if found is None:
@@ -127,12 +128,11 @@ def open_model(
         return EvaluatedModel(
             name, {"sha256": source.fingerprint(opened(None)), "step": None, "tokens_seen": seen}, opened
         )
-    manifest, step = read_json(found / checkpoint.MANIFEST_FILE), int(found.name.removeprefix("step-"))
-    sha256 = manifest["files"][MODEL_FILE]["sha256"]
-    return EvaluatedModel(name, {"sha256": sha256, "step": step, **describe_checkpoint(folder, step)}, opened)
+    described = {"sha256": found.sha256[MODEL_FILE], "step": found.step, **describe_checkpoint(folder, found.step)}
+    return EvaluatedModel(name, described, opened)
 
 
-def find_checkpoint(folder: RunFolder, inside: str, is_imported: bool) -> Path | None:
+def find_checkpoint(folder: RunFolder, inside: str, is_imported: bool) -> VerifiedCheckpoint | None:
     """Return the newest valid checkpoint of a run, or the one named `checkpoints/NAME`.
 
     None stands for the imported weights of a run that was not trained on from them.

@@ -28,6 +28,7 @@ def folder(make_run: Callable[..., Path]) -> RunFolder:
         {
             "step": step,
             "tokens": 128 * (step + 1),
+            "elapsed": 0.1 * (step + 1),
             "train/loss": 4 / (1 + step / 50),
             "train/loss_min": 3.5 / (1 + step / 50),
             "train/loss_max": 4.5 / (1 + step / 50),
@@ -129,7 +130,7 @@ def test_page_in_a_real_browser(folder: RunFolder, tmp_path: Path) -> None:
         ["chromium", *switches.split(), f"--user-data-dir={tmp_path}/profile", "--dump-dom", folder.page.as_uri()],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=600,
         env={**os.environ, "HOME": str(tmp_path)},
     )
     assert re.search(r"<title>tiny</title>", done.stdout), done.stderr[-500:]

@@ -166,7 +166,7 @@ def start(folder: Path, endpoint: str, offline: bool = False, **config: Any) -> 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     """Wait for a process; give its exit status and the lines of stderr that are not a progress bar's."""
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]
     return process.returncode, lines
 
@@ -233,7 +233,7 @@ def test_a_download_that_was_cut_off_is_made_again(tmp_path: Path, hub: Hub, num
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(timeout=5) == -number
+    assert process.wait(timeout=600) == -number
     process.communicate()
     assert not list((tmp_path / "datasets" / DATASET).glob("*.safetensors"))
     hub.delay_seconds = 0.0

@@ -142,7 +142,7 @@ def test_killed_and_run_again(call: Call, tmp_path: Path, monkeypatch: pytest.Mo
         assert process.returncode == -signal.SIGKILL
         seen.append(progress.read_bytes())
     process = start(words)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     monkeypatch.undo()
     for ours, theirs in zip(splits(tmp_path / "out").values(), splits(tmp_path / "whole").values(), strict=True):
@@ -274,7 +274,7 @@ def local_copy(hub: Hub, commit: str, folder: Path) -> Path:  # noqa: F811
 @pytest.mark.parametrize(("place", "count"), [("", 4), ("/sample/10BT/", 4), ("/sample/10BT/000.parquet", 1)])
 def test_hub_dataset_equals_its_files(call: Call, tmp_path: Path, corpus_hub: Hub, place: str, count: int) -> None:
     process = start([f"hf:{DATASET}{place}", tmp_path / "out"], **hub_environment(tmp_path, corpus_hub.url))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     own = local_copy(corpus_hub, COMMITS["main"], tmp_path / "in")
     if count == 1:
@@ -303,7 +303,7 @@ def test_hub_dataset_killed_goes_on_from_the_same_commit(call: Call, tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.test_data_download.COMMITS", moved)
         process = start(words, **environment)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     own = local_copy(corpus_hub, COMMITS["v2"], tmp_path / "in")
     assert call(prepare_dataset.main, own, tmp_path / "own").status == 0
@@ -314,7 +314,7 @@ def test_hub_dataset_killed_goes_on_from_the_same_commit(call: Call, tmp_path: P
     # Done is done: nothing is asked again.
     asked = len(corpus_hub.requests)
     process = start(words, **environment)
-    assert process.communicate(timeout=60)[0].startswith("Already prepared")
+    assert process.communicate(timeout=600)[0].startswith("Already prepared")
     assert len(corpus_hub.requests) == asked
 
 
@@ -324,7 +324,7 @@ MISSING = [("owner/other", "owner/other"), (f"{DATASET}/nowhere", "nowhere"), (f
 @pytest.mark.parametrize(("source", "words"), MISSING)
 def test_what_the_hub_does_not_have_is_one_line(tmp_path: Path, corpus_hub: Hub, source: str, words: str) -> None:
     process = start([f"hf:{source}", tmp_path / "out"], **hub_environment(tmp_path, corpus_hub.url))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 3, errors
     assert len(errors.splitlines()) == 1, errors
     assert words in errors
@@ -337,7 +337,7 @@ def test_broken_download_is_one_line_and_can_be_continued(tmp_path: Path, corpus
     corpus_hub.files[COMMITS["main"]][name] = b""
     words: list[object] = [f"hf:{DATASET}", tmp_path / "out"]
     process = start(words, **hub_environment(tmp_path, corpus_hub.url))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 3
     assert len(errors.splitlines()) == 1, errors
     corpus_hub.files[COMMITS["main"]][name] = missing
@@ -345,5 +345,5 @@ def test_broken_download_is_one_line_and_can_be_continued(tmp_path: Path, corpus
     (tmp_path / "out" / ".partial" / "download").mkdir()
     (tmp_path / "out" / ".partial" / "download" / "unpacked").write_bytes(b"what a kill left")
     process = start(words, **hub_environment(tmp_path, corpus_hub.url))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors

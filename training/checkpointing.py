@@ -11,7 +11,7 @@ from harness.run.errors import ConfigError, DataError, PeerError
 from harness.run.plan import Plan
 from harness.run.status import Status
 from training.arguments import RunRequest
-from training.context import TrainContext
+from training.context import TrainContext, parameter_shapes
 
 
 def require_equal_runs(request: RunRequest, launch: Launch, identity: ResumeIdentity, stop_step: int) -> None:
@@ -37,7 +37,7 @@ def choose_resume_point(request: RunRequest, launch: Launch, plan: Plan, identit
 
     def choose() -> ResumePoint:
         wanted = ResumeRequest(request.arguments.checkpoint, request.arguments.fresh, launch.restart)
-        point = resume.choose_resume_point(request.folder, wanted, identity)
+        point = resume.choose_resume_point(request.folder, wanted, identity, parameter_shapes(request.model_config))
         checkpoint.require_room(request.folder, cost_of(request.model_config, request.config, plan).checkpoint_bytes)
         return point
 

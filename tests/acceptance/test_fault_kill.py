@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from harness.engine import checkpoint
+from harness.engine.opening import open_checkpoint
+from harness.run.errors import RunLockedError
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
@@ -86,9 +88,9 @@ def test_a_killed_rank_is_restarted_by_the_launcher(
             wait_for(lambda: lines_in(folder / "metrics.jsonl") >= 8 * number)  # noqa: B023
             os.kill(rank_processes(launcher.pid)[rank], 9)
             began = time.monotonic()
-            wait_for(lambda: len(starts()) > number, seconds=100)  # noqa: B023
+            wait_for(lambda: len(starts()) > number)  # noqa: B023
             print(f"restarted in {time.monotonic() - began:.1f} seconds")
-        _, errors = launcher.communicate(timeout=100)
+        _, errors = launcher.communicate(timeout=600)
     finally:
         launcher.kill()
         launcher.communicate()
@@ -107,11 +109,10 @@ def test_ranks_do_not_outlive_their_launcher(whole_by_two: Path, tmp_path: Path,
         orphans = rank_processes(launcher.pid)
     finally:
         launcher.kill()
-    killed = time.monotonic()
-    (second,) = train_in_fork(folder, datasets_dir, check=5)
-    assert f":{orphans[0]})" in second.stderr
+    with pytest.raises(RunLockedError, match=f":{orphans[0]}\\)"), RunFolder(folder).locked():
+        pass  # what a second trainer does, without the seconds that its start would take
     wait_for(lambda: not any(is_running(pid) for pid in orphans.values()))
-    assert time.monotonic() - killed < 10
+    assert lines_in(folder / "metrics.jsonl") <= 8  # step 7 slept while the launcher died; they trained no further
     launcher.communicate()
     train_in_fork(folder, datasets_dir, count=2)
     assert_same_run(folder, whole_by_two)
@@ -130,7 +131,7 @@ def die(folder: Path, datasets_dir: Path, fault: str) -> Worker:
     for name in ("latest", "best"):
         link = folder / "checkpoints" / name
         if link.is_symlink():
-            checkpoint.verify(link.resolve())
+            open_checkpoint(link.resolve())
     return worker
 
 
@@ -203,7 +204,7 @@ def test_killed_while_pruning(whole: Path, tmp_path: Path, datasets_dir: Path) -
 
 def is_valid(path: Path) -> bool:
     try:
-        checkpoint.verify(path)
+        open_checkpoint(path)
     except checkpoint.CheckpointError:
         return False
     return True

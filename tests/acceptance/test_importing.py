@@ -255,8 +255,10 @@ def test_another_harness_s_file(bring: Call, call: Call, tmp_path: Path) -> None
     masks = {f"trf_blocks.{n}.att.mask": torch.ones(12, 12).triu(1) for n in range(2)}
     save_file({**model.state_dict(), **masks}, tmp_path / "theirs.safetensors")
     refused = bring(tmp_path / "theirs.safetensors")
-    assert (refused.status, len(refused.stderr.splitlines())) == (2, 1)
-    assert "--n-heads" in refused.stderr
+    warning, line = refused.stderr.splitlines()
+    assert refused.status == 2
+    assert "nothing vouches for" in warning
+    assert "--n-heads" in line
     done = bring(tmp_path / "theirs.safetensors", "--n-heads", 3)
     assert done.status == 0, done.stderr
     assert "not checked" in done.stdout
@@ -368,7 +370,7 @@ def test_from_the_hub(hub: ModelHub, tmp_path: Path) -> None:
     hub.files = wanted | {"pytorch_model.bin": b"\x80", "onnx/model.safetensors": b"no", "tf_model.h5": b"no"}
     done = subprocess.run(
         command("convert.py", "import", "hf:owner/gpt2", "mine", "--runs-dir", tmp_path / "runs"),
-        cwd=ROOT, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=170,
+        cwd=ROOT, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert hub.fetched() == sorted(wanted)

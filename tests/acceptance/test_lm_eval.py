@@ -50,7 +50,7 @@ def test_lm_eval_agrees_with_our_own_numbers(
     subprocess.run(
         [Path(os.environ["LM_EVAL"]).absolute(), *words, "--tasks", "local_text,local_choice", "--batch_size", "1",
          "--output_path", tmp_path / "results"],
-        cwd=TASKS, env={**os.environ, **OFFLINE, "HF_HOME": str(tmp_path / "home")}, check=True, timeout=500,
+        cwd=TASKS, env={**os.environ, **OFFLINE, "HF_HOME": str(tmp_path / "home")}, check=True, timeout=600,
     )  # fmt: skip
     (written,) = (tmp_path / "results").rglob("results*.json")
     results = json.loads(written.read_text())["results"]

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import ddp_train
 import training.dry_run
 from tests.conftest import Called
-from tests.helpers import OFFLINE, ROOT, command
+from tests.helpers import ROOT, command, run
 
 PUBLISHED = sorted(path.parent.name for path in (ROOT / "runs").glob("[18]x*/train.json"))
 
@@ -74,7 +73,7 @@ def test_output_that_nobody_reads_is_no_traceback() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     words = command("experiment.py", "compare", "--losses", "docs/published/losses.csv", "--baseline", "baseline")
-    done = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -92,16 +91,9 @@ def test_dry_run_of_all_tokens_reads_the_dataset(
 
 def test_a_typo_is_refused_before_torch_is_imported(make_run: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_run(train={"learning_rat": 0.1}, model={"n_heads": 3})
-    began = time.monotonic()
-    done = subprocess.run(
-        command("ddp_train.py", folder.name, tmp_path, "--runs-dir", folder.parent),
-        cwd=ROOT,
-        env={**os.environ, **OFFLINE},
-        capture_output=True,
-        text=True,
-    )
-    assert time.monotonic() - began < 3
-    assert done.returncode == 2
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = run("ddp_train.py", folder.name, tmp_path, "--runs-dir", folder.parent, check=2, **environment)
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 2
     assert "model.json: emb_dim: found 16, wanted a multiple of n_heads (3)" in lines[0]

@@ -48,7 +48,7 @@ def test_skypilot_reads_its_files(tmp_path: Path) -> None:
         pytest.skip("SKYPILOT_PYTHON names no interpreter of an environment with skypilot")
     environment = {**os.environ, "HOME": str(tmp_path)}
     command = [python, "-c", SKY, "cloud/sky.yaml", "cloud/sky-spot.yaml"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == (
         '[[6, false, "bash cloud/train.sh \\"$RUN\\" datasets\\n"], '
@@ -145,17 +145,17 @@ def test_slurm_trains_on_two_nodes_and_queues_again_when_stopped(
     words = ("bash", ROOT / "cloud" / "slurm.sbatch", "tiny", datasets_dir, "--device", "cpu")
     job = start(checkout, *words, **environment)
     try:
-        wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 3, seconds=120)
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 3)
         for launcher in launchers_of(job.pid):
             os.kill(launcher, signal.SIGTERM)  # as Slurm does ahead of the time limit: the tasks, not their children
-        output = "".join(job.communicate(timeout=120))
+        output = "".join(job.communicate(timeout=600))
     finally:
         end(job)
     assert status(run)["exit_code"] == 75, output
     log = Path(cluster["SCONTROL_LOG"])
     assert log.read_text().splitlines() == ["show hostnames node[1-2]", "requeue 4242"]
     job = start(checkout, *words, **environment)
-    output = "".join(job.communicate(timeout=170))
+    output = "".join(job.communicate(timeout=600))
     assert (job.returncode, status(run)["state"]) == (0, "complete"), output
     assert [line["step"] for line in metrics(run)] == list(range(60))
     assert log.read_text().splitlines()[2:] == ["show hostnames node[1-2]"]
@@ -175,7 +175,7 @@ def test_a_run_goes_on_from_what_was_kept_of_a_machine_that_is_gone(
     job = start(checkout, *words, KEEP_SECONDS="1")
     kept = tmp_path / "kept" / "tiny"
     try:
-        wait_for(lambda: len(list(kept.glob("checkpoints/step-*/manifest.json"))) >= 2, seconds=120)
+        wait_for(lambda: len(list(kept.glob("checkpoints/step-*/manifest.json"))) >= 2)
     finally:
         end(job)  # the machine is gone
         shutil.rmtree(run)
@@ -185,7 +185,7 @@ def test_a_run_goes_on_from_what_was_kept_of_a_machine_that_is_gone(
     )
     shutil.copy(corrected / "train.json", run)  # what the user sends along is newer than what was kept
     job = start(checkout, *words)
-    output = "".join(job.communicate(timeout=170))
+    output = "".join(job.communicate(timeout=600))
     assert job.returncode == 0, output
     assert "Resuming from step-" in output
     assert status(run)["state"] == "complete"
@@ -209,4 +209,4 @@ def end(job: subprocess.Popen[str]) -> None:
             os.kill(number, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    job.communicate(timeout=60)
+    job.communicate(timeout=600)

@@ -28,7 +28,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(whole: Path, tmp_path: Path, d
     process = start_training(stopped, datasets_dir, TRAIN_FAULT=SLOWLY)
     wait_for(lambda: (stopped / "checkpoints" / "step-00000003").exists())
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 75, errors
     assert status(stopped)["state"] == "stopped"
     assert status(stopped)["exit_code"] == 75

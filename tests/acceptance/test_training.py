@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,10 +139,11 @@ def test_max_steps_stops_saved_on_the_same_schedule(
 
 @pytest.mark.fault("F36")
 def test_two_trainers_cannot_share_a_run(make_run: Callable[..., Path], datasets_dir: Path) -> None:
-    folder = make_run(train={"min_train_tokens": 150 * 8 * 16})
+    folder = make_run()
     process = start_training(folder, datasets_dir)
     try:
         wait_for(lambda: (folder / ".lock").exists() and (folder / ".lock").read_text() != "")
+        process.send_signal(signal.SIGSTOP)  # so that it cannot be done before the second one asks
         second = train(folder, datasets_dir, check=5)
         assert f":{process.pid}" in second.stderr
         assert len(second.stderr.strip().splitlines()) == 1

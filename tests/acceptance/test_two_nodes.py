@@ -40,7 +40,7 @@ def train_on_two_nodes(bases: list[Path]) -> list[str]:
     """Train `runs/tiny` under two base folders, one a node in rank order; give what the nodes wrote."""
     port = free_port()
     nodes = [start_node(number, port, base) for number, base in enumerate(bases)]
-    return ["".join(node.communicate(timeout=120)) for node in nodes]
+    return ["".join(node.communicate(timeout=600)) for node in nodes]
 
 
 @pytest.fixture

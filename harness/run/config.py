@@ -28,6 +28,8 @@ DATASETS_WANTED = Wanted(
     'or a list of at least two different {"name": NAME, "weight": above 0}'
 )
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+# A strict class takes no JSON object, so here the fields are strict.
+NESTED = ConfigDict(**{**STRICT, "strict": False})
 
 Purpose = Literal["init", "order", "dropout"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
@@ -74,15 +76,15 @@ class ModelConfig:
     """The output head shares the token embedding."""
 
 
-@dataclass(config=STRICT, frozen=True, kw_only=True)
+@dataclass(config=NESTED, frozen=True, kw_only=True)
 class WeightedDataset:
     """One of the datasets that a run mixes."""
 
-    name: str = Field(pattern=DATASET_NAME, max_length=200)
+    name: str = Field(strict=True, pattern=DATASET_NAME, max_length=200)
     """As the name of a single dataset."""
-    weight: float = Field(gt=0, le=1e9)
+    weight: float = Field(strict=True, gt=0, le=1e9)
     """Its share of the sequences, relative to the other weights."""
-    revision: str | None = Field(default=None, pattern=REVISION, max_length=200)
+    revision: str | None = Field(default=None, strict=True, pattern=REVISION, max_length=200)
     """Hub commit to pin."""
 
 
@@ -97,8 +99,7 @@ class TrainConfig:
             DATASETS_WANTED,
         ]
     ] = Field()
-    """Folder under DATASETS_DIR, and Hub dataset id to download when the folder is missing; or a list of them, each
-    `{"name": ..., "weight": ...}`, whose sequences are mixed by weight (the first is validated and scored on)."""
+    """Folder under DATASETS_DIR, or else Hub dataset to download; or a list of {"name", "weight"} that are mixed."""
     dataset_revision: Recipe[Annotated[str | None, Wanted("a commit, branch or tag name")]] = Field(
         default=None, pattern=REVISION, max_length=200
     )

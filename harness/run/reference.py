@@ -50,7 +50,7 @@ def reference() -> str:
                 part_of(config_class, key),
                 _type_in_words(entry),
                 default,
-                " ".join(entry["description"].split()),
+                entry["description"],
             ]
             parts.append(f"| {' | '.join(cells)} |")
     return "\n".join(parts) + "\n"

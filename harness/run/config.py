@@ -21,6 +21,7 @@ from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, W
 from harness.run.strict_json import on_one_line, read_strict_json, shown
 
 MAX_PARAMETERS = 10**10
+LIKENESS = 0.6  # of difflib's ratio: below it a suggestion would be no likelier than another key
 DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 DATASETS_WANTED = Wanted(
@@ -261,6 +262,11 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
         # pydantic reports an error for each member of a union; keep one for each key.
         wrong = {str(item["loc"][0]): dict(item) for item in error.errors(include_url=False)}
     problems += [_line_for(key, item, config_class) for key, item in wrong.items()]
+    if "checkpoint_interval" in wrong and "validation_interval" in known:
+        problems.append(
+            "validation_interval: found without checkpoint_interval, which took its place for saving "
+            "(python convert.py import --all brings runs of the published harness in)"
+        )
     problems += _conflicts({key: value for key, value in known.items() if key not in wrong})
     if problems:
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))
@@ -270,10 +276,11 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
 def _unknown_key(key: str, config_class: type) -> str:
     def likeness(name: str) -> float:
         initials = "".join(word[0] for word in name.split("_"))
-        return max(difflib.SequenceMatcher(None, key.lower(), other).ratio() for other in (name, initials))
+        return 1.0 if key == initials else difflib.SequenceMatcher(None, key.lower(), name).ratio()
 
     nearest = max((item.name for item in fields(config_class)), key=likeness)
-    return f"{on_one_line(key)}: found an unknown key, wanted a known one; the nearest is {nearest}"
+    hint = f"; the nearest is {nearest}" if likeness(nearest) >= LIKENESS else " (docs/configuration.md lists them)"
+    return f"{on_one_line(key)}: found an unknown key, wanted a known one{hint}"
 
 
 def _conflicts(data: dict[str, Any]) -> list[str]:

@@ -146,8 +146,8 @@ def main() -> int:
         for row in pool.map(check, chosen):
             rows.append(row)
             print(_line(row), flush=True)
-    if not arguments.only:
-        store(rows)
+            if not arguments.only:
+                store(rows, len(chosen))
     return int(any(row.problems for row in rows))
 
 
@@ -285,7 +285,10 @@ def memory_table(rows: dict[str, Row]) -> list[str]:
         ("the default, bfloat16", "bfloat16"), ("with dropout 0.1, float16", "float16, dropout 0.1"),
         ("with activation_checkpointing", "bfloat16, activation_checkpointing"),
     ):  # fmt: skip
-        few, many = (rows[f"sm_90, {size} x 1024, {words}"].peak_mib for size in (12, 64))
+        pair = [rows.get(f"sm_90, {size} x 1024, {words}") for size in (12, 64)]
+        if None in pair:
+            continue
+        few, many = (row.peak_mib for row in pair if row)
         sequence = (many - few) / 52
         besides = few - 12 * sequence
         free = [card * 1024 - state / 2**20 - besides - CONTEXT_GIB * 1024 for card in CARDS_GIB]
@@ -294,22 +297,25 @@ def memory_table(rows: dict[str, Row]) -> list[str]:
     return lines
 
 
-def store(rows: list[Row]) -> None:
-    """Write JSON and Markdown."""
+def store(rows: list[Row], wanted: int) -> None:
+    """Write JSON and Markdown of the cases that are done, of as many as are wanted."""
     found = {row.case: row for row in rows}
-    whole, short = found["sm_90, 12 x 1024, bfloat16"], found["sm_90, 12 x 1024, bfloat16, 2 layers"]
-    blocks = {kind: (whole.kernels[kind] - short.kernels[kind]) / 10 for kind in whole.kernels}
+    whole, short = (found.get(f"sm_90, 12 x 1024, bfloat16{layers}") for layers in ("", ", 2 layers"))
+    blocks = []
+    if whole and short:
+        each = {kind: (whole.kernels[kind] - short.kernels[kind]) / 10 for kind in whole.kernels}
+        blocks = [
+            "A block launches, forward and backward, " + ", ".join(f"{each[kind]:g} {kind}" for kind in each) + "."
+        ]
     lines = [
-        f"torch {torch.__version__}; GPT-2 small, {', '.join(f'{key} as {CARDS[key][0]}' for key in CARDS)}",
+        f"torch {torch.__version__}; {len(rows)} of {wanted} cases; GPT-2 small, {', '.join(f'{key} as {CARDS[key][0]}' for key in CARDS)}",
         "",
         "| case | MiB kept for the backward pass | MiB at the peak | MiB inside the loss | "
         "launches: generated + cuBLAS + attention and loss | checks |",
         "|---|---:|---:|---:|---|---|",
         *map(_line, rows),
         "",
-        "A block launches, forward and backward, "
-        + ", ".join(f"{count:g} {kind}" for kind, count in blocks.items())
-        + ".",
+        *blocks,
         "",
         *memory_table(found),
     ]

@@ -307,8 +307,9 @@ def store(rows: list[Row], wanted: int) -> None:
         blocks = [
             "A block launches, forward and backward, " + ", ".join(f"{each[kind]:g} {kind}" for kind in each) + "."
         ]
+    cards = ", ".join(f"{name} as {card}" for name, (card, *_) in CARDS.items())
     lines = [
-        f"torch {torch.__version__}; {len(rows)} of {wanted} cases; GPT-2 small, {', '.join(f'{key} as {CARDS[key][0]}' for key in CARDS)}",
+        f"torch {torch.__version__}; {len(rows)} of {wanted} cases; GPT-2 small, {cards}",
         "",
         "| case | MiB kept for the backward pass | MiB at the peak | MiB inside the loss | "
         "launches: generated + cuBLAS + attention and loss | checks |",

@@ -2,21 +2,32 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import cleandoc
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from harness.run.files import RUNS
+from harness.run.streams import fit_on_a_line
 
 DEVICES = ("auto", "cuda", "cpu", "mps")
 ArgumentsT = TypeVar("ArgumentsT")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, however long and strange what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and one line, and exit with status 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {fit_on_a_line(message)}\n")
+
+
 def parser_of(description: str | None, program: str | None = None) -> argparse.ArgumentParser:
     """Return a parser whose help shows `description` unwrapped; bad usage exits with status 2."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=program, description=cleandoc(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

@@ -28,7 +28,7 @@ BATCH_BYTES = 2**19
 ITEM_BYTES = 64  # what Python needs for an item besides its text
 ROWS_AT_ONCE = 64
 PIECE_CHARACTERS = 2**20
-LONGEST_BYTES = 2**28
+LONGEST_BYTES = 2**26  # of a line, a row or a word; every core holds a few at once
 """Of a line, or of text without white space; anything longer is taken for a mistake."""
 
 # Cutting a text here changes none of its tokens, because GPT-2's words have white space only at their beginning.
@@ -191,16 +191,27 @@ def _rows(file: SourceFile, text_field: str, position: Position, scratch: Path) 
     with ExitStack() as stack:
         path = stack.enter_context(_seekable(file, scratch))
         try:
-            table = stack.enter_context(pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES))
-            _check_column(file, table.schema_arrow, text_field)
+            _check_column(file, pyarrow.parquet.read_schema(path), text_field)
+            # Texts of a dictionary stay in it until each is due: a few kilobytes may stand for gigabytes.
+            table = stack.enter_context(
+                pyarrow.parquet.ParquetFile(
+                    path, pre_buffer=False, buffer_size=READ_BYTES, read_dictionary=[text_field]
+                )
+            )
             done = 0
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=[text_field], use_threads=False):
-                rows = batch.column(0).to_pylist()
-                done += len(rows)
+                done += batch.num_rows
                 position.bytes = file.size * done // table.metadata.num_rows
-                yield from rows
+                for value in batch.column(0):
+                    yield _bounded(file, value.as_py())
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file.shown}: cannot be read as Parquet ({first_line(error)})") from None
+
+
+def _bounded(file: SourceFile, text: str | None) -> str | None:
+    if text is not None and len(text) > LONGEST_BYTES:
+        raise DataError(f"{file.shown}: found a text of {len(text):,} characters, wanted at most {LONGEST_BYTES:,}")
+    return text
 
 
 def _check_column(file: SourceFile, schema: Any, text_field: str) -> None:

@@ -71,6 +71,21 @@ def whole_number(lowest: int = 1, highest: int = 2**63 - 1) -> Callable[[str], i
     return number
 
 
+def new_file(text: str) -> Path:
+    """Read the path of a file to write, which is no folder."""
+    path = Path(text)
+    if not path.name or path.is_dir():
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted the name of a file")
+    return path
+
+
+def new_folder(text: str) -> Path:
+    """Read the path of a folder to write into."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("found nothing, wanted the name of a folder")
+    return Path(text)
+
+
 def positive(text: str) -> float:
     """Read a finite number above 0."""
     value = _number(text)

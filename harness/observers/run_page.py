@@ -110,10 +110,11 @@ def _samples(lines: list[dict[str, Any]]) -> str:
         return ""
     *earlier, (step, last) = found
     folded = "".join(
-        f"<details><summary>after global step {before:,}</summary><pre>{escape(text)}</pre></details>"
+        f'<h3>After global step {before:,}</h3><pre class="text">{escape(text)}</pre>'
         for before, text in reversed(earlier)
     )
-    return f'<h2>Sample after global step {step:,}</h2><pre class="text">{escape(last)}</pre>{folded}'
+    more = f"<details><summary>Earlier samples</summary>{folded}</details>" if earlier else ""
+    return f'<h2>Sample after global step {step:,}</h2><pre class="text">{escape(last)}</pre>{more}'
 
 
 def _tail(lines: list[dict[str, Any]]) -> str:

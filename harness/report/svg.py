@@ -14,7 +14,7 @@ import numpy as np
 from harness.report.curves import Floats, fill_gaps, moving_average
 from harness.report.html import Tone
 
-WIDTH = 720
+WIDTH = 560
 PLOT_WIDTH, PLOT_HEIGHT = 480, 270
 COLOURS = 8
 GRID_POINTS = 240
@@ -59,7 +59,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative is better") -> str:
     """Return a chart of differences with their 95% intervals, one a row, around a line at zero."""
-    row, top, left, right = 30, 8, 190, 16
+    row, top, left, right = 30, 8, 180, 16
     ends = [0.0, *(x for item in intervals for x in (item.low, item.high) if math.isfinite(x))]
     pad = 0.05 * (max(ends) - min(ends) or 1.0)
     low, high = min(ends) - pad, max(ends) + pad
@@ -242,7 +242,7 @@ def in_short(value: float) -> str:
     return f"{value:g}"
 
 
-def shortened(label: str, most: int = 26) -> str:
+def shortened(label: str, most: int = 22) -> str:
     """Shorten a label to fit beside a chart; the tooltip has it in full."""
     return label if len(label) <= most else label[: most - 1] + "…"
 

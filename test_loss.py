@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ from harness.run.config import ModelConfig, load_model_config
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError, StorageError, exit_status_of
 from harness.run.files import json_number, utc_now
-from harness.run.run_folder import run_of_model_file
-from harness.run.score import Score, describe_model, perplexity_of, score_path
+from harness.run.run_folder import AVERAGED_FILE, run_of_model_file
+from harness.run.score import Score, describe_model, perplexity_of, score_path, scored_name
 from harness.tokens.checked_tokens import CHECK_CHUNK_TOKENS, CheckedTokens, check_tokens
 from harness.tokens.token_files import SPLITS, open_split, split_files
 from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
@@ -54,6 +55,7 @@ class ScoreArguments:
     device: str
     dtype: str
     output: Path | None
+    weights: Literal["last", "averaged"]
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
-    config, weights = load_model_config(arguments.model_json), open_weights(arguments.model_safetensors)
+    config, weights = load_model_config(arguments.model_json), open_weights(weights_file(arguments))
     scored = describe_model(weights.path, weights.sha256)  # now: a live run may delete the checkpoint meanwhile
     output = output_file(arguments, weights.path)
     model = model_of(config, weights, device)
@@ -122,7 +124,21 @@ def parse_arguments() -> ScoreArguments:
     add_device(parser)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON result goes (and .npz beside it)")
+    parser.add_argument(
+        "--weights", choices=["last", "averaged"], default="last", help=f"averaged: {AVERAGED_FILE} beside the model"
+    )
     return parse_into(ScoreArguments, parser)
+
+
+def weights_file(arguments: ScoreArguments) -> Path:
+    """Return the file to score; raises ConfigError where there is no average."""
+    last = arguments.model_safetensors
+    path = last if arguments.weights == "last" else last.with_name(AVERAGED_FILE)
+    if path != last and last.exists() and not path.exists():
+        raise ConfigError(
+            f"--weights: found no {path}, wanted a run that keeps one (train.json: weight_average_decay)"
+        )
+    return path
 
 
 def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> CheckedTokens:
@@ -222,10 +238,9 @@ def output_file(arguments: ScoreArguments, weights: Path) -> Path:
     if path is None:
         owner = run_of_model_file(weights)
         place = owner[0].evals if owner else arguments.model_safetensors.parent / "evals"
-        model = owner[0].checkpoint(owner[1]).name if owner else arguments.model_safetensors.stem
         sequences = arguments.batches * SEQUENCES_PER_BATCH
         length = load_model_config(arguments.model_json).context_length
-        path = score_path(place, arguments.split, arguments.start_token, sequences * length, model)
+        path = score_path(place, arguments.split, arguments.start_token, sequences * length, scored_name(weights))
     elif path.suffix != ".json" or path.is_dir():
         raise ConfigError(f"--output: found {path}, wanted the name of a .json file")
     path.parent.mkdir(parents=True, exist_ok=True)

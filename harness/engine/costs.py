@@ -31,7 +31,7 @@ class RunCost:
     parameters: ParameterCount
     flops_per_token: int
     state_gib: float
-    """Weights, gradients and optimizer state, per GPU."""
+    """Weights, gradients, optimizer state and on rank 0 the average of the weights, per GPU."""
     microbatch_gib: float
     """Activations of a micro-batch at their peak, per GPU."""
     runtime_gib: float
@@ -64,14 +64,15 @@ def cost_of(model: ModelConfig, train: TrainConfig, plan: Plan, measured_speed: 
     parameters = count_parameters(model)
     state = OPTIMIZERS[train.optimizer].state_bytes(parameters)
     weights = FLOAT32_BYTES * parameters.total
+    average = 0 if train.weight_average_decay is None else weights
     return RunCost(
         plan=plan,
         parameters=parameters,
         flops_per_token=flops_per_token(model),
-        state_gib=(2 * weights + state) / GIB,  # gradients are as large as the weights
+        state_gib=(2 * weights + state + average) / GIB,  # gradients are as large as the weights
         microbatch_gib=microbatch_gib(model, train),
         runtime_gib=CONTEXT_GIB + (NCCL_GIB if plan.world_size > 1 else 0),
-        checkpoint_bytes=weights + state,
+        checkpoint_bytes=weights + state + average,
         tokens_per_second=measured_speed or train.expected_tokens_per_second,
         price_per_hour=train.price_per_hour,
         currency=train.currency or "",

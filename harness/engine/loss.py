@@ -38,20 +38,26 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap)
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of logits (n, V) in float32, and its gradient (n, V) in the logits' type.
+def softmax_gradient(logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of logits (n, V) in float32, and the gradient (n, V) in the logits' type.
 
-    With a softcap, it is that of the capped logits. A logit of -inf has no probability and no gradient.
+    With a softcap, which 0 leaves out, both are of the capped logits; a logit of -inf has no probability whatever the
+    cap. The gradient is that of the cross-entropy plus z_loss x log(Z)^2, where Z normalises the softmax (Chowdhery
+    et al. 2022, arXiv:2204.02311, section 5): the cross-entropy's times 1 + 2 x z_loss x log(Z) but for the target.
     """
-    ids, dtype, slope = targets.unsqueeze(-1), logits.dtype, None
-    if softcap is not None:
+    ids, dtype = targets.unsqueeze(-1), logits.dtype
+    if softcap:
         bounded = capped(logits.float(), softcap)
         slope = 1 - (bounded / softcap).square_()
         logits = bounded.masked_fill_(logits == -math.inf, -math.inf)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     wanted = log_probabilities.gather(-1, ids)  # (n, 1)
-    gradient, of_target = log_probabilities.exp_(), wanted.exp().sub_(1)  # in place: this is what takes the memory
-    if slope is not None:
+    gradient, of_target = log_probabilities.exp_(), wanted.exp()  # in place: this is what takes the memory
+    if z_loss:
+        factor = 1 + 2 * z_loss * (logits.gather(-1, ids).float() - wanted)
+        gradient, of_target = gradient.mul_(factor), of_target.mul_(factor)
+    of_target -= 1
+    if softcap:
         gradient, of_target = gradient.mul_(slope), of_target.mul_(slope.gather(-1, ids))
     gradient = gradient.to(dtype)
     gradient.scatter_(-1, ids, of_target.to(dtype))
@@ -59,7 +65,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, softcap: float | None) -> 
 
 
 @cache
-def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]:
+def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]:
     """Return `softmax_gradient` compiled: the logits are read twice and the gradient is written, nothing else."""
     return torch.compile(softmax_gradient, fullgraph=True, dynamic=False)
 
@@ -75,14 +81,21 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype, is_compiled: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap_z_loss: list[float],
+    dtype: torch.dtype,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of a linear head, and its gradients, computed a chunk of rows at a time.
 
     hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`. A chunk's logits live only until their
     gradient has been used, in the forward pass already: the loss is a scalar, so the backward pass has nothing left
     to do but to scale. The gradients of hidden (in `dtype`) and of weight (float32) are those of the sum over rows:
-    divided by their number and multiplied with the incoming gradient, they would underflow in float16.
+    divided by their number and multiplied with the incoming gradient, they would underflow in float16. They are those
+    of the loss with the z-loss; the loss returned is without, so that it can be compared. `softcap_z_loss` is what
+    `softmax_gradient` takes.
 
     `is_compiled` compiles what happens between the products. The vocabulary is padded with ids of no probability, so
     that all three products have sides that tensor cores like.
@@ -102,7 +115,7 @@ def loss_and_gradients(
     ):
         logits = chunk @ narrow.t()  # (n, V')
         logits[:, vocab_size:] = -math.inf
-        loss, gradient = gradient_of(logits, chunk_targets, softcap)
+        loss, gradient = gradient_of(logits, chunk_targets, *softcap_z_loss)
         del logits
         total += loss
         torch.mm(gradient, narrow, out=chunk_gradient)
@@ -112,7 +125,12 @@ def loss_and_gradients(
 
 
 def _empty_loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype, is_compiled: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap_z_loss: list[float],
+    dtype: torch.dtype,
+    is_compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=torch.float32)
     return loss, torch.empty_like(hidden, dtype=dtype), torch.empty_like(weight, dtype=torch.float32)
@@ -131,8 +149,7 @@ def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor 
     hidden_type, weight_type = ctx.types
     scale = loss_gradient / len(hidden_gradient)
     # Cast before they are scaled, or the loss scale would overflow in float16.
-    of_hidden, of_weight = hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type)
-    return of_hidden, of_weight, None, None, None, None
+    return hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type), None, None, None, None
 
 
 # An operator of its own, so that the compiler does not look inside: unrolled, all chunks would live at once.
@@ -143,17 +160,21 @@ chunked_linear_cross_entropy.register_fake(_empty_loss_and_gradients)
 chunked_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def chunked_next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+def chunked_next_token_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None, z_loss: float = 0.0
+) -> Tensor:
     """Return `next_token_loss(hidden @ head.T, targets)` and its gradients without holding all logits at once.
 
-    hidden (B, T, C), head (V, C), targets (B, T); with a softcap, the logits are `capped` before. Under autocast the products are computed in its type, as the plain
-    loss's are; sums over rows are float32.
+    hidden (B, T, C), head (V, C), targets (B, T). With a softcap, the logits are `capped` before. The gradients alone
+    have the z-loss in them. Under autocast the products are computed in its type, as the plain loss's are; sums over
+    rows are float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    is_compiled = torch.compiler.is_compiling()
     with torch.autocast(device, enabled=False):
         loss, _, _ = chunked_linear_cross_entropy(
-            hidden.flatten(0, 1), head, targets.flatten(), softcap, dtype, torch.compiler.is_compiling()
+            hidden.flatten(0, 1), head, targets.flatten(), [softcap or 0.0, z_loss], dtype, is_compiled
         )
     return cast(Tensor, loss)
 
@@ -178,15 +199,16 @@ class Objective(nn.Module):
     of wrappers' prefixes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, z_loss: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.z_loss = z_loss
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of a micro-batch; tokens and targets (B, T)."""
+        """Return the mean cross-entropy of a micro-batch; tokens and targets (B, T)."""
         model = cast(LanguageModel, self.model)
         hidden = model.hidden_states(tokens)
-        return chunked_next_token_loss(hidden, model.head_weight(), targets, model.logit_softcap)
+        return chunked_next_token_loss(hidden, model.head_weight(), targets, model.logit_softcap, self.z_loss)
 
 
 def first_loss_warning(loss: float, model: nn.Module, vocab_size: int) -> str | None:

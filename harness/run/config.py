@@ -17,7 +17,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 
 from harness.run.errors import ConfigError
-from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, Wanted, marks_of
+from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, Wanted, changes_nothing, marks_of
 from harness.run.strict_json import on_one_line, read_strict_json, shown
 
 MAX_PARAMETERS = 10**10
@@ -118,14 +118,33 @@ class TrainConfig:
     """Peak learning rate."""
     schedule_learning_rate: Recipe[bool] = False
     """The published spelling of the cosine schedule; false leaves the choice to schedule."""
-    schedule: Later[Recipe[Literal["constant", "cosine"] | None]] = None
-    """Learning rate over the run: constant, or cosine (linear warm-up, then decay to a tenth); null is constant."""
+    schedule: Later[Recipe[Literal["constant", "cosine", "linear", "wsd"] | None]] = None
+    """Learning rate over the run: constant; or after a linear warm-up a cosine, a straight line, or a constant rate
+    with a linear cooldown (warm-up, stable, decay: wsd); null is constant."""
     warmup_period_percent: Recipe[float] = Field(default=0.0, ge=0, lt=100)
     """Length of the warm-up, in percent of the global steps; a constant rate has none."""
-    optimizer: Later[Recipe[Literal["adamw"]]] = "adamw"
-    """What turns gradients into changes of the weights."""
+    cooldown_percent: Later[Recipe[float]] = Field(default=20.0, gt=0, le=100)
+    """Length of the cooldown of schedule wsd, in percent of the global steps."""
+    final_rate_fraction: Later[Recipe[float]] = Field(default=0.1, ge=0, le=1)
+    """Where a schedule's decay ends, as a fraction of the peak learning rate; a constant rate has none."""
+    optimizer: Later[Recipe[Literal["adamw", "muon"]]] = "adamw"
+    """What turns gradients into changes of the weights; muon is for the blocks' matrices, AdamW for the rest."""
+    muon_learning_rate: Later[Recipe[float]] = Field(default=0.02, gt=0, le=1)
+    """Peak learning rate of muon's matrices; learning_rate is that of the rest, and both follow the schedule."""
+    adam_beta1: Later[Recipe[float]] = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay rate of the mean of the gradients."""
+    adam_beta2: Later[Recipe[float]] = Field(default=0.999, ge=0, lt=1)
+    """AdamW's decay rate of the mean of the squared gradients."""
+    adam_epsilon: Later[Recipe[float]] = Field(default=1e-8, gt=0, le=1)
+    """What AdamW adds to the root of the mean square before it divides by it."""
     weight_decay: Recipe[float] = Field(default=0.1, ge=0, le=100)
-    """Weight decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
+    """Weight decay, times the learning rate, of matrices and embeddings; of biases and norms with decay_all only."""
+    decay_all: Later[Recipe[bool]] = False
+    """Decay every parameter, biases and norms too."""
+    z_loss: Later[Recipe[float]] = Field(default=0.0, ge=0, le=1)
+    """Weight of the mean squared log-normaliser of the softmax in what is minimised; reported losses are without."""
+    weight_average_decay: Later[Recipe[float | None]] = Field(default=None, gt=0, lt=1)
+    """Keep an exponential average of the weights, this much of it kept by each global step; null keeps none."""
     clipping_max_norm: Recipe[float | None] = Field(default=None, gt=0)
     """Largest L2 norm over all gradients; null does not clip."""
     use_amp: Recipe[bool] = True
@@ -255,6 +274,12 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
             return []
         return [f"{key}: found {value}, wanted a multiple of {of} ({divisor})"]
 
+    def only_with(key: str, choice: str, wanted: str) -> list[str]:
+        item = next(item for item in fields(TrainConfig) if item.name == key)
+        if key not in data or changes_nothing(TrainConfig, item, data[key]) or data.get(choice) == wanted:
+            return []
+        return [f"{key}: found {data[key]}, which acts only with {choice} {shown(wanted)}"]
+
     lines = multiple("emb_dim", "n_heads") + multiple("global_batch_size", "microbatch_size")
     if data.get("qkv_bias") and data.get("bias") is False:
         lines.append("qkv_bias: found true with bias false, wanted one of the two")
@@ -266,6 +291,10 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
         lines.append("global_batch_size: found together with gradient_accumulation_steps, wanted one of the two")
     if data.get("schedule_learning_rate") and data.get("schedule") not in (None, "cosine"):
         lines.append(f"schedule: found {shown(data['schedule'])} with schedule_learning_rate, wanted one of the two")
+    lines += only_with("cooldown_percent", "schedule", "wsd") + only_with("muon_learning_rate", "optimizer", "muon")
+    together = data.get("warmup_period_percent", 0.0) + data.get("cooldown_percent", 20.0)
+    if data.get("schedule") == "wsd" and together > 100:
+        lines.append(f"cooldown_percent: found {together:g} percent with the warm-up, wanted at most 100")
     pair = ("validation_interval", "validation_batches")
     for missing, given in (pair, pair[::-1]):
         if data.get(missing) is None and data.get(given) is not None:

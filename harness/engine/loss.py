@@ -90,12 +90,11 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of a linear head, and its gradients, computed a chunk of rows at a time.
 
-    hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`. A chunk's logits live only until their
-    gradient has been used, in the forward pass already: the loss is a scalar, so the backward pass has nothing left
-    to do but to scale. The gradients of hidden (in `dtype`) and of weight (float32) are those of the sum over rows:
-    divided by their number and multiplied with the incoming gradient, they would underflow in float16. They are those
-    of the loss with the z-loss; the loss returned is without, so that it can be compared. `softcap_z_loss` is what
-    `softmax_gradient` takes.
+    hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`; `terms` are softcap and z_loss. A chunk's
+    logits live only until their gradient has been used, in the forward pass already: the loss is a scalar, so the
+    backward pass has nothing left to do but to scale. The gradients of hidden (in `dtype`) and of weight (float32) are
+    those of the sum over rows: divided by their number and multiplied with the incoming gradient, they would underflow
+    in float16. They have the z-loss in them; the loss returned does not, so that it can be compared.
 
     `is_compiled` compiles what happens between the products. The vocabulary is padded with ids of no probability, so
     that all three products have sides that tensor cores like.
@@ -115,7 +114,7 @@ def loss_and_gradients(
     ):
         logits = chunk @ narrow.t()  # (n, V')
         logits[:, vocab_size:] = -math.inf
-        loss, gradient = gradient_of(logits, chunk_targets, *softcap_z_loss)
+        loss, gradient = gradient_of(logits, chunk_targets, *terms)
         del logits
         total += loss
         torch.mm(gradient, narrow, out=chunk_gradient)

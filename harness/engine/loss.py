@@ -81,20 +81,15 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    softcap_z_loss: list[float],
-    dtype: torch.dtype,
-    is_compiled: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, terms: list[float], dtype: torch.dtype, is_compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of a linear head, and its gradients, computed a chunk of rows at a time.
 
-    hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`; `terms` are softcap and z_loss. A chunk's
-    logits live only until their gradient has been used, in the forward pass already: the loss is a scalar, so the
-    backward pass has nothing left to do but to scale. The gradients of hidden (in `dtype`) and of weight (float32) are
-    those of the sum over rows: divided by their number and multiplied with the incoming gradient, they would underflow
-    in float16. They have the z-loss in them; the loss returned does not, so that it can be compared.
+    hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`; `terms` are softcap and z_loss. A
+    chunk's logits live only until their gradient has been used, in the forward pass already: the loss is a scalar, so
+    the backward pass has nothing left to do but to scale. The gradients of hidden (in `dtype`) and of weight
+    (float32) are those of the sum over rows: divided by their number and multiplied with the incoming gradient, they
+    would underflow in float16. They have the z-loss in them; the loss returned does not, so that it can be compared.
 
     `is_compiled` compiles what happens between the products. The vocabulary is padded with ids of no probability, so
     that all three products have sides that tensor cores like.
@@ -124,12 +119,7 @@ def loss_and_gradients(
 
 
 def _empty_loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    softcap_z_loss: list[float],
-    dtype: torch.dtype,
-    is_compiled: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, terms: list[float], dtype: torch.dtype, is_compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=torch.float32)
     return loss, torch.empty_like(hidden, dtype=dtype), torch.empty_like(weight, dtype=torch.float32)

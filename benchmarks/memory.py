@@ -83,7 +83,9 @@ class LeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         """Return the loss of hidden (N, C), weight (V, C) and targets (N,)."""
-        loss, *gradients = loss_and_gradients(hidden, weight, targets, [softcap or 0.0, 0.0], HALF, is_compiled=False)
+        loss, *gradients = loss_and_gradients(
+            hidden, weight, targets, (softcap or math.inf, 0.0), HALF, is_compiled=False
+        )
         ctx.save_for_backward(*gradients)
         return loss
 

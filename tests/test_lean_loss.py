@@ -1,7 +1,6 @@
 """The memory-lean loss is the plain one, and so are its gradients, in every precision."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,16 +23,21 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "loss_chunk_rows", lambda _: 100)
 
 
-def both(amp_dtype: torch.dtype | None, loss_scale: float = 65536) -> tuple[Pair, Pair]:
+def both(amp_dtype: torch.dtype | None, loss_scale: float = 65536, softcap: float | None = None) -> tuple[Pair, Pair]:
     """Return loss and gradients of hidden states and head, scaled as a gradient scaler would, plain and lean."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(4, 64, 32, generator=generator, requires_grad=True)
     head = torch.randn(501, 32, generator=generator).mul_(0.3).requires_grad_()
     targets = torch.randint(0, 501, (4, 64), generator=generator)
     results = []
+
+    def plain() -> Tensor:
+        logits = F.linear(hidden, head)
+        return next_token_loss(logits if softcap is None else capped(logits.float(), softcap), targets)
+
     for function in (
-        lambda: next_token_loss(F.linear(hidden, head), targets),
-        lambda: chunked_next_token_loss(hidden, head, targets),
+        plain,
+        lambda: chunked_next_token_loss(hidden, head, targets, softcap),
     ):
         with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
             value = function()
@@ -45,9 +49,12 @@ def both(amp_dtype: torch.dtype | None, loss_scale: float = 65536) -> tuple[Pair
 @pytest.mark.parametrize(
     ("amp_dtype", "tolerance"), [(None, 2e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str
 )
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.usefixtures("few_rows")
-def test_loss_and_gradients_are_the_plain_ones(amp_dtype: torch.dtype | None, tolerance: float) -> None:
-    (plain, plain_gradients), (lean, lean_gradients) = both(amp_dtype)
+def test_loss_and_gradients_are_the_plain_ones(
+    amp_dtype: torch.dtype | None, tolerance: float, softcap: float | None
+) -> None:
+    (plain, plain_gradients), (lean, lean_gradients) = both(amp_dtype, softcap=softcap)
     assert lean.dtype == torch.float32
     torch.testing.assert_close(lean, plain, rtol=tolerance / 10, atol=0)
     for found, wanted in zip(lean_gradients, plain_gradients, strict=True):
@@ -71,20 +78,16 @@ def make_objective(tmp_path: Path, seed: int = 1) -> tuple[GPTModel, Objective]:
 @pytest.mark.parametrize(
     ("amp_dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str
 )
-@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.usefixtures("few_rows")
-def test_z_loss_is_in_the_gradients_and_not_in_the_loss(
-    amp_dtype: torch.dtype | None, tolerance: float, softcap: float | None
-) -> None:
+def test_z_loss_is_in_the_gradients_and_not_in_the_loss(amp_dtype: torch.dtype | None, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(4, 64, 32, generator=generator, requires_grad=True)
     head = torch.randn(501, 32, generator=generator).mul_(0.3).requires_grad_()
     targets = torch.randint(0, 501, (4, 64), generator=generator)
     with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
         logits = F.linear(hidden, head)
-        logits = logits if softcap is None else capped(logits.float(), softcap)
         plain = next_token_loss(logits, targets)
-        lean = chunked_next_token_loss(hidden, head, targets, softcap, z_loss=0.02)
+        lean = chunked_next_token_loss(hidden, head, targets, z_loss=0.02)
     torch.testing.assert_close(lean, plain, rtol=tolerance / 10, atol=0)
     whole = plain + 0.02 * logits.float().logsumexp(dim=-1).square().mean()
     for found, wanted, without in zip(
@@ -92,7 +95,7 @@ def test_z_loss_is_in_the_gradients_and_not_in_the_loss(
         strict=True,
     ):
         assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
-        assert (without - wanted).abs().max() > 0.01 * wanted.abs().max()
+        assert (without - wanted).abs().max() > 0.05 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -150,9 +153,9 @@ def test_compiler_sees_one_operator_and_compiles_at_most_two_chunks(monkeypatch:
         graphs.append(graph)
         return graph
 
-    def recorded(logits: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    def recorded(logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
         chunks.append(len(logits))
-        return loss.softmax_gradient(logits, *more)
+        return loss.softmax_gradient(logits, targets, softcap, z_loss)
 
     monkeypatch.setattr(loss, "compiled_softmax_gradient", lambda: recorded)
     compiled = torch.compile(chunked_next_token_loss, backend=keep, fullgraph=True)

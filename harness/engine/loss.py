@@ -1,7 +1,7 @@
 """Next-token cross-entropy, plain and memory-lean, and the objective that training compiles and distributes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -41,12 +41,12 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
 def softmax_gradient(logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy of logits (n, V) in float32, and the gradient (n, V) in the logits' type.
 
-    With a softcap, which 0 leaves out, both are of the capped logits; a logit of -inf has no probability whatever the
-    cap. The gradient is that of the cross-entropy plus z_loss x log(Z)^2, where Z normalises the softmax (Chowdhery
-    et al. 2022, arXiv:2204.02311, section 5): the cross-entropy's times 1 + 2 x z_loss x log(Z) but for the target.
+    With a finite softcap, it is that of the capped logits. A logit of -inf has no probability and no gradient. The
+    gradient is that of the cross-entropy plus z_loss x log(Z)^2, where Z normalises the softmax (Chowdhery et al.
+    2022, arXiv:2204.02311, section 5): probabilities count 1 + 2 x z_loss x log(Z) times.
     """
-    ids, dtype = targets.unsqueeze(-1), logits.dtype
-    if softcap:
+    ids, dtype, slope = targets.unsqueeze(-1), logits.dtype, None
+    if softcap < math.inf:
         bounded = capped(logits.float(), softcap)
         slope = 1 - (bounded / softcap).square_()
         logits = bounded.masked_fill_(logits == -math.inf, -math.inf)
@@ -56,8 +56,8 @@ def softmax_gradient(logits: Tensor, targets: Tensor, softcap: float, z_loss: fl
     if z_loss:
         factor = 1 + 2 * z_loss * (logits.gather(-1, ids).float() - wanted)
         gradient, of_target = gradient.mul_(factor), of_target.mul_(factor)
-    of_target -= 1
-    if softcap:
+    of_target = of_target.sub_(1)
+    if slope is not None:
         gradient, of_target = gradient.mul_(slope), of_target.mul_(slope.gather(-1, ids))
     gradient = gradient.to(dtype)
     gradient.scatter_(-1, ids, of_target.to(dtype))
@@ -81,18 +81,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, terms: list[float], dtype: torch.dtype, is_compiled: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, terms: Sequence[float], dtype: torch.dtype, is_compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of a linear head, and its gradients, computed a chunk of rows at a time.
 
-    hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`; `terms` are softcap and z_loss. A
-    chunk's logits live only until their gradient has been used, in the forward pass already: the loss is a scalar, so
-    the backward pass has nothing left to do but to scale. The gradients of hidden (in `dtype`) and of weight
-    (float32) are those of the sum over rows: divided by their number and multiplied with the incoming gradient, they
-    would underflow in float16. They have the z-loss in them; the loss returned does not, so that it can be compared.
+    hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`. A chunk's logits live only until their
+    gradient has been used, in the forward pass already: the loss is a scalar, so the backward pass has nothing left
+    to do but to scale. The gradients of hidden (in `dtype`) and of weight (float32) are those of the sum over rows:
+    divided by their number and multiplied with the incoming gradient, they would underflow in float16. They are those
+    of the loss with the z-loss; the loss returned is without, so that it can be compared.
 
-    `is_compiled` compiles what happens between the products. The vocabulary is padded with ids of no probability, so
-    that all three products have sides that tensor cores like.
+    `terms` are a softcap (infinite for none) and the weight of the z-loss. `is_compiled` compiles what happens between
+    the products. The vocabulary is padded with ids of no probability, so that all three products have sides that
+    tensor cores like.
     """
     vocab_size, width = weight.shape
     rows = hidden.to(dtype)  # (N, C)
@@ -119,7 +120,7 @@ def loss_and_gradients(
 
 
 def _empty_loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, terms: list[float], dtype: torch.dtype, is_compiled: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, terms: Sequence[float], dtype: torch.dtype, is_compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=torch.float32)
     return loss, torch.empty_like(hidden, dtype=dtype), torch.empty_like(weight, dtype=torch.float32)
@@ -138,7 +139,8 @@ def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor 
     hidden_type, weight_type = ctx.types
     scale = loss_gradient / len(hidden_gradient)
     # Cast before they are scaled, or the loss scale would overflow in float16.
-    return hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type), None, None, None, None
+    of_hidden, of_weight = hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type)
+    return of_hidden, of_weight, None, None, None, None
 
 
 # An operator of its own, so that the compiler does not look inside: unrolled, all chunks would live at once.
@@ -154,16 +156,16 @@ def chunked_next_token_loss(
 ) -> Tensor:
     """Return `next_token_loss(hidden @ head.T, targets)` and its gradients without holding all logits at once.
 
-    hidden (B, T, C), head (V, C), targets (B, T). With a softcap, the logits are `capped` before. The gradients alone
+    hidden (B, T, C), head (V, C), targets (B, T); with a softcap, the logits are `capped` before. The gradients alone
     have the z-loss in them. Under autocast the products are computed in its type, as the plain loss's are; sums over
     rows are float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    is_compiled = torch.compiler.is_compiling()
+    terms = (math.inf if softcap is None else softcap, z_loss)
     with torch.autocast(device, enabled=False):
         loss, _, _ = chunked_linear_cross_entropy(
-            hidden.flatten(0, 1), head, targets.flatten(), [softcap or 0.0, z_loss], dtype, is_compiled
+            hidden.flatten(0, 1), head, targets.flatten(), terms, dtype, torch.compiler.is_compiling()
         )
     return cast(Tensor, loss)
 

@@ -30,13 +30,12 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     biases = width + (3 * width if model.qkv_bias else 0)  # of the attention
     biases += width + (2 if model.feed_forward == "swiglu" else 1) * hidden
     norm = width * (2 if model.norm == "layer" and model.bias else 1)
-    feed_forward = (3 if model.feed_forward == "swiglu" else 2) * hidden
-    matrices = model.n_layers * width * (4 * width + feed_forward)
-    vectors = model.n_layers * (2 * norm + (biases if model.bias else 0))
-    body = matrices + vectors + norm + (model.n_layers - 1 if model.value_residual else 0)
+    matrices = model.n_layers * _block_matrices(model)
+    vectors = (biases if model.bias else 0) + 2 * norm  # of a block
+    body = matrices + model.n_layers * vectors + norm + (model.n_layers - 1 if model.value_residual else 0)
     embeddings = (model.vocab_size + (model.context_length if model.positions == "learned" else 0)) * width
     head = 0 if model.tie_weights else model.vocab_size * width
-    return ParameterCount(body + embeddings + head, body, block_matrices=matrices)
+    return ParameterCount(body + embeddings + head, body, matrices)
 
 
 def flops_per_token(model: ModelConfig) -> int:
@@ -45,5 +44,11 @@ def flops_per_token(model: ModelConfig) -> int:
     6 per matrix-multiplication weight (embedding look-ups are free, the head is not) plus 12 x layers x width
     x context for attention scores and values: appendix B of PaLM (arXiv:2204.02311).
     """
-    matrix_weights = count_parameters(model).block_matrices + model.vocab_size * model.emb_dim
+    matrix_weights = model.n_layers * _block_matrices(model) + model.vocab_size * model.emb_dim
     return 6 * matrix_weights + 12 * model.n_layers * model.emb_dim * model.context_length
+
+
+def _block_matrices(model: ModelConfig) -> int:
+    """Return the weights in the matrices of one block."""
+    feed_forward = (3 if model.feed_forward == "swiglu" else 2) * feed_forward_width(model)
+    return model.emb_dim * (4 * model.emb_dim + feed_forward)

@@ -57,6 +57,11 @@ NORMS = {"norm1.scale": "input_layernorm.weight", "norm2.scale": "post_attention
 QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 # Our norms, and the layers that read what they give.
 READERS = {"norm1": ("att.W_query", "att.W_key", "att.W_value"), "norm2": ("ff.layers.0",)}
+ROPE_THETA = 10000.0
+# Keys that are not written, and what they must say where others wrote them.
+LEFT_OUT = {
+    "rope_theta": ROPE_THETA, "rope_scaling": None, "quantization_config": None, "use_sliding_window": False
+}  # fmt: skip
 TURNED = re.compile(r"trf_blocks\.\d+\.att\.W_(?:query|key)\.weight")
 COMPUTED_BUFFER = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
 
@@ -129,10 +134,12 @@ def to_hugging_face(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[
         return hugging_face.to_hugging_face(tensors, config)
     if not layout.has_norm_scales:
         tensors = _turned(_without_norm_scales(tensors, config), config)
-    zeros = torch.zeros(config.emb_dim)  # of query, key and value, which have a bias where the output has one
-    found = {theirs: tensors.get(ours, zeros) for ours, theirs in _renamed(layout, config)}
-    ones = torch.ones(config.emb_dim // config.n_heads)
-    return found | {name: ones.clone() for name in _qk_scales(layout, config)}
+    # Query, key and value have a bias there where the output has one.
+    found = {
+        theirs: tensors[ours] if ours in tensors else torch.zeros(config.emb_dim)
+        for ours, theirs in _renamed(layout, config)
+    }
+    return found | {name: torch.ones(config.emb_dim // config.n_heads) for name in _qk_scales(layout, config)}
 
 
 def from_hugging_face(
@@ -219,7 +226,7 @@ def _turned(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     """Swap the halves of every head's queries and keys, which makes a rotation one in the other direction."""
 
     def swapped(value: Tensor) -> Tensor:
-        return value.unflatten(0, (config.n_heads, 2, -1)).flip(1).flatten(0, 2)
+        return value.view(config.n_heads, 2, -1, config.emb_dim).flip(1).reshape(value.shape)
 
     return {name: swapped(value) if TURNED.fullmatch(name) else value for name, value in tensors.items()}
 
@@ -237,7 +244,7 @@ def config_document(config: ModelConfig, end_of_text: int | None) -> dict[str, A
         **{theirs: getattr(config, ours) for ours, theirs in MODEL_KEYS.items()},
         "intermediate_size": feed_forward_width(config),
         "hidden_act": ACTIVATIONS[config.feed_forward],
-        **_fixed(config),
+        **_fixed(config, is_read=False),
         "attention_bias": config.bias,
         **({"mlp_bias": config.bias} if kind in ("llama", "arcee") else {}),
         **capped,
@@ -250,13 +257,14 @@ def config_document(config: ModelConfig, end_of_text: int | None) -> dict[str, A
     }
 
 
-def _fixed(config: ModelConfig) -> dict[str, Any]:
+def _fixed(config: ModelConfig, is_read: bool = True) -> dict[str, Any]:
     """Return the keys of `config.json` that can have one value only, given the shape."""
     return {
         "num_key_value_heads": config.n_heads,
         "head_dim": config.emb_dim // config.n_heads,
         "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+        **{key: value for key, value in LEFT_OUT.items() if is_read},
     }
 
 
@@ -286,12 +294,14 @@ def read_config(path: Path) -> ModelConfig:
     except ConfigError as error:
         raise ConfigError(*(_their_key(line, path) for line in error.lines)) from None
     architecture_of(config, path)
-    wanted_values = {**_fixed(config), "intermediate_size": feed_forward_width(config)}
-    wanted_values |= {"mlp_bias": bias} if kind in ("llama", "arcee") else {}
+    wanted = {**_fixed(config), "intermediate_size": feed_forward_width(config)}
+    wanted |= {"mlp_bias": bias} if kind in ("llama", "arcee") else {}
+    # Of a key that is left out transformers takes a default, which for most is what is wanted here.
+    left_out = {**wanted, "rms_norm_eps": 1e-6, "intermediate_size": "none", "mlp_bias": False}
     problems = [
-        f"{path}: {key}: found {str(document[key])[:80]}, wanted {value}"
-        for key, value in wanted_values.items()
-        if key in document and document[key] != value
+        f"{path}: {key}: found {str(found)[:80]}, wanted {value}"
+        for key, value in wanted.items()
+        if (found := document.get(key, left_out[key])) != value
     ]
     if problems:
         raise ConfigError(*problems)

@@ -14,7 +14,7 @@ from harness.run.files import json_number
 from study.advice import advice_on, best_buy
 from study.assemble import Study
 from study.results import Group, difference_in_words
-from study.statistics import Estimate, sample_sd
+from study.statistics import ALPHA, Estimate, sample_sd
 from study.verdicts import Judged, Judgement
 from study.wording import curve_slope, sentence_of, tokens_worth_of
 
@@ -68,7 +68,7 @@ def _arm_as_json(item: Judged, judgement: Judgement) -> dict[str, Any]:
         "n": len(item.group.results),
         "method": comparison.method,
         "mean": _mean(item.group),
-        **_numbers(item.estimate),
+        **_numbers(item.estimate, item.level),
         "difference": _difference(item, judgement.baseline),
         "p_holm": json_number(item.p_holm),
         "p_better": None if item.estimate is None else item.estimate.p_better,
@@ -90,10 +90,10 @@ def _arm_as_json(item: Judged, judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _numbers(estimate: Estimate | None) -> dict[str, float | None]:
+def _numbers(estimate: Estimate | None, level: float = 1 - ALPHA) -> dict[str, float | None]:
     if estimate is None:
         return dict.fromkeys(("difference", "se", "df", "t", "p", "low", "high"))
-    low, high = estimate.interval()
+    low, high = estimate.interval(level)
     values = (estimate.difference, estimate.se, estimate.df, estimate.t, estimate.p, low, high)
     return {
         name: json_number(value)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from study.results import Group
-from study.statistics import Estimate, detectable, loss_slope, tokens_worth
+from study.statistics import ALPHA, Estimate, detectable, loss_slope, tokens_worth
 from study.verdicts import CANNOT_TELL, NO_LARGER, Judged, Judgement, is_sign_told
 
 
@@ -19,16 +19,16 @@ def sentence_of(item: Judged, judgement: Judgement) -> str:
         family += f" and over {judgement.looks} looks"
     within = f" It is within {judgement.rules.margin:g}." if item.is_within and NO_LARGER not in item.verdict else ""
     return (
-        f"{item.verdict}: {explain(item.estimate, item.verdict)}{within} {family}, {runs}. {_noise(item)}"
+        f"{item.verdict}: {explain(item.estimate, item.verdict, item.level)}{within} {family}, {runs}. {_noise(item)}"
         f"{_acting_now(item.estimate, item.verdict)}{_divergence(item)}"
     )
 
 
-def explain(estimate: Estimate, verdict: str) -> str:
+def explain(estimate: Estimate, verdict: str, level: float = 1 - ALPHA) -> str:
     """Return the numbers behind a verdict."""
     if math.isinf(estimate.se):
         return f"Δ {estimate.difference:+.4f}; the test set lies in one document, so other text may be any different."
-    low, high = estimate.interval()
+    low, high = estimate.interval(level)
     shown = f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
     shown += f"t {estimate.t:+.2f} on {estimate.df:.3g} df."
     if verdict == CANNOT_TELL:
@@ -89,7 +89,7 @@ def tokens_worth_of(item: Judged, slope: float | None) -> tuple[float, float, fl
     """
     if item.estimate is None or slope is None or not is_sign_told(item.verdict):
         return None
-    low, high = item.estimate.interval()
+    low, high = item.estimate.interval(item.level)
     return (
         tokens_worth(item.estimate.difference, slope),
         tokens_worth(high, slope),

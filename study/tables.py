@@ -16,7 +16,7 @@ from study.assemble import Study
 from study.results import Group, difference_in_words
 from study.statistics import ALPHA, Estimate, sample_sd
 from study.verdicts import Judged, Judgement
-from study.wording import curve_slope, sentence_of, tokens_worth_of
+from study.wording import chance, curve_slope, sentence_of, tokens_worth_of
 
 Format = Literal["table", "markdown", "csv", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -148,7 +148,7 @@ def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
                 _text(arm["df"], "{:.3g}"),
                 _text(arm["p"], "{:.2g}"),
                 _text(arm["p_holm"], "{:.2g}"),
-                _text(arm["p_better"], "{:.2f}"),
+                "" if arm["p_better"] is None else chance(arm["p_better"]),
                 arm["verdict"],
                 *_extras(arm, currency),
             ]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from study.comparisons import NOISIEST
 from study.results import Group
 from study.statistics import ALPHA, Estimate, detectable, loss_slope, tokens_worth
 from study.verdicts import CANNOT_TELL, NO_LARGER, Judged, Judgement, is_sign_told
@@ -17,6 +18,8 @@ def sentence_of(item: Judged, judgement: Judgement) -> str:
     family = f"Holm p {item.p_holm:.2g} of {judgement.family}"
     if judgement.looks > 1:
         family += f" and over {judgement.looks} looks"
+    if item.guarded != item.estimate:
+        family += f" at {NOISIEST:g} times the noise of the single run"
     within = f" It is within {judgement.rules.margin:g}." if item.is_within and NO_LARGER not in item.verdict else ""
     return (
         f"{item.verdict}: {explain(item.estimate, item.verdict, item.level)}{within} {family}, {runs}. {_noise(item)}"
@@ -62,7 +65,12 @@ def _acting_now(estimate: Estimate, verdict: str) -> str:
     act = "adopting it" if estimate.difference < 0 else "leaving it"
     risk = estimate.expected_loss()
     risked = "" if math.isinf(risk) else f"; {act} now loses {risk:.2g} on average by being wrong"
-    return f" P(better) {estimate.p_better:.2f}{risked}."
+    return f" P(better) {chance(estimate.p_better)}{risked}."
+
+
+def chance(p: float) -> str:
+    """Write a probability, never as certainty."""
+    return ">0.99" if p > 0.995 else "<0.01" if p < 0.005 else f"{p:.2f}"
 
 
 def _divergence(item: Judged) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from study.comparisons import NOISIEST
 from study.results import Group
 from study.statistics import ALPHA, Estimate, detectable, loss_slope, tokens_worth
-from study.verdicts import CANNOT_TELL, NO_LARGER, Judged, Judgement, is_sign_told
+from study.verdicts import CANNOT_TELL, LEANS_BETTER, LEANS_WORSE, Judged, Judgement, is_sign_told
 
 
 def sentence_of(item: Judged, judgement: Judgement) -> str:
@@ -20,7 +20,8 @@ def sentence_of(item: Judged, judgement: Judgement) -> str:
         family += f" and over {judgement.looks} looks"
     if item.guarded != item.estimate:
         family += f" at {NOISIEST:g} times the noise of the single run"
-    within = f" It is within {judgement.rules.margin:g}." if item.is_within and NO_LARGER not in item.verdict else ""
+    is_small = item.is_within and item.verdict in (LEANS_BETTER, LEANS_WORSE)
+    within = f" It is within {judgement.rules.margin:g}." if is_small else ""
     return (
         f"{item.verdict}: {explain(item.estimate, item.verdict, item.level)}{within} {family}, {runs}. {_noise(item)}"
         f"{_acting_now(item.estimate, item.verdict)}{_divergence(item)}"

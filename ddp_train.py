@@ -41,13 +41,13 @@ from torch import Tensor
 import data
 from harness.engine import distributed
 from harness.engine.background import BackgroundTask
-from harness.engine.costs import peak_flops_per_second
 from harness.engine.distributed import Launch
 from harness.engine.failpoints import failpoint
+from harness.engine.gpu_peaks import peak_flops_per_second
 from harness.engine.identity import identity_of
 from harness.engine.metrics import PendingMetrics, StepLog
 from harness.engine.schedules import learning_rate_at
-from harness.engine.step import guarded_step
+from harness.engine.step import StepOutcome, guarded_step
 from harness.engine.watchdog import StopRequest, Watchdog
 from harness.observers.observers import Observers
 from harness.run.console import ignore_output_errors
@@ -58,7 +58,8 @@ from harness.tokens.randomness import seed_dropout
 from training.checkpointing import choose_resume_point, require_equal_runs, save_checkpoint
 from training.context import TrainContext, build, compile_and_build_buckets, wrap
 from training.dry_run import dry_run, dump_initial_weights
-from training.report import report_end, report_nothing_to_do
+from training.reading import ReadAhead, require_data
+from training.report import report_devices, report_end, report_nothing_to_do
 from training.trials import find_max_microbatch_size, try_microbatch_size
 from training.validation import validate_and_sample, warn_of_first_loss
 
@@ -99,9 +100,9 @@ def main() -> None:
             arguments.datasets_dir, model_config, config, launch.world_size, reads_through=launch.local_rank == 0
         )
         plan = splits.plan
-
         stack.enter_context(distributed.process_group(launch, device, watchdog))
         stop_step = min(arguments.max_steps or plan.global_steps, plan.global_steps)
+        splits = splits.bound_to(distributed.run_on_rank0(launch, lambda: splits.checks))
         identity = identity_of(model_config, config, plan, splits.fingerprint, splits.checked())
         require_equal_runs(request, launch, identity, stop_step)
         point = choose_resume_point(request, launch, plan, identity)
@@ -114,11 +115,12 @@ def main() -> None:
         start = StartRecord(point.state.next_step, launch.restart, devices, splits.describe())
 
         def record() -> None:
+            report_devices(devices)
             record_start(folder.run_json, model_config, config, plan, start)
             Status("running", start.from_step - 1 if start.from_step else None).write(folder.status_json)
 
         distributed.run_on_rank0(launch, record)
-        model, optimizer, scaler = build(request, launch, device, point)
+        model, optimizer, scaler, average = build(request, launch, device, point)
         context = TrainContext(
             launch=launch,
             device=device,
@@ -126,9 +128,11 @@ def main() -> None:
             model_config=model_config,
             config=config,
             splits=splits,
+            reader=ReadAhead(splits.train, launch.rank, plan, range(point.state.next_step, stop_step)),
             model=model,
             optimizer=optimizer,
             scaler=scaler,
+            average=average,
             objective=wrap(model, config, launch, device),
             state=point.state,
             identity=identity,
@@ -164,7 +168,7 @@ def did_without_training(request: RunRequest, launch: Launch) -> bool:
 def train(context: TrainContext, observers: Observers) -> None:
     """Train until context.stop_step; one pass of the loop is one global step.
 
-    Raises StopRequestedError after saving where a rank was asked to stop, and NonFiniteError.
+    Raises StopRequestedError after saving where a rank was asked to stop, DataError likewise, and NonFiniteError.
     """
     config, plan, state, launch = context.config, context.plan, context.state, context.launch
     context.stop.listen()
@@ -175,14 +179,9 @@ def train(context: TrainContext, observers: Observers) -> None:
             learning_rate = learning_rate_at(config, step, plan.global_steps)
             losses = accumulate_gradients(context, step)
             failpoint("step.opt", step)
-            outcome = guarded_step(
-                context.optimizer,
-                context.scaler,
-                learning_rate,
-                config.clipping_max_norm,
-                keep_gradients=launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
-            )
-            wants_to_stop = context.stop.requested or context.checkpoint_writer.has_failed
+            outcome = change_weights(context, step, learning_rate)
+            cannot_go_on = context.checkpoint_writer.has_failed or context.reader.failure is not None
+            wants_to_stop = context.stop.requested or cannot_go_on
             pending = PendingMetrics(launch, losses, outcome.grad_norm, outcome.is_finite, wants_to_stop)
             log.submit(step, pending, learning_rate)
 
@@ -203,15 +202,31 @@ def train(context: TrainContext, observers: Observers) -> None:
                 log.settle()
                 save_checkpoint(context, is_scheduled, validation, waits=is_last)
                 log.restart_clock()
+            if is_last:
+                require_data(launch, context.reader, step)
             if log.stop_agreed and step < context.stop_step - 1:
                 reason = f"asked to stop: saved after global step {step:,}; run the same command to go on"
                 raise StopRequestedError(*([reason] if launch.is_main else []))
             observers.after_step()
 
 
+def change_weights(context: TrainContext, step: int, learning_rate: float) -> StepOutcome:
+    """Step the weights and then their average, or leave both where the gradients are not finite; nothing waits."""
+    outcome = guarded_step(
+        context.optimizer,
+        context.scaler,
+        learning_rate,
+        context.config.clipping_max_norm,
+        keep_gradients=context.launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
+    )
+    if context.average is not None:
+        context.average.update(step, outcome.is_finite)
+    return outcome
+
+
 def step_log(context: TrainContext) -> StepLog:
     """Return the log that counts the run's steps and writes metrics.jsonl."""
-    peak = peak_flops_per_second(distributed.device_name(context.device))
+    peak = peak_flops_per_second(distributed.device_name(context.device), context.config.use_amp)
     return StepLog(
         launch=context.launch,
         plan=context.plan,
@@ -232,9 +247,9 @@ def accumulate_gradients(context: TrainContext, step: int) -> Tensor:
     """
     steps = context.plan.accumulation_steps
     losses = []
-    for accumulation_step in range(steps):
-        tokens, targets = context.splits.train.microbatch(step, accumulation_step, context.launch.rank)
-        seed_dropout(context.config.seed_of("dropout"), step, accumulation_step, context.launch.rank)
+    for accumulation_step, (tokens, targets) in enumerate(context.reader.take(step)):
+        if context.model_config.drop_rate:
+            seed_dropout(context.config.seed_of("dropout"), step, accumulation_step, context.launch.rank)
         with distributed.gradient_sync(context.objective, enabled=accumulation_step == steps - 1):
             with context.autocast():
                 loss = context.objective(context.on_device(tokens), context.on_device(targets))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,9 +29,10 @@ from harness.run.config import ModelConfig, load_model_config
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError, StorageError, exit_status_of
 from harness.run.files import json_number, utc_now
-from harness.run.run_folder import run_of_model_file
-from harness.run.score import Score, describe_model, perplexity_of, score_path
-from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.run.run_folder import AVERAGED_FILE, run_of_model_file
+from harness.run.score import Score, describe_model, perplexity_of, score_path, scored_name
+from harness.tokens.checked_tokens import CHECK_CHUNK_TOKENS, CheckedTokens, check_tokens
+from harness.tokens.token_files import SPLITS, open_split, split_files
 from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
 from model import model_of
 
@@ -53,6 +55,7 @@ class ScoreArguments:
     device: str
     dtype: str
     output: Path | None
+    weights: Literal["last", "averaged"]
 
 
 def main() -> None:
@@ -60,11 +63,11 @@ def main() -> None:
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
-    config, weights = load_model_config(arguments.model_json), open_weights(arguments.model_safetensors)
+    config, weights = load_model_config(arguments.model_json), open_weights(weights_file(arguments))
     scored = describe_model(weights.path, weights.sha256)  # now: a live run may delete the checkpoint meanwhile
     output = output_file(arguments, weights.path)
     model = model_of(config, weights, device)
-    file, check = open_test_tokens(arguments, model.config)
+    file = open_test_tokens(arguments, model.config)
     length, sequences = model.config.context_length, arguments.batches * SEQUENCES_PER_BATCH
 
     batches = data.evaluation_batches(file, arguments.start_token, range(sequences), length, arguments.batch_size)
@@ -74,7 +77,7 @@ def main() -> None:
         tally_losses(model, with_progress(batches, sequences), device, tally)
     losses = tally.sequence_losses()
     loss = float(losses.mean())
-    text_bytes = target_bytes(file, arguments.start_token + 1, check.count - 1)
+    text_bytes = target_bytes(file, arguments.start_token + 1, file.check.count - 1)
     bits_per_byte = json_number(loss * sequences * length / math.log(2) / text_bytes) if text_bytes else None
     score = Score(
         dataset=arguments.dataset,
@@ -82,7 +85,7 @@ def main() -> None:
         start_token=arguments.start_token,
         tokens=sequences * length,
         sequences=sequences,
-        tokens_sha256=check.sha256,
+        tokens_sha256=file.check.sha256,
         loss=json_number(loss),
         perplexity=perplexity_of(loss),
         bits_per_byte=bits_per_byte,
@@ -121,10 +124,24 @@ def parse_arguments() -> ScoreArguments:
     add_device(parser)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON result goes (and .npz beside it)")
+    parser.add_argument(
+        "--weights", choices=["last", "averaged"], default="last", help=f"averaged: {AVERAGED_FILE} beside the model"
+    )
     return parse_into(ScoreArguments, parser)
 
 
-def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> tuple[TokenFile, data.TokenCheck]:
+def weights_file(arguments: ScoreArguments) -> Path:
+    """Return the file to score; raises ConfigError where there is no average."""
+    last = arguments.model_safetensors
+    path = last if arguments.weights == "last" else last.with_name(AVERAGED_FILE)
+    if path != last and last.exists() and not path.exists():
+        raise ConfigError(
+            f"--weights: found no {path}, wanted a run that keeps one (train.json: weight_average_decay)"
+        )
+    return path
+
+
+def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> CheckedTokens:
     """Find the test tokens, downloading them if need be, and check all of them; raises DataError."""
     data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
     file = open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
@@ -136,7 +153,7 @@ def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> tuple[Tok
             f"(--batches {arguments.batches} x {SEQUENCES_PER_BATCH} sequences x {model.context_length} tokens + 1); "
             "choose --start-token and --batches"
         )
-    return file, data.check_tokens(file, arguments.start_token, needed, model.vocab_size)
+    return CheckedTokens(file, check_tokens(file, arguments.start_token, needed, model.vocab_size))
 
 
 def tally_losses(
@@ -162,21 +179,21 @@ def with_progress(batches: Iterator[tuple[Tensor, Tensor]], sequences: int) -> I
             bar.update(len(tokens))
 
 
-def target_bytes(file: TokenFile, start: int, count: int) -> int | None:
+def target_bytes(file: CheckedTokens, start: int, count: int) -> int | None:
     """Return the UTF-8 bytes that tokens [start, start + count) stand for; None where they are not GPT-2's."""
     if file.metadata.get("tokenizer", "gpt2") != "gpt2":
         return None
     lengths = np.array(bytes_per_token())
     total = 0
-    for first in range(start, start + count, data.CHECK_CHUNK_TOKENS):
-        tokens = file.read(first, min(data.CHECK_CHUNK_TOKENS, start + count - first))
+    for first in range(start, start + count, CHECK_CHUNK_TOKENS):
+        tokens = file.read(first, min(CHECK_CHUNK_TOKENS, start + count - first))
         if tokens.max() >= VOCAB_SIZE:
             return None
         total += int(lengths[tokens].sum())
     return total
 
 
-def first_documents(file: TokenFile, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
+def first_documents(file: CheckedTokens, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
     """Return for each sequence the number of the document that its first token belongs to, counted from the first.
 
     Sequences that begin in one document are not independent of each other, so they form a cluster. None where
@@ -185,8 +202,8 @@ def first_documents(file: TokenFile, start: int, sequences: int, length: int) ->
     if file.metadata.get("tokenizer", "gpt2") != "gpt2":
         return None
     ends: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    for first in range(0, sequences * length, data.CHECK_CHUNK_TOKENS):
-        tokens = file.read(start + first, min(data.CHECK_CHUNK_TOKENS, sequences * length - first))
+    for first in range(0, sequences * length, CHECK_CHUNK_TOKENS):
+        tokens = file.read(start + first, min(CHECK_CHUNK_TOKENS, sequences * length - first))
         ends.append(np.flatnonzero(tokens == END_OF_TEXT_ID) + first)
     return np.searchsorted(np.concatenate(ends), np.arange(sequences) * length).astype(np.int64)
 
@@ -197,9 +214,9 @@ def by_frequency(arguments: ScoreArguments, tally: LossTally, vocab_size: int) -
         return None
     file = open_split(arguments.datasets_dir, arguments.dataset, "train")
     count = np.zeros(vocab_size, dtype=np.int64)
-    for first in range(0, min(file.length, FREQUENCY_TOKENS), data.CHECK_CHUNK_TOKENS):
-        tokens = file.read(first, min(data.CHECK_CHUNK_TOKENS, file.length - first))
-        count += np.bincount(tokens[tokens < vocab_size], minlength=vocab_size)
+    for first in range(0, min(file.length, FREQUENCY_TOKENS), CHECK_CHUNK_TOKENS):
+        tokens = file.read(first, min(CHECK_CHUNK_TOKENS, file.length - first))
+        count += np.bincount(tokens[(tokens >= 0) & (tokens < vocab_size)], minlength=vocab_size)
     return described(tally.by_frequency(count))
 
 
@@ -221,10 +238,9 @@ def output_file(arguments: ScoreArguments, weights: Path) -> Path:
     if path is None:
         owner = run_of_model_file(weights)
         place = owner[0].evals if owner else arguments.model_safetensors.parent / "evals"
-        model = owner[0].checkpoint(owner[1]).name if owner else arguments.model_safetensors.stem
         sequences = arguments.batches * SEQUENCES_PER_BATCH
         length = load_model_config(arguments.model_json).context_length
-        path = score_path(place, arguments.split, arguments.start_token, sequences * length, model)
+        path = score_path(place, arguments.split, arguments.start_token, sequences * length, scored_name(weights))
     elif path.suffix != ".json" or path.is_dir():
         raise ConfigError(f"--output: found {path}, wanted the name of a .json file")
     path.parent.mkdir(parents=True, exist_ok=True)

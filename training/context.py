@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 import data
 from harness.engine import checkpoint, distributed
+from harness.engine.averaging import WeightAverage
 from harness.engine.background import BackgroundTask
 from harness.engine.distributed import Launch
 from harness.engine.identity import ResumeIdentity
@@ -27,11 +29,12 @@ from harness.run.run_folder import RunFolder
 from harness.run.train_state import TrainState
 from model import GPTModel, initialise, load_weights, uninitialized_model
 from training.arguments import RunRequest
+from training.reading import ReadAhead
 
 
 @dataclass(frozen=True)
 class TrainContext:
-    """Everything that training needs; only model, optimizer, scaler and state change while it runs."""
+    """Everything that training needs; only model, optimizer, scaler, average and state change while it runs."""
 
     launch: Launch
     device: torch.device
@@ -39,10 +42,14 @@ class TrainContext:
     model_config: ModelConfig
     config: TrainConfig
     splits: data.Splits
+    reader: ReadAhead
+    """Of the train split."""
     model: GPTModel
     """The model without wrappers."""
     optimizer: Optimizer
     scaler: GradScaler
+    average: WeightAverage | None
+    """On rank 0, where the run keeps one."""
     objective: nn.Module
     """The model's loss, wrapped for compilation and for the other ranks."""
     state: TrainState
@@ -66,17 +73,19 @@ class TrainContext:
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """Copy a CPU tensor to the device; on CUDA the host does not wait for it."""
+        tensor = tensor.contiguous()  # whatever the data's order: compiled code is made for one layout
         if self.device.type == "cuda":
-            return tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
+            return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
 
 def build(
     request: RunRequest, launch: Launch, device: torch.device, point: ResumePoint
-) -> tuple[GPTModel, Optimizer, GradScaler]:
+) -> tuple[GPTModel, Optimizer, GradScaler, WeightAverage | None]:
     """Make model, optimizer and scaler on the device, with the resume point's values on every rank.
 
-    Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder.
+    Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder. It alone has
+    the average of the weights, where the run keeps one.
     """
     config, found = request.config, point.checkpoint
     model = uninitialized_model(request.model_config, config.activation_checkpointing)
@@ -92,7 +101,12 @@ def build(
             scaler.load_state_dict(point.metadata.scaler)
         tensors += _optimizer_tensors_on_every_rank(launch, model, optimizer, point.metadata.optimizer_numbers)
     distributed.broadcast(launch, tensors)
-    return model, optimizer, scaler
+    average = None
+    if config.weight_average_decay is not None and launch.is_main:
+        average = WeightAverage(model, config.weight_average_decay)
+    if found is not None and config.weight_average_decay is not None:
+        distributed.run_on_rank0(launch, lambda: checkpoint.load_average(found, cast(WeightAverage, average)))
+    return model, optimizer, scaler, average
 
 
 def _optimizer_tensors_on_every_rank(
@@ -129,7 +143,7 @@ def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig
 
 def wrap(model: nn.Module, config: TrainConfig, launch: Launch, device: torch.device) -> nn.Module:
     """Make the objective and wrap it for the other ranks, then for the compiler, which sees through DDP's buckets."""
-    objective = distributed.wrap_ddp(Objective(model), launch, device)
+    objective = distributed.wrap_ddp(Objective(model, config.z_loss), launch, device)
     is_compiled = device.type == "cuda" if config.compile == "auto" else config.compile
     return torch.compile(objective) if is_compiled else objective  # type: ignore[return-value]
 
@@ -154,17 +168,20 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
     request = replace(request, config=replace(request.config, initial_weights=None))
     launch, stop, identity = Launch(), StopRequest(), ResumeIdentity({})
     point = from_the_beginning(identity)
-    model, optimizer, scaler = build(request, launch, device, point)
+    model, optimizer, scaler, average = build(request, launch, device, point)
+    source = data.SyntheticData(plan, request.model_config.vocab_size)
     context = TrainContext(
         launch=launch,
         device=device,
         folder=RunFolder(Path(os.devnull)),
         model_config=request.model_config,
         config=request.config,
-        splits=data.Splits(plan, data.SyntheticData(plan, request.model_config.vocab_size), None, [], ""),
+        splits=data.Splits(plan, source, None, [], ""),
+        reader=ReadAhead(source, 0, plan, range(0)),
         model=model,
         optimizer=optimizer,
         scaler=scaler,
+        average=average,
         objective=wrap(model, request.config, launch, device),
         state=point.state,
         identity=identity,

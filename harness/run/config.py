@@ -17,7 +17,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 
 from harness.run.errors import ConfigError
-from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, Wanted, marks_of
+from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, Wanted, changes_nothing, marks_of
 from harness.run.strict_json import on_one_line, read_strict_json, shown
 
 MAX_PARAMETERS = 10**10
@@ -62,6 +62,24 @@ class ModelConfig:
     """Bias on the query, key and value projections."""
     tie_weights: Recipe[bool] = False
     """The output head shares the token embedding."""
+    positions: Later[Recipe[Literal["learned", "rotary"]]] = "learned"
+    """How attention knows where tokens stand: an embedding of every position, or a rotation of queries and keys."""
+    norm: Later[Recipe[Literal["layer", "rms"]]] = "layer"
+    """Normalisation before each branch and the output head: LayerNorm, or RMSNorm, which has no mean and no shift."""
+    feed_forward: Later[Recipe[Literal["gelu", "relu_squared", "swiglu"]]] = "gelu"
+    """Activation between the feed-forward layers; swiglu has a third layer and 2/3 of the width, as many weights."""
+    qk_norm: Later[Recipe[bool]] = False
+    """Divide each head's queries and keys by their root mean square, without learned scales."""
+    bias: Later[Recipe[bool]] = True
+    """Biases of the linear layers and shifts of the norms; false leaves out every one."""
+    embedding_norm: Later[Recipe[bool]] = False
+    """Normalise what enters the first block, without learned scales."""
+    value_residual: Later[Recipe[bool]] = False
+    """Mix the first block's attention values into those of every later block, in learned proportion."""
+    logit_softcap: Later[Recipe[float | None]] = Field(default=None, gt=0)
+    """Bound logits between minus this number and it, by a hyperbolic tangent; null does not."""
+    init: Later[Recipe[Literal["gpt2", "torch", "zero_projections"]]] = "gpt2"
+    """Initial weights: GPT-2's, PyTorch's defaults, or GPT-2's with what ends a branch, and the head, at zero."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -100,14 +118,33 @@ class TrainConfig:
     """Peak learning rate."""
     schedule_learning_rate: Recipe[bool] = False
     """The published spelling of the cosine schedule; false leaves the choice to schedule."""
-    schedule: Later[Recipe[Literal["constant", "cosine"] | None]] = None
-    """Learning rate over the run: constant, or cosine (linear warm-up, then decay to a tenth); null is constant."""
+    schedule: Later[Recipe[Literal["constant", "cosine", "linear", "wsd"] | None]] = None
+    """Learning rate over the run: constant; or after a linear warm-up a cosine, a straight line, or a constant rate
+    with a linear cooldown (warm-up, stable, decay: wsd); null is constant."""
     warmup_period_percent: Recipe[float] = Field(default=0.0, ge=0, lt=100)
     """Length of the warm-up, in percent of the global steps; a constant rate has none."""
-    optimizer: Later[Recipe[Literal["adamw"]]] = "adamw"
-    """What turns gradients into changes of the weights."""
+    cooldown_percent: Later[Recipe[float]] = Field(default=20.0, gt=0, le=100)
+    """Length of the cooldown of schedule wsd, in percent of the global steps."""
+    final_rate_fraction: Later[Recipe[float]] = Field(default=0.1, ge=0, le=1)
+    """Where a schedule's decay ends, as a fraction of the peak learning rate; a constant rate has none."""
+    optimizer: Later[Recipe[Literal["adamw", "muon"]]] = "adamw"
+    """What turns gradients into changes of the weights; muon is for the blocks' matrices, AdamW for the rest."""
+    muon_learning_rate: Later[Recipe[float]] = Field(default=0.02, gt=0, le=1)
+    """Peak learning rate of muon's matrices; learning_rate is that of the rest, and both follow the schedule."""
+    adam_beta1: Later[Recipe[float]] = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay rate of the mean of the gradients."""
+    adam_beta2: Later[Recipe[float]] = Field(default=0.999, ge=0, lt=1)
+    """AdamW's decay rate of the mean of the squared gradients."""
+    adam_epsilon: Later[Recipe[float]] = Field(default=1e-8, gt=0, le=1)
+    """What AdamW adds to the root of the mean square before it divides by it."""
     weight_decay: Recipe[float] = Field(default=0.1, ge=0, le=100)
-    """Weight decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
+    """Weight decay, times the learning rate, of matrices and embeddings; of biases and norms with decay_all only."""
+    decay_all: Later[Recipe[bool]] = False
+    """Decay every parameter, biases and norms too."""
+    z_loss: Later[Recipe[float]] = Field(default=0.0, ge=0, le=1)
+    """Weight of the mean squared log-normaliser of the softmax in what is minimised; reported losses are without."""
+    weight_average_decay: Later[Recipe[float | None]] = Field(default=None, gt=0, lt=1)
+    """Keep an exponential average of the weights, this much of it kept by each global step; null keeps none."""
     clipping_max_norm: Recipe[float | None] = Field(default=None, gt=0)
     """Largest L2 norm over all gradients; null does not clip."""
     use_amp: Recipe[bool] = True
@@ -237,11 +274,27 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
             return []
         return [f"{key}: found {value}, wanted a multiple of {of} ({divisor})"]
 
+    def only_with(key: str, choice: str, wanted: str) -> list[str]:
+        item = next(item for item in fields(TrainConfig) if item.name == key)
+        if key not in data or changes_nothing(TrainConfig, item, data[key]) or data.get(choice) == wanted:
+            return []
+        return [f"{key}: found {data[key]}, which acts only with {choice} {shown(wanted)}"]
+
     lines = multiple("emb_dim", "n_heads") + multiple("global_batch_size", "microbatch_size")
+    if data.get("qkv_bias") and data.get("bias") is False:
+        lines.append("qkv_bias: found true with bias false, wanted one of the two")
+    if data.get("positions") == "rotary":
+        width, heads = data.get("emb_dim"), data.get("n_heads")
+        if width and heads and width % heads == 0 and width // heads % 2:
+            lines.append(f"emb_dim: found {width // heads} channels a head, wanted an even number to rotate in pairs")
     if "gradient_accumulation_steps" in data and data.get("global_batch_size") is not None:
         lines.append("global_batch_size: found together with gradient_accumulation_steps, wanted one of the two")
     if data.get("schedule_learning_rate") and data.get("schedule") not in (None, "cosine"):
         lines.append(f"schedule: found {shown(data['schedule'])} with schedule_learning_rate, wanted one of the two")
+    lines += only_with("cooldown_percent", "schedule", "wsd") + only_with("muon_learning_rate", "optimizer", "muon")
+    together = data.get("warmup_period_percent", 0.0) + data.get("cooldown_percent", 20.0)
+    if data.get("schedule") == "wsd" and together > 100:
+        lines.append(f"cooldown_percent: found {together:g} percent with the warm-up, wanted at most 100")
     pair = ("validation_interval", "validation_batches")
     for missing, given in (pair, pair[::-1]):
         if data.get(missing) is None and data.get(given) is not None:

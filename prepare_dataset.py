@@ -2,22 +2,26 @@
 
   python prepare_dataset.py "books/*.txt" datasets/books
 
-SOURCE is a file, folder or glob of .txt, .md, .jsonl and .parquet files (also
-.gz, .xz, .zst), a Hub dataset hf:OWNER/NAME[/sub/folder], or python-docs: the
-documentation inside this Python installation, which needs no network.
+SOURCE is a file, folder or glob of .txt, .md, .rst, source code, .html, .jsonl,
+.json, .csv, .tsv and .parquet (also .gz, .xz, .zst), a Hub dataset
+hf:OWNER/NAME[/sub/folder], or python-docs: the documentation inside this Python
+installation, which needs no network.
 After an interruption the same command resumes and gives the same bytes.
 """
 
+import argparse
+import codecs
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.run.arguments import fraction, parse_into, parser_of, whole_number
+from harness.run.arguments import fraction, new_folder, parse_into, parser_of, whole_number
 from harness.run.errors import exit_status_of
 from preparation.prepare import PreparationResult, prepare, verify
 from preparation.selection import PreparationSettings
+from preparation.sources import describe_skipped
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class PrepareArguments:
     source: str
     out_dir: Path
     text_field: str
+    encoding: str
+    skip_bad: bool
     revision: str | None
     validation: Literal["random", "last"]
     validation_fraction: float
@@ -49,6 +55,8 @@ def main() -> None:
         source=arguments.source,
         revision=arguments.revision,
         text_field=arguments.text_field,
+        encoding=arguments.encoding,
+        skip_bad=arguments.skip_bad,
         validation=arguments.validation,
         validation_fraction=arguments.validation_fraction,
         seed=arguments.seed,
@@ -64,10 +72,30 @@ def print_result(result: PreparationResult) -> None:
         print("Already prepared from this source with these options")
     for file in result.splits:
         print(f"{file.path}: {int(file.metadata['documents']):,} documents, {file.length:,} tokens")
-    if result.progress is not None and result.progress.empty_documents:
-        print(f"Empty documents skipped: {result.progress.empty_documents:,}")
-    if result.progress is not None and result.progress.duplicates:
-        print(f"Duplicate documents dropped: {result.progress.duplicates:,}")
+    progress = result.progress
+    if progress is None:
+        return
+    if result.skipped:
+        print(f"Files skipped: {describe_skipped(result.skipped)}")
+    if progress.bad_documents:
+        print(
+            f"Documents skipped because they cannot be read: {progress.bad_documents:,}, first {progress.first_bad}"
+        )
+    if progress.empty_documents:
+        print(f"Empty documents skipped: {progress.empty_documents:,}")
+    if progress.duplicates:
+        print(f"Duplicate documents dropped: {progress.duplicates:,}")
+
+
+def text_encoding(name: str) -> str:
+    """Return the codec's own name of an encoding; an argparse type."""
+    try:
+        "a".encode(name).decode(name)
+        return codecs.lookup(name).name
+    except (LookupError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"found {name}, wanted a text encoding such as utf-8, cp1252 or utf-16"
+        ) from None
 
 
 def parse_arguments() -> PrepareArguments:
@@ -75,8 +103,10 @@ def parse_arguments() -> PrepareArguments:
     parser = parser_of(__doc__)
     parser.usage = "prepare_dataset.py SOURCE OUT_DIR [options]\n       prepare_dataset.py --verify DATASET"
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="files, hf:OWNER/NAME or python-docs")
-    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", type=Path, help="for example datasets/books")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="of .jsonl and .parquet (default text)")
+    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", type=new_folder, help="for example datasets/books")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="column of tables (default text)")
+    parser.add_argument("--encoding", type=text_encoding, default="utf-8", metavar="NAME", help="(default utf-8)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")
     parser.add_argument("--revision", metavar="REF", help="Hub commit, tag or branch (default: the newest commit)")
     choices = ("random", "last")
     parser.add_argument("--validation", choices=choices, default="random", help="documents held out (default random)")

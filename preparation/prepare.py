@@ -7,11 +7,11 @@ each. Results are written in the order of reading, so the bytes do not depend on
 import hashlib
 import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from preparation.partial_dataset import (
     move_into_place,
 )
 from preparation.readers import Batch, read_batches
-from preparation.selection import PreparationSettings
+from preparation.selection import PreparationSettings, without_place
 from preparation.sources import SourceFile, check_space, local_files
 from preparation.token_writer import CHUNK_TOKENS, sha256_of
 
@@ -51,6 +51,8 @@ class PreparationResult:
     progress: PreparationProgress | None
     """None if the dataset was there already."""
     splits: tuple[TokenFile, TokenFile]
+    skipped: Counter[str]
+    """Files of the source that cannot be read, by suffix."""
 
 
 def prepare(
@@ -62,9 +64,9 @@ def prepare(
     with locked(out_dir) as folder:
         earlier = None if is_fresh else load_progress(folder, settings)
         if earlier is None and not is_fresh and is_prepared(settings, out_dir):
-            return PreparationResult(None, open_both(out_dir))
+            return PreparationResult(None, open_both(out_dir), Counter())
         progress = earlier or PreparationProgress(commit=find_commit(settings))
-        sources = find_sources(settings, progress.commit, out_dir)
+        sources, skipped = find_sources(settings, progress.commit, out_dir)
         if earlier:
             check_sources(folder, sources)
         else:
@@ -74,7 +76,7 @@ def prepare(
                 check_space(folder, sources, 2 * (progress.train.tokens + progress.validation.tokens))
             read_and_divide(PartialDataset(folder, settings, progress), sources, workers)
         move_into_place(folder, progress, out_dir, metadata_of(settings, progress.commit, sources))
-        return PreparationResult(progress, open_both(out_dir))
+        return PreparationResult(progress, open_both(out_dir), skipped)
 
 
 def open_both(out_dir: Path) -> tuple[TokenFile, TokenFile]:
@@ -101,7 +103,7 @@ def is_prepared(settings: PreparationSettings, out_dir: Path) -> bool:
         if difference := settings.difference(found):
             raise ConfigError(f"{file.path}: made with other options ({difference}), {hint}")
         if settings.source != PYTHON_DOCS and not settings.source.startswith(PREFIX):
-            sources = local_files(settings.source, out_dir)
+            sources, _ = local_files(settings.source, out_dir)
             newest = max(source.mtime_ns for source in sources)
             if file.metadata.get("files_sha256") != fingerprint(sources) or newest > file.path.stat().st_mtime_ns:
                 raise ConfigError(f"{file.path}: made before SOURCE changed, {hint}")
@@ -113,10 +115,13 @@ def find_commit(settings: PreparationSettings) -> str | None:
     return commit_of(settings.source, settings.revision) if settings.source.startswith(PREFIX) else None
 
 
-def find_sources(settings: PreparationSettings, commit: str | None, out_dir: Path) -> Sequence[SourceFile]:
-    """List the files of the source in the order in which they are read."""
+def find_sources(
+    settings: PreparationSettings, commit: str | None, out_dir: Path
+) -> tuple[list[SourceFile], Counter[str]]:
+    """List the files of the source in the order in which they are read, and count those that cannot be, by suffix."""
     if settings.source == PYTHON_DOCS:
-        return [SourceFile(f"Python {sys.version.split()[0]}", "python-docs", PYTHON_DOCS_BYTES, Path(sys.prefix))]
+        docs = SourceFile(f"Python {sys.version.split()[0]}", "python-docs", PYTHON_DOCS_BYTES, Path(sys.prefix))
+        return [docs], Counter()
     return hub_files(settings.source, commit) if commit else local_files(settings.source, out_dir)
 
 
@@ -131,8 +136,12 @@ def fingerprint(sources: Sequence[SourceFile]) -> str:
 def metadata_of(settings: PreparationSettings, commit: str | None, sources: Sequence[SourceFile]) -> dict[str, str]:
     """Return the metadata of both files that says where their tokens come from."""
     revision = {"revision": commit} if commit else {}
-    own = {"settings": json.dumps(asdict(settings)), "files": str(len(sources)), "files_sha256": fingerprint(sources)}
-    return {"source": settings.source, **revision, **own}
+    own = {
+        "settings": json.dumps(settings.stored()),
+        "files": str(len(sources)),
+        "files_sha256": fingerprint(sources),
+    }
+    return {"source": without_place(settings.source), **revision, **own}
 
 
 def read_and_divide(partial: PartialDataset, sources: Sequence[SourceFile], workers: int) -> None:
@@ -211,6 +220,9 @@ def write_batch(partial: PartialDataset, encoded: EncodedBatch) -> None:
                 progress.duplicates += not progress.keeps_long
             keep[:] = progress.keeps_long
     progress.empty_documents += encoded.empty_documents
+    if encoded.bad_documents:
+        progress.first_bad = progress.first_bad or encoded.bad_documents[0]
+        progress.bad_documents += len(encoded.bad_documents)
     held_out = np.zeros_like(keep)
     if settings.validation == "random":
         held_out = encoded.split_keys.astype(np.float64) < settings.validation_fraction * 2.0**64
@@ -229,7 +241,8 @@ def divide(partial: PartialDataset) -> None:
     train, validation, fraction = partial.train, partial.validation, partial.settings.validation_fraction
     documents = train.counts.documents + validation.counts.documents
     if documents == 0:
-        raise DataError("SOURCE: found no document, wanted at least one that is not empty")
+        bad = f" ({partial.progress.first_bad})" if partial.progress.first_bad else ""
+        raise DataError(f"SOURCE: found no document, wanted at least one that is not empty{bad}")
     if train.counts.documents == 0:
         validation.copy_tail(validation.start_of_last(1), 1, train)
         partial.save()  # the copy must be durable before the original is cut off

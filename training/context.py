@@ -176,7 +176,7 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
         folder=RunFolder(Path(os.devnull)),
         model_config=request.model_config,
         config=request.config,
-        splits=data.Splits(plan, source, None, [], ""),
+        splits=data.Splits(plan, source, None, {}, ""),
         reader=ReadAhead(source, 0, plan, range(0)),
         model=model,
         optimizer=optimizer,

@@ -41,9 +41,9 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
 def softmax_gradient(logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy of logits (n, V) in float32, and the gradient (n, V) in the logits' type.
 
-    With a finite softcap, it is that of the capped logits. A logit of -inf has no probability and no gradient. The gradient
-    is that of the cross-entropy plus z_loss x log(Z)^2, where Z normalises the softmax (Chowdhery et al. 2022,
-    arXiv:2204.02311, section 5): probabilities count 1 + 2 x z_loss x log(Z) times.
+    With a finite softcap, it is that of the capped logits. A logit of -inf has no probability and no gradient. The
+    gradient is that of the cross-entropy plus z_loss x log(Z)^2, where Z normalises the softmax (Chowdhery et al.
+    2022, arXiv:2204.02311, section 5): probabilities count 1 + 2 x z_loss x log(Z) times.
     """
     ids, dtype, slope = targets.unsqueeze(-1), logits.dtype, None
     if softcap < math.inf:
@@ -91,8 +91,9 @@ def loss_and_gradients(
     divided by their number and multiplied with the incoming gradient, they would underflow in float16. They are those
     of the loss with the z-loss; the loss returned is without, so that it can be compared.
 
-    `terms` are a softcap (infinite for none) and the weight of the z-loss. `is_compiled` compiles what happens between the products. The vocabulary is padded with ids of no probability, so
-    that all three products have sides that tensor cores like.
+    `terms` are a softcap (infinite for none) and the weight of the z-loss. `is_compiled` compiles what happens between
+    the products. The vocabulary is padded with ids of no probability, so that all three products have sides that
+    tensor cores like.
     """
     vocab_size, width = weight.shape
     rows = hidden.to(dtype)  # (N, C)

@@ -21,8 +21,16 @@ from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, W
 from harness.run.strict_json import on_one_line, read_strict_json, shown
 
 MAX_PARAMETERS = 10**10
+LIKENESS = 0.6  # of difflib's ratio: below it a suggestion would be no likelier than another key
 DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
+DATASETS_WANTED = Wanted(
+    "NAME or OWNER/NAME, of letters, digits, '.', '_' and '-', "
+    'or a list of at least two different {"name": NAME, "weight": above 0}'
+)
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+# A strict class takes no JSON object, so here the fields are strict.
+NESTED = ConfigDict(**{**STRICT, "strict": False})
 
 Purpose = Literal["init", "order", "dropout"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
@@ -40,6 +48,11 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError("each at most once")
     return names
+
+
+def _other_names(datasets: "tuple[WeightedDataset, ...]") -> "tuple[WeightedDataset, ...]":
+    _each_once(tuple(dataset.name for dataset in datasets))
+    return datasets
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -82,18 +95,34 @@ class ModelConfig:
     """Initial weights: GPT-2's, PyTorch's defaults, or GPT-2's with what ends a branch, and the head, at zero."""
 
 
+@dataclass(config=NESTED, frozen=True, kw_only=True)
+class WeightedDataset:
+    """One of the datasets that a run mixes."""
+
+    name: str = Field(strict=True, pattern=DATASET_NAME, max_length=200)
+    """As the name of a single dataset."""
+    weight: float = Field(strict=True, gt=0, le=1e9)
+    """Its share of the sequences, relative to the other weights."""
+    revision: str | None = Field(default=None, strict=True, pattern=REVISION, max_length=200)
+    """Hub commit to pin."""
+
+
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
     """How a model is trained: data, batch, optimizer, precision, seeds and intervals."""
 
-    dataset: Recipe[Annotated[str, Wanted("NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'")]] = Field(
-        pattern=DATASET_NAME, max_length=200
-    )
-    """Folder under DATASETS_DIR, and Hub dataset id to download when the folder is missing."""
+    dataset: Recipe[
+        Annotated[
+            Annotated[str, Field(pattern=DATASET_NAME, max_length=200)]
+            | Annotated[tuple[WeightedDataset, ...], Field(min_length=2, strict=False), AfterValidator(_other_names)],
+            DATASETS_WANTED,
+        ]
+    ] = Field()
+    """Folder under DATASETS_DIR, or else Hub dataset to download; or a list of {"name", "weight"} that are mixed."""
     dataset_revision: Recipe[Annotated[str | None, Wanted("a commit, branch or tag name")]] = Field(
-        default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200
+        default=None, pattern=REVISION, max_length=200
     )
-    """Hub commit to pin."""
+    """Hub commit to pin; in a list, each dataset's `revision`."""
     min_train_tokens: Execution[Annotated[int, AfterValidator(_not_zero)]] = Field(ge=-1, le=10**15)
     """Tokens to train on, rounded up to whole global batches; -1 takes all whole global batches that fit."""
     start_train_token: Recipe[int] = Field(ge=0)
@@ -196,6 +225,26 @@ class TrainConfig:
             object.__setattr__(self, "schedule", None)
 
     @property
+    def datasets(self) -> tuple[WeightedDataset, ...]:
+        """The datasets that are trained on; a single one has the weight 1."""
+        if isinstance(self.dataset, str):
+            return (WeightedDataset(name=self.dataset, weight=1.0, revision=self.dataset_revision),)
+        return self.dataset
+
+    @property
+    def scored_dataset(self) -> str:
+        """The dataset that validation and test losses are measured on."""
+        return self.datasets[0].name
+
+    @property
+    def dataset_shares(self) -> str:
+        """The datasets in words, as `books` or `books (70%) + code (30%)`."""
+        if isinstance(self.dataset, str):
+            return self.dataset
+        total = sum(part.weight for part in self.dataset)
+        return " + ".join(f"{part.name} ({100 * part.weight / total:.3g}%)" for part in self.dataset)
+
+    @property
     def schedule_name(self) -> str:
         """The schedule's name in `harness.engine.schedules`."""
         return self.schedule or ("cosine" if self.schedule_learning_rate else "constant")
@@ -250,6 +299,11 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
         # pydantic reports an error for each member of a union; keep one for each key.
         wrong = {str(item["loc"][0]): dict(item) for item in error.errors(include_url=False)}
     problems += [_line_for(key, item, config_class) for key, item in wrong.items()]
+    if "checkpoint_interval" in wrong and "validation_interval" in known:
+        problems.append(
+            "validation_interval: found without checkpoint_interval, which took its place for saving "
+            "(python convert.py import --all brings runs of the published harness in)"
+        )
     problems += _conflicts({key: value for key, value in known.items() if key not in wrong})
     if problems:
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))
@@ -259,10 +313,11 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
 def _unknown_key(key: str, config_class: type) -> str:
     def likeness(name: str) -> float:
         initials = "".join(word[0] for word in name.split("_"))
-        return max(difflib.SequenceMatcher(None, key.lower(), other).ratio() for other in (name, initials))
+        return 1.0 if key == initials else difflib.SequenceMatcher(None, key.lower(), name).ratio()
 
     nearest = max((item.name for item in fields(config_class)), key=likeness)
-    return f"{on_one_line(key)}: found an unknown key, wanted a known one; the nearest is {nearest}"
+    hint = f"; the nearest is {nearest}" if likeness(nearest) >= LIKENESS else " (docs/configuration.md lists them)"
+    return f"{on_one_line(key)}: found an unknown key, wanted a known one{hint}"
 
 
 def _conflicts(data: dict[str, Any]) -> list[str]:
@@ -295,6 +350,8 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
     together = data.get("warmup_period_percent", 0.0) + data.get("cooldown_percent", 20.0)
     if data.get("schedule") == "wsd" and together > 100:
         lines.append(f"cooldown_percent: found {together:g} percent with the warm-up, wanted at most 100")
+    if data.get("dataset_revision") is not None and not isinstance(data.get("dataset"), str | None):
+        lines.append("dataset_revision: found with a list of datasets, wanted a revision in each of them")
     pair = ("validation_interval", "validation_batches")
     for missing, given in (pair, pair[::-1]):
         if data.get(missing) is None and data.get(given) is not None:

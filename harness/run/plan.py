@@ -81,8 +81,9 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_available: int | None = None) -> Plan:
     """Return a run's plan.
 
-    `tokens_available` is the number of tokens in the train split from start_train_token on; it is required if
-    min_train_tokens is -1, and otherwise only checked. Raises ConfigError or DataError.
+    `tokens_available` is the number of tokens in the train split from start_train_token on, of a mixture until one of
+    its datasets is used up; it is required if min_train_tokens is -1, and otherwise only checked. Raises ConfigError
+    or DataError.
     """
     one_step = Plan(
         world_size=world_size,
@@ -102,7 +103,7 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
     if tokens_available is not None and (plan.global_steps < 1 or plan.tokens_needed > tokens_available):
         wanted = max(plan.global_steps, 1)
         raise DataError(
-            f"train split of {train.dataset}: found {max(tokens_available, 0):,} tokens from token "
+            f"train split of {train.dataset_shares}: found {max(tokens_available, 0):,} tokens from token "
             f"{train.start_train_token:,} on, wanted {wanted * per_step + 1:,} "
             f"({wanted:,} global steps x {per_step:,} tokens + 1)"
         )

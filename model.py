@@ -114,8 +114,10 @@ class Attention(nn.Module):
         """
         # One matrix product for all three reads x once, and under autocast converts it to half precision once.
         projections = (self.W_query, self.W_key, self.W_value)
-        weight = torch.cat([projection.weight for projection in projections])
-        bias = None if self.W_query.bias is None else torch.cat([projection.bias for projection in projections])
+        # Viewed as they are: in a bare list the compiler would not see them when it cuts its graph by DDP's buckets.
+        weight = torch.cat([projection.weight.view(-1, x.shape[-1]) for projection in projections])
+        has_bias = self.W_query.bias is not None
+        bias = torch.cat([projection.bias.view(-1) for projection in projections]) if has_bias else None
         projected = F.linear(x, weight, bias).view(*x.shape[:-1], 3, self.n_heads, -1)  # (B, T, 3, H, D)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if rotation is not None:

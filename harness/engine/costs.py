@@ -89,7 +89,7 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     block keeps the stream once, and after the loss one block everything. Half-precision copies of the blocks' weights
     are kept too. The loss holds a chunk of logits and of their gradient, the head in half precision and the head's
     gradient in float32; where it is not compiled, float32 copies of the logits besides. Tested against
-    `benchmarks/memory.py`.
+    `benchmarks/memory.py`, and against generated code in benchmarks/results/cuda-check.json.
     """
     width, product, is_eager = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES, train.compile is False
     pairs = (model.positions == "rotary") + model.qk_norm + model.value_residual

@@ -1,6 +1,6 @@
 """Tokenise text into OUT_DIR/train.safetensors and OUT_DIR/validation.safetensors.
 
-  python prepare_dataset.py "books/*.txt" datasets/books
+  python prepare_dataset.py "books/*.txt" datasets/books --tokenizer train:4096
 
 SOURCE is a file, folder or glob of .txt, .md, .jsonl and .parquet files (also
 .gz, .xz, .zst), a Hub dataset hf:OWNER/NAME[/sub/folder], or python-docs: the
@@ -26,6 +26,7 @@ class PrepareArguments:
 
     source: str
     out_dir: Path
+    tokenizer: str
     text_field: str
     revision: str | None
     validation: Literal["random", "last"]
@@ -53,7 +54,9 @@ def main() -> None:
         validation_fraction=arguments.validation_fraction,
         seed=arguments.seed,
         drop_duplicates=arguments.drop_duplicates,
+        tokenizer=arguments.tokenizer,
     )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or the library warns of every process made after its use
     workers = arguments.workers or os.cpu_count() or 1
     print_result(prepare(settings, arguments.out_dir, workers, arguments.fresh, not arguments.ignore_free_space))
 
@@ -76,6 +79,8 @@ def parse_arguments() -> PrepareArguments:
     parser.usage = "prepare_dataset.py SOURCE OUT_DIR [options]\n       prepare_dataset.py --verify DATASET"
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="files, hf:OWNER/NAME or python-docs")
     parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", type=Path, help="for example datasets/books")
+    parser.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2 (default), bytes, train:N (learned "
+                        "from SOURCE, N ids), a tokenizer.json or hf:OWNER/NAME")  # fmt: skip
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of .jsonl and .parquet (default text)")
     parser.add_argument("--revision", metavar="REF", help="Hub commit, tag or branch (default: the newest commit)")
     choices = ("random", "last")

@@ -30,7 +30,7 @@ from harness.run.files import file_sha256, json_number, utc_now
 from harness.run.run_folder import run_of_model_file
 from harness.run.score import Score, describe_model, perplexity_of, score_path
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
-from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
+from harness.tokens.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
 from model import load_model
 
 FREQUENCY_TOKENS = 2**27  # of the train split, enough to know how often an id occurs

@@ -32,7 +32,7 @@ PLAIN_LOOP = """
 import json, sys
 import numpy as np
 from safetensors.numpy import save_file
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
 
 encoding, tokens = gpt2_encoding(), []
 for line in open(sys.argv[1], encoding="utf-8"):

@@ -19,7 +19,7 @@ from harness.run.errors import CheckpointError, ConfigError, StorageError, hub_e
 from harness.run.files import atomic_folder, file_sha256, read_json, write_json, write_text
 from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
 from harness.run.score import Score
-from harness.tokens.tokenizer import (
+from harness.tokens.gpt2 import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
     MERGES,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
 from instruction.items import Item, prompt_of
 from instruction.recipe import Recipe
 

@@ -12,7 +12,7 @@ from harness.engine.schedules import learning_rate_at
 from harness.engine.step import guarded_step
 from harness.run.errors import NonFiniteError
 from harness.tokens.randomness import order_permutation, seed_dropout
-from harness.tokens.tokenizer import END_OF_TEXT_ID
+from harness.tokens.gpt2 import END_OF_TEXT_ID
 from instruction.examples import Example
 from instruction.recipe import Recipe
 

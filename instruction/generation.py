@@ -8,7 +8,7 @@ from torch import nn
 
 from harness.engine.key_value_cache import KeyValueCache
 from harness.run.errors import CheckpointError
-from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ PIECE_CHARACTERS = 2**20
 LONGEST_BYTES = 2**28
 """Of a line, or of text without white space; anything longer is taken for a mistake."""
 
-# Cutting a text here changes none of its tokens, because GPT-2's words have white space only at their beginning.
-# (Python's \S is stricter than the encoding's: Python counts more characters as white space.)
-CUT = re.compile(r"\S(?=[ \n])")
+# Cutting a text here changes none of its tokens, because a word ends with a letter or a digit before white space. (After
+# a full stop it may go on: some tokenizers take the line end after it into the same word.)
+CUT = re.compile(r"[^\W_](?=[ \n])")
 INSTALL_DATA = "pip install '.[data]'"
 
 

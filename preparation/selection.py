@@ -11,6 +11,7 @@ import numpy as np
 
 DIGEST_BYTES = 16
 RECENT = 2**18
+DEFAULTS_SINCE = {"tokenizer": "gpt2"}  # of settings that datasets of earlier versions do not name
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,19 @@ class PreparationSettings:
     validation_fraction: float = 0.01
     seed: int = 0
     drop_duplicates: bool = False
+    tokenizer: str = "gpt2"
+    """"gpt2", "bytes", "train:N", or the SHA-256 of a tokenizer.json."""
 
     def difference(self, other: dict[str, object]) -> str | None:
         """Name the first setting in which `other` differs, as `seed 1 there, 0 now`; None if there is none."""
         for name, value in asdict(self).items():
-            if other.get(name) != value:
+            if other.get(name, DEFAULTS_SINCE.get(name)) != value:
                 return f"{name} {other.get(name)} there, {value} now"
         return None
+
+    def is_held_out(self, split_key: int) -> bool:
+        """Return whether a document with this key is for validation, where a hash decides."""
+        return float(split_key) < self.validation_fraction * 2.0**64
 
     def split_key(self, pieces: Iterable[bytes]) -> int:
         """Return a keyed hash in [0, 2^64) of the UTF-8 text, which does not depend on how the text is cut.

@@ -21,7 +21,7 @@ from assets.instructions import builtin_set
 from harness.run.config import load_model_config
 from harness.run.errors import ConfigError, DataError, NonFiniteError
 from harness.run.files import write_json
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
 from instruction.answers import load_answers
 from instruction.compare import Cells, Metric, compare, ratio_cells
 from instruction.examples import Example, encode_items, in_batches

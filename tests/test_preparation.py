@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from tiktoken_ext import openai_public
 
 import prepare_dataset
-from harness.tokens import tokenizer
+from harness.tokens import gpt2
 from preparation import encoding, readers, sources
 from preparation.selection import SeenDocuments
 from preparation.token_writer import TokenWriter
@@ -36,9 +36,9 @@ LAST = ("--validation", "last", "--validation-fraction", "0.2")
 def official(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
     """tiktoken's own gpt2, from OpenAI's two files in its cache, whose SHA-256 it checks itself."""
     cache = tmp_path_factory.mktemp("tiktoken")
-    letters = dict(tokenizer._byte_alphabet())
-    merges = tokenizer.MERGES.read_bytes()
-    ids = {"".join(letters[b] for b in unit): rank for unit, rank in tokenizer._ranked_tokens(merges.decode())}
+    letters = dict(gpt2._byte_alphabet())
+    merges = gpt2.MERGES.read_bytes()
+    ids = {"".join(letters[b] for b in unit): rank for unit, rank in gpt2._ranked_tokens(merges.decode())}
     files = {"encoder.json": json.dumps({**ids, "<|endoftext|>": 50256}).encode(), "vocab.bpe": merges}
     for name, raw in files.items():
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
@@ -141,7 +141,7 @@ def test_text_without_words_takes_no_time(call: Call, text: str) -> None:
     start = time.process_time()
     tokens = encoding.encode(text)
     assert time.process_time() - start < 5
-    assert tokenizer.gpt2_encoding().decode(tokens.tolist()) == text
+    assert gpt2.gpt2_encoding().decode(tokens.tolist()) == text
 
 
 def test_white_space_is_cut_where_the_encoding_cuts_it(
@@ -269,7 +269,7 @@ def test_a_single_document_is_cut_in_two(call: Call, tmp_path: Path, words: tupl
     found = splits(tmp_path / "out")
     assert all(tokens[-1] == 50256 and (tokens == 50256).sum() == 1 for tokens in found.values())
     joined = [*found["train"][:-1].tolist(), *found["validation"][:-1].tolist()]
-    assert tokenizer.gpt2_encoding().decode(joined) == text
+    assert gpt2.gpt2_encoding().decode(joined) == text
     counted = [int(metadata(tmp_path / "out", split)["bytes"]) for split in found]
     assert sum(counted) == len(text.encode())
 

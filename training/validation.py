@@ -16,7 +16,7 @@ from harness.run.errors import CheckpointError
 from harness.run.files import json_number
 from harness.run.plan import validation_sequences
 from harness.tokens.randomness import stream_seed
-from harness.tokens.tokenizer import VOCAB_SIZE
+from harness.tokens.gpt2 import VOCAB_SIZE
 from training.context import TrainContext
 
 

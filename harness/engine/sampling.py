@@ -7,7 +7,7 @@ from torch import nn
 
 from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError
-from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
 
 
 @dataclass(frozen=True)

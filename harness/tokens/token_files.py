@@ -51,6 +51,11 @@ class TokenFile:
     metadata: dict[str, str]
     shards: tuple[Shard, ...] = ()
 
+    @property
+    def is_llmc(self) -> bool:
+        """Whether it is llm.c's, whose version 1 is defined to hold GPT-2's tokens."""
+        return any(shard.offset for shard in self.shards)
+
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Read tokens [start, start + count) as int64, (count,); fewer at the end of the split."""
         end = min(start + count, self.length)

@@ -2,9 +2,12 @@
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterator
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 
 from harness.run.errors import DataError
 from harness.run.files import ASSETS
@@ -18,6 +21,13 @@ VOCAB_SIZE = 50257
 # GPT-2 splits text by this pattern before merging: contractions, words, numbers, other characters, white space
 # (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", released code).
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# tiktoken's regular expression overflows its stack on a million white-space characters in a row before a word.
+# GPT-2 takes all but the last of them as one word, so cutting the text before the last changes no token. (Python's
+# \s also matches four control characters that GPT-2 does not count as white space.)
+SPACE = r"[^\S\x1c-\x1f]"
+LONGEST_SPACE = 100_000
+LONG_SPACE = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONGEST_SPACE},}}+")
 
 
 @functools.cache
@@ -33,6 +43,17 @@ def gpt2_encoding() -> tiktoken.Encoding:
         mergeable_ranks=dict(_ranked_tokens(raw.decode())),
         special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
     )
+
+
+def encode_ordinary(text: str) -> NDArray[np.uint32]:
+    """Return a text's GPT-2 tokens, treating a written <|endoftext|> as ordinary text; releases the GIL."""
+    encoding = gpt2_encoding()
+    cuts = []
+    if len(text) > LONGEST_SPACE:
+        cuts = [match.end() - 1 for match in LONG_SPACE.finditer(text) if match.end() < len(text)]
+    parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
+    tokens = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
+    return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
 
 
 def _ranked_tokens(merges: str) -> Iterator[tuple[bytes, int]]:
@@ -57,9 +78,14 @@ def _byte_alphabet() -> list[tuple[int, str]]:
     return [(byte, chr(byte)) for byte in printable] + [(byte, chr(256 + n)) for n, byte in enumerate(others)]
 
 
+def printable_bytes() -> dict[int, str]:
+    """Return the printable character that stands for each byte in byte-level vocabularies."""
+    return dict(_byte_alphabet())
+
+
 def printable_vocabulary() -> dict[str, int]:
     """Return token -> id for all GPT-2 ids, with tokens spelled in the merges file's printable characters."""
-    character_of = dict(_byte_alphabet())
+    character_of = printable_bytes()
     encoding = gpt2_encoding()
     tokens = ("".join(character_of[b] for b in encoding.decode_single_token_bytes(n)) for n in range(END_OF_TEXT_ID))
     return {**{token: number for number, token in enumerate(tokens)}, END_OF_TEXT: END_OF_TEXT_ID}

@@ -21,7 +21,7 @@ from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of,
 from harness.run.config import ModelConfig
 from harness.run.errors import exit_status_of
 from harness.run.score import Score
-from model import load_model, load_weights, uninitialized_model
+from model import load_weights, model_of, uninitialized_model
 from study.statistics import clustered_mean
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -90,7 +90,7 @@ def export_verb(words: list[str]) -> None:
         parser.error(f"--push: found {request.push[:80]!r}, wanted OWNER/NAME")
     if request.license and not LICENCE.fullmatch(request.license):
         parser.error(f"--license: found {request.license[:80]!r}, wanted an identifier such as apache-2.0")
-    export(request, lambda config, weights: load_model(config, weights, torch.device("cpu")), interval_of)
+    export(request, lambda config, weights: model_of(config, weights, torch.device("cpu")), interval_of)
 
 
 def interval_of(score: Score) -> tuple[float, float] | None:

@@ -24,6 +24,7 @@ from harness.run.errors import DataError, hub_errors
 from harness.run.plan import Plan, make_plan, validation_sequences
 from harness.tokens.randomness import Permutation, order_permutation
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, require_room, tokenizer_of_tokens
 
 CHECK_CHUNK_TOKENS = 2**24
 FINGERPRINT_TOKENS = 2**20
@@ -117,6 +118,7 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
         # The lock is beside the folder, because the Hub client takes an existing folder for a finished download.
         with FileLock(datasets_dir / f".{dataset.replace('/', '--')}.lock"):
             if names := missing():
+                names.append(TOKENIZER_FILE)  # where there is one
                 commit = HfApi().dataset_info(dataset, revision=revision).sha
                 snapshot_download(
                     dataset, repo_type="dataset", revision=commit, allow_patterns=names, local_dir=folder
@@ -195,6 +197,8 @@ class Splits:
     plan: Plan
     train: TrainData | SyntheticData
     validation: TokenFile | None
+    tokenizer: Tokenizer | None
+    """With which the tokens were made; None where that is not known."""
     checks: list[TokenCheck]
     """Of the splits in order; empty in a process that did not check."""
     fingerprint: str
@@ -233,9 +237,11 @@ def open_splits(
                 f"{config.start_val_token:,} on (validation_batches x global batch x context_length + 1)"
             )
         used.append((validation, config.start_val_token, needed))
+    if (tokenizer := tokenizer_of_tokens(file)) is not None:
+        require_room(tokenizer, model.vocab_size)
     checks = [check_tokens(*span, model.vocab_size) for span in used] if reads_through else []
     train = train_data(file, config, plan)
-    return Splits(plan, train, validation, checks, train.fingerprint())
+    return Splits(plan, train, validation, tokenizer, checks, train.fingerprint())
 
 
 def evaluation_batches(

@@ -55,7 +55,7 @@ from harness.run.model_size import flops_per_token
 from harness.run.provenance import StartRecord, record_start
 from harness.run.status import Status, failure_recorded
 from harness.tokens.randomness import seed_dropout
-from training.checkpointing import choose_resume_point, require_equal_runs, save_checkpoint
+from training.checkpointing import choose_resume_point, keep_tokenizer, require_equal_runs, save_checkpoint
 from training.context import TrainContext, build, compile_and_build_buckets, wrap
 from training.dry_run import dry_run, dump_initial_weights
 from training.report import report_end, report_nothing_to_do
@@ -104,6 +104,7 @@ def main() -> None:
         stop_step = min(arguments.max_steps or plan.global_steps, plan.global_steps)
         identity = identity_of(model_config, config, plan, splits.fingerprint, splits.checked())
         require_equal_runs(request, launch, identity, stop_step)
+        keep_tokenizer(request, launch, splits.tokenizer)
         point = choose_resume_point(request, launch, plan, identity)
         if point.state.next_step >= stop_step:
             if launch.is_main:

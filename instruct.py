@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from harness.engine.checkpoint import read_tensors
 from harness.engine.distributed import Launch, choose_device, set_up_kernels
+from harness.engine.opening import read_tensors
 from harness.run.arguments import (
     add_device,
     add_runs_dir,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from harness.engine.checkpoint import read_tensors
 from harness.engine.key_value_cache import KeyValueCache
+from harness.engine.opening import Weights, open_weights
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.errors import CheckpointError
 from harness.tokens.randomness import initial_normal
@@ -222,6 +222,11 @@ def load_weights(model: GPTModel, tensors: Mapping[str, Tensor], source: object)
         for name in wanted.keys() & found.keys()
         if found[name].shape != wanted[name].shape
     ]
+    problems += [
+        f"{source}: {name}: found type {str(value.dtype).removeprefix('torch.')}, wanted floating point"
+        for name, value in found.items()
+        if not value.is_floating_point()
+    ]
     if problems:
         shown = sorted(problems)[:3]
         more = [f"{source}: {len(problems) - 3} more like these"] if len(problems) > 3 else []
@@ -234,6 +239,11 @@ def load_model(model_json: str | Path, safetensors_file: str | Path, device: tor
 
     Raises ConfigError for the configuration and CheckpointError for the weights.
     """
-    model = uninitialized_model(load_model_config(model_json))
-    load_weights(model, read_tensors(Path(safetensors_file)), safetensors_file)
+    return model_of(load_model_config(model_json), open_weights(Path(safetensors_file)), device)
+
+
+def model_of(config: ModelConfig, weights: Weights, device: torch.device) -> GPTModel:
+    """Return the model with these weights, for evaluation as by `load_model`; raises CheckpointError."""
+    model = uninitialized_model(config)
+    load_weights(model, weights.tensors, weights.path)
     return model.to(device).eval()

@@ -56,7 +56,9 @@ def main() -> None:
         drop_duplicates=arguments.drop_duplicates,
         tokenizer=arguments.tokenizer,
     )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or the library warns of every process made after its use
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "true"
+    )  # or the library warns of every process made after its use
     workers = arguments.workers or os.cpu_count() or 1
     print_result(prepare(settings, arguments.out_dir, workers, arguments.fresh, not arguments.ignore_free_space))
 

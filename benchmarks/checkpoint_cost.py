@@ -22,6 +22,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from harness.engine import checkpoint, distributed
 from harness.engine.identity import ResumeIdentity
+from harness.engine.opening import open_checkpoint
 from harness.engine.optimizers import make_optimizer
 from harness.run.files import RUNS, write_json
 from harness.run.run_folder import RunFolder
@@ -62,7 +63,7 @@ def main() -> None:
                     checkpoint.snapshot(model, optimizer, scaler, state, ResumeIdentity({}))
                 ),
                 WRITE: lambda taken=snapshots: checkpoint.save(folder, taken[0], 2, False),
-                VERIFY: partial(checkpoint.verify, folder.checkpoint(step)),
+                VERIFY: partial(open_checkpoint, folder.checkpoint(step)),
             }
             for name, action in actions.items():
                 seconds[name].append(timed(action))

@@ -23,7 +23,8 @@ from exchange.hugging_face import (
 )
 from exchange.origin import Origin
 from exchange.published import config_of
-from harness.engine.checkpoint import read_tensors, save_tensors
+from harness.engine.checkpoint import save_tensors
+from harness.engine.opening import open_weights, read_tensors
 from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, DataError, hub_errors
 from harness.run.files import atomic_folder, file_sha256, replace_link, utc_now, write_json
@@ -169,12 +170,12 @@ def read_folder(folder: Path, origin: Origin, asked: int | None) -> Weights:
 
 def read_file(path: Path, n_heads: int | None, asked: int | None) -> Weights:
     """Read another harness's model.safetensors; `n_heads` and `asked` are options of the command, or None."""
-    tensors = read_tensors(path)
-    config = config_of(tensors, n_heads, path)
-    origin = Origin(str(path), files={path.name: file_sha256(path)})
+    found = open_weights(path)
+    config = config_of(found.tensors, n_heads, path)
+    origin = Origin(str(path), files={path.name: found.sha256})
     remarks = [] if n_heads else [f"Heads: {config.n_heads}, at 64 channels each (--n-heads says otherwise)"]
     kept = vocabulary.real_vocab_size(config.vocab_size, VOCAB_SIZE, None, asked)
-    return with_vocabulary(Weights(config, tensors, origin, remarks), kept)
+    return with_vocabulary(Weights(config, found.tensors, origin, remarks), kept)
 
 
 def with_vocabulary(weights: Weights, kept: int) -> Weights:

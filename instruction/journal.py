@@ -2,39 +2,33 @@
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
-
-from harness.run.errors import DataError, RunLockedError
+from harness.run.files import open_regular, read_bytes
+from harness.run.json_lines import APPEND, parse_json_lines, write_all
+from harness.run.locks import locked
 
 
 class Journal:
     """An append-only file of JSON objects; appending is safe from several threads of one process."""
 
     def __init__(self, path: Path) -> None:
-        """Open or begin a file; what a kill left of a last line is cut off. Raises DataError for a damaged line."""
+        """Open or begin a file; what a kill left of a last line is cut off. Warns of damaged lines."""
         self.path = path
-        self.lines: list[dict[str, Any]] = []
         self._lock = threading.Lock()
-        self._file = path.open("ab+")
-        self._file.seek(0)
-        raw = self._file.read()
+        self._file = open_regular(path, APPEND)
+        raw = read_bytes(path)
         whole = raw.rfind(b"\n") + 1
         if whole < len(raw):
             self._file.truncate(whole)
-        for number, line in enumerate(raw[:whole].splitlines(), start=1):
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            if not isinstance(value, dict):
-                raise DataError(f"{path}: line {number}: found something else than a JSON object")
-            self.lines.append(value)
+        parsed = [line for _, line in parse_json_lines(raw[:whole])]
+        self.lines = [line for line in parsed if line is not None]
+        if damaged := len(parsed) - len(self.lines):
+            print(f"warning: {path}: passing over {damaged} damaged line{'s' * (damaged > 1)}", file=sys.stderr)
 
     def append(self, line: Mapping[str, object]) -> None:
         """Write one object and flush it to disk."""
@@ -42,9 +36,7 @@ class Journal:
         with self._lock:
             end = os.fstat(self._file.fileno()).st_size
             try:
-                left = memoryview(text.encode())
-                while left:  # a disk that is nearly full takes a part, and only then says so
-                    left = left[os.write(self._file.fileno(), left) :]
+                write_all(self._file, text.encode())
                 os.fsync(self._file.fileno())
             except OSError:
                 os.ftruncate(self._file.fileno(), end)  # a full disk leaves no half line for the next one to join
@@ -60,12 +52,5 @@ class Journal:
 def held(folder: Path) -> Iterator[None]:
     """Make an output folder and lock it for this process; raises RunLockedError where another has it locked."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RunLockedError(f"{folder}: another process writes into this folder") from None
-    try:
+    with locked(folder, "another process writes into this folder"):
         yield
-    finally:
-        lock.release()

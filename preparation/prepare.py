@@ -63,7 +63,7 @@ def prepare(
         raise ConfigError(f"SOURCE: found a name of {len(settings.source)} characters, wanted a shorter one")
     known = known_tokenizer(settings.tokenizer)
     if known is not None:
-        settings = replace(settings, tokenizer=known.sha256 if known.name == "bpe" else known.name)
+        settings = replace(settings, tokenizer=known.identity)
     with locked(out_dir) as folder:
         earlier = None if is_fresh else load_progress(folder, settings)
         if earlier is None and not is_fresh and is_prepared(settings, out_dir):
@@ -90,7 +90,9 @@ def trained_tokenizer(
     if (path := folder / TOKENIZER_FILE).exists():
         return read_tokenizer(path)
     scratch = folder / "download"
-    tokenizer = learn_tokenizer(settings, sources, lambda source: readable(source, settings, commit, scratch), scratch)
+    tokenizer = learn_tokenizer(
+        settings, sources, lambda source: readable(source, settings, commit, scratch), scratch
+    )
     assert tokenizer.document is not None
     write_text(path, tokenizer.document)
     return tokenizer

@@ -31,8 +31,8 @@ PIECE_CHARACTERS = 2**20
 LONGEST_BYTES = 2**28
 """Of a line, or of text without white space; anything longer is taken for a mistake."""
 
-# Cutting a text here changes none of its tokens, because a word ends with a letter or a digit before white space. (After
-# a full stop it may go on: some tokenizers take the line end after it into the same word.)
+# Cutting a text here changes none of its tokens, because words of all tokenizers end between a letter or a digit and
+# white space. (After a full stop a word may go on: some take the line end after it into the same word.)
 CUT = re.compile(r"[^\W_](?=[ \n])")
 INSTALL_DATA = "pip install '.[data]'"
 

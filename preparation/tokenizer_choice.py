@@ -51,7 +51,8 @@ def known_tokenizer(words: str) -> Tokenizer | None:
             return read_tokenizer(Path(hf_hub_download(words.removeprefix(HUB), TOKENIZER_FILE)))
     if not words.endswith(".json"):
         raise ConfigError(
-            f"--tokenizer: found {words[:80]!r}, wanted {GPT2}, {BYTES}, {TRAIN}N, a tokenizer.json or {HUB}OWNER/NAME"
+            f"--tokenizer: found {words[:80]!r}, wanted {GPT2}, {BYTES}, {TRAIN}N, the name of a tokenizer.json or "
+            f"{HUB}OWNER/NAME"
         )
     return read_tokenizer(Path(words))
 

@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from harness.engine import checkpoint
+from harness.engine.identity import ResumeIdentity
+from harness.engine.opening import CheckpointMetadata, open_checkpoint
+from harness.run.run_folder import MODEL_FILE, RunFolder
+from harness.run.train_state import TrainState
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -312,6 +317,14 @@ def final_bits(folder: Path) -> dict[str, Any]:
     return {**hashes, "state": state, "losses": losses}
 
 
+def save_weights(folder: Path, step: int, weights: dict[str, torch.Tensor], **state: Any) -> None:
+    """Write a checkpoint of given weights into a run's folder, as the trainer would after global step `step`."""
+    done = TrainState(**{"next_step": step + 1, "optimizer_steps": step + 1, **state})
+    metadata = CheckpointMetadata(done, {}, ResumeIdentity({}))
+    tensors = {MODEL_FILE: weights, "optimizer.safetensors": {}}
+    checkpoint.write(RunFolder(folder), checkpoint.Snapshot(metadata, tensors))
+
+
 def strict_json(text: str) -> Any:
     """Read JSON as its standard has it, without NaN and Infinity."""
 
@@ -329,7 +342,7 @@ def assert_tidy(folder: Path) -> None:
         for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
             strict_json(text)
     for link in ("latest", "best"):
-        checkpoint.verify((folder / "checkpoints" / link).resolve())
+        open_checkpoint((folder / "checkpoints" / link).resolve())
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:

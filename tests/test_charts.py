@@ -28,6 +28,7 @@ def folder(make_run: Callable[..., Path]) -> RunFolder:
         {
             "step": step,
             "tokens": 128 * (step + 1),
+            "elapsed": 0.1 * (step + 1),
             "train/loss": 4 / (1 + step / 50),
             "train/loss_min": 3.5 / (1 + step / 50),
             "train/loss_max": 4.5 / (1 + step / 50),

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 import ddp_train
 from harness.engine import checkpoint
-from harness.engine.checkpoint import CheckpointMetadata, TrainState
+from harness.engine.opening import CheckpointMetadata, open_checkpoint
 from harness.engine.optimizers import make_optimizer
 from harness.run.errors import CheckpointError, StorageError
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
+from harness.run.train_state import TrainState
 from model import GPTModel
 from tests.conftest import Called
 
@@ -57,7 +58,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_loaded(
     assert "Resuming from step-00000015" in done.stdout
     assert "passing over a damaged checkpoint" in done.stderr
     assert (trained / "aside-1" / "checkpoints" / "step-00000019").is_dir()
-    checkpoint.verify(trained / "checkpoints" / "step-00000019")
+    open_checkpoint(trained / "checkpoints" / "step-00000019")
 
 
 @pytest.mark.fault("F12")
@@ -164,7 +165,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoints_and_no_litter(
     model = GPTModel(model_config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = make_optimizer(model, config, torch.device("cpu"))
-    metadata = CheckpointMetadata.read(folder.checkpoint(19))
+    metadata = CheckpointMetadata.read(folder.checkpoint(19), 19)
     state = TrainState(**{**vars(metadata.state), "next_step": 26})
     taken = checkpoint.snapshot(model, optimizer, scaler, state, metadata.identity)
     monkeypatch.setenv("TRAIN_FAULT", f"{point}:enospc")
@@ -173,7 +174,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoints_and_no_litter(
     assert folder.checkpoint_steps() == [0, 5, 10, 15, 19]
     assert not list(folder.checkpoints.glob(".*"))
     assert (folder.checkpoints / "latest").readlink() == Path("step-00000019")
-    checkpoint.verify(folder.checkpoint(19))
+    open_checkpoint(folder.checkpoint(19))
 
 
 @pytest.mark.fault("F23")
@@ -194,13 +195,13 @@ def test_a_stranger_s_manifest_cannot_reach_outside(trained: Path, tmp_path: Pat
     manifest["files"]["../secret"] = {"bytes": 6, "sha256": "0"}
     (target / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="wanted a checkpoint's three"):
-        checkpoint.verify(target)
+        open_checkpoint(target)
     (target / "state.json").unlink()
     (target / "state.json").symlink_to(outside)
     del manifest["files"]["../secret"]
     (target / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="not a regular file"):
-        checkpoint.verify(target)
+        open_checkpoint(target)
 
 
 @pytest.mark.fault("F43")

@@ -20,8 +20,8 @@ import instruct
 from assets.instructions import builtin_set
 from harness.run.config import load_model_config
 from harness.run.errors import ConfigError, DataError, NonFiniteError
-from harness.run.files import write_json
 from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.tokenizer import gpt2_tokenizer
 from instruction.answers import load_answers
 from instruction.compare import Cells, Metric, compare, ratio_cells
 from instruction.examples import Example, encode_items, in_batches
@@ -34,7 +34,7 @@ from instruction.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from instruction.respond import ModelSource, open_model
 from model import GPTModel, fingerprint, initialise, uninitialized_model
 from tests.conftest import Called
-from tests.helpers import ROOT, wait_for, write, write_run
+from tests.helpers import ROOT, save_weights, wait_for, write, write_run
 from tests.test_data_download import COMMITS, DATASET, Hub
 
 MODEL: dict[str, Any] = {"vocab_size": 50257, "context_length": 64, "emb_dim": 16, "n_layers": 2, "drop_rate": 0.1}
@@ -83,7 +83,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> GPTModel:
 
 
 def examples_of(recipe: Recipe) -> list[Example]:
-    return encode_items([Item(item["instruction"], item["input"], item["output"].strip()) for item in ITEMS], recipe)
+    return encode_items(
+        [Item(item["instruction"], item["input"], item["output"].strip()) for item in ITEMS], recipe, gpt2_tokenizer()
+    )
 
 
 def uncached(model: GPTModel, prompt: tuple[int, ...], max_tokens: int) -> tuple[list[int], bool]:
@@ -101,14 +103,14 @@ def uncached(model: GPTModel, prompt: tuple[int, ...], max_tokens: int) -> tuple
 def test_cached_answers_are_the_uncached_ones_whatever_the_batch(model: GPTModel, recipe: Recipe) -> None:
     prompts = [example.prompt for example in examples_of(recipe)][:12]
     assert len({len(prompt) for prompt in prompts}) > 2  # so that rows are padded
-    together = write_answers(model, prompts, 64)
+    together = write_answers(model, gpt2_tokenizer(), prompts, 64)
     for prompt, written in zip(prompts, together, strict=True):
         assert (list(written.tokens), written.ended) == uncached(model, prompt, 64)
-        (alone,) = write_answers(model, [prompt], 64)
+        (alone,) = write_answers(model, gpt2_tokenizer(), [prompt], 64)
         assert alone == written
     assert {written.ended for written in together} == {True, False}
     assert len({written.tokens for written in together}) > 6
-    assert write_answers(model, prompts[::-1], 64) == together[::-1]
+    assert write_answers(model, gpt2_tokenizer(), prompts[::-1], 64) == together[::-1]
 
 
 def test_cached_logits_are_those_of_the_whole_text(model: GPTModel) -> None:
@@ -125,7 +127,7 @@ def test_cached_logits_are_those_of_the_whole_text(model: GPTModel) -> None:
 
 def test_a_prompt_without_room_is_a_defect(model: GPTModel) -> None:
     with pytest.raises(ValueError, match="leaves no room"):
-        write_answers(model, [[1] * 64], 64)
+        write_answers(model, gpt2_tokenizer(), [[1] * 64], 64)
 
 
 def test_response_loss_is_that_of_the_response_alone(model: GPTModel, recipe: Recipe) -> None:
@@ -204,7 +206,7 @@ def test_the_shipped_set_is_what_its_rules_write(recipe: Recipe) -> None:
     assert len({item["kind"] for item in json.loads(text)}) > 20
     split = split_items(items, load_recipe(DEFAULT_RECIPE))
     assert (len(split.train), len(split.test)) == (367, 141)
-    assert len(encode_items(items, load_recipe(DEFAULT_RECIPE))) == len(items)
+    assert len(encode_items(items, load_recipe(DEFAULT_RECIPE), gpt2_tokenizer())) == len(items)
     for item in items:
         assert item.instruction[0].isupper() or item.instruction[0].isdigit()
         assert item.instruction[-1] in ".?'" or item.instruction.startswith(("Define", "Classify"))
@@ -329,7 +331,7 @@ def test_braces_in_an_item_stay_as_they_are(recipe: Recipe) -> None:
 
 
 def test_text_that_looks_like_a_document_end_is_text(recipe: Recipe) -> None:
-    (example,) = encode_items([Item("Write <|endoftext|>.", "", "<|endoftext|>")], recipe)
+    (example,) = encode_items([Item("Write <|endoftext|>.", "", "<|endoftext|>")], recipe, gpt2_tokenizer())
     assert END_OF_TEXT_ID not in example.prompt
     assert example.response.count(END_OF_TEXT_ID) == 1
     assert gpt2_encoding().decode(list(example.response[:-1])) == "<|endoftext|>"
@@ -337,7 +339,7 @@ def test_text_that_looks_like_a_document_end_is_text(recipe: Recipe) -> None:
 
 def test_items_that_are_too_long_are_left_out(recipe: Recipe) -> None:
     items = [Item("Say it.", "", "word " * count) for count in (1, 30, 60)]
-    assert len(encode_items(items, recipe)) == 2
+    assert len(encode_items(items, recipe, gpt2_tokenizer())) == 2
     assert [len(batch) for batch in in_batches(examples_of(recipe), recipe)] == [30]
 
 
@@ -454,16 +456,7 @@ def save_checkpoint(folder: Path, seed: int) -> None:
     """Write a run's checkpoint 7 as training would, with keyed weights."""
     made = uninitialized_model(load_model_config(folder / "model.json"))
     initialise(made, seed + 100)
-    place = folder / "checkpoints" / "step-00000007"
-    place.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in made.state_dict().items()}, place / "model.safetensors")
-    save_file({"x": torch.zeros(1)}, place / "optimizer.safetensors")
-    write(place / "state.json", {"train_state": {"tokens": 123}, "scaler": {}, "identity": {}})
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in place.iterdir()
-    }
-    write_json(place / "manifest.json", {"step": 7, "files": files})
+    save_weights(folder, 7, made.state_dict(), tokens=123)
 
 
 Ready = tuple[Path, tuple[object, ...]]
@@ -622,13 +615,17 @@ def test_a_journal_writes_whole_lines_where_the_system_takes_a_part(
     assert Journal(tmp_path / "lines.jsonl").lines == lines
 
 
-def test_a_journal_drops_half_a_line_and_refuses_nonsense(tmp_path: Path) -> None:
+def test_a_journal_drops_half_a_line_and_passes_over_nonsense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": ')
     journal = Journal(path)
     journal.append({"c": "\u2028 é"})
     journal.close()
     assert Journal(path).lines == [{"a": 1}, {"c": "\u2028 é"}]
-    path.write_bytes(b"nonsense\n")
-    with pytest.raises(DataError, match="line 1"):
-        Journal(path)
+    raw = b'nonsense\n{"a": 1}\n[1]\n'
+    path.write_bytes(raw)
+    assert Journal(path).lines == [{"a": 1}]
+    assert path.read_bytes() == raw
+    assert "passing over 2 damaged lines" in capsys.readouterr().err

@@ -8,10 +8,12 @@ from harness.engine.distributed import Launch
 from harness.engine.identity import DATA_FINGERPRINT, ResumeIdentity
 from harness.engine.resume import ResumePoint, ResumeRequest
 from harness.run.errors import ConfigError, DataError, PeerError
+from harness.run.files import write_text
 from harness.run.plan import Plan
 from harness.run.status import Status
+from harness.tokens.tokenizer import Tokenizer, tokenizer_of_model
 from training.arguments import RunRequest
-from training.context import TrainContext
+from training.context import TrainContext, parameter_shapes
 
 
 def require_equal_runs(request: RunRequest, launch: Launch, identity: ResumeIdentity, stop_step: int) -> None:
@@ -37,11 +39,37 @@ def choose_resume_point(request: RunRequest, launch: Launch, plan: Plan, identit
 
     def choose() -> ResumePoint:
         wanted = ResumeRequest(request.arguments.checkpoint, request.arguments.fresh, launch.restart)
-        point = resume.choose_resume_point(request.folder, wanted, identity)
+        point = resume.choose_resume_point(request.folder, wanted, identity, parameter_shapes(request.model_config))
         checkpoint.require_room(request.folder, cost_of(request.model_config, request.config, plan).checkpoint_bytes)
         return point
 
     return distributed.run_on_rank0(launch, choose)
+
+
+def keep_tokenizer(request: RunRequest, launch: Launch, tokenizer: Tokenizer | None) -> None:
+    """Copy the data's tokenizer into the run's folder; raises DataError on all ranks where the run has another one.
+
+    With --fresh the other one is moved aside, unless the weights that the run starts from were trained with it.
+    """
+    folder, file = request.folder, request.folder.tokenizer_json
+
+    def keep() -> None:
+        assert tokenizer is not None
+        is_begun = file.is_file() or bool(folder.checkpoint_steps())
+        if is_begun and not (request.arguments.fresh and request.config.initial_weights is None):
+            own = tokenizer_of_model(file, request.model_config.vocab_size)
+            if own is not None and own.identity != tokenizer.identity:
+                raise DataError(
+                    f"dataset {request.config.dataset}: found tokens of the tokenizer {tokenizer}, wanted those of "
+                    f"the run's ({own}); --fresh starts over"
+                )
+            return
+        folder.set_aside(file)
+        if tokenizer.document is not None:
+            write_text(file, tokenizer.document)
+
+    if tokenizer is not None:
+        distributed.run_on_rank0(launch, keep)
 
 
 def save_checkpoint(context: TrainContext, is_scheduled: bool, validation: float | None, waits: bool) -> None:

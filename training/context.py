@@ -15,6 +15,7 @@ from harness.engine.background import BackgroundTask
 from harness.engine.distributed import Launch
 from harness.engine.identity import ResumeIdentity
 from harness.engine.loss import Objective
+from harness.engine.opening import imported_weights, read_tensors
 from harness.engine.optimizer_state import description_of, empty_like_state, named_state
 from harness.engine.optimizers import make_optimizer
 from harness.engine.resume import ResumePoint, from_the_beginning
@@ -24,6 +25,7 @@ from harness.run.config import ModelConfig, TrainConfig
 from harness.run.plan import Plan
 from harness.run.run_folder import RunFolder
 from harness.run.train_state import TrainState
+from harness.tokens.tokenizer import Tokenizer, tokenizer_of_model
 from model import GPTModel, initialise, load_weights, uninitialized_model
 from training.arguments import RunRequest
 
@@ -58,6 +60,11 @@ class TrainContext:
         """Counts of the run."""
         return self.splits.plan
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the data; where they do not say, GPT-2's if the model has its ids."""
+        return self.splits.tokenizer or tokenizer_of_model(self.folder.tokenizer_json, self.model_config.vocab_size)
+
     def autocast(self) -> torch.autocast:
         """Return the context in which a forward pass has the configured precision."""
         dtype = torch.bfloat16 if self.config.amp_dtype == "bfloat16" else torch.float16
@@ -77,19 +84,19 @@ def build(
 
     Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder.
     """
-    config, path = request.config, point.path
+    config, found = request.config, point.checkpoint
     model = uninitialized_model(request.model_config, config.activation_checkpointing)
-    if path is None:
+    if found is None:
         distributed.run_on_rank0(launch, lambda: give_initial_weights(model, request.folder, config))
     model = model.to(device)
     scaler = GradScaler(device.type, enabled=config.use_amp and config.amp_dtype == "float16")
     optimizer = make_optimizer(model, config, device)
     tensors = list(model.state_dict().values())
-    if path is not None:
-        numbers = point.metadata.optimizer_numbers
-        distributed.run_on_rank0(launch, lambda: checkpoint.load(path, model, optimizer, numbers))
-        scaler.load_state_dict(point.metadata.scaler)
-        tensors += _optimizer_tensors_on_every_rank(launch, model, optimizer, numbers)
+    if found is not None:
+        distributed.run_on_rank0(launch, lambda: checkpoint.load(found, model, optimizer))
+        if scaler.is_enabled():
+            scaler.load_state_dict(point.metadata.scaler)
+        tensors += _optimizer_tensors_on_every_rank(launch, model, optimizer, point.metadata.optimizer_numbers)
     distributed.broadcast(launch, tensors)
     return model, optimizer, scaler
 
@@ -111,13 +118,19 @@ def untrained_model(request: RunRequest) -> GPTModel:
     return model
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that a checkpoint of a model has, by name."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in GPTModel(config).state_dict().items()}
+
+
 def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig) -> None:
     """Set the values that training starts from in a model: drawn, or imported; raises CheckpointError."""
     if config.initial_weights is None:
         initialise(model, config.seed_of("init"))
     else:
-        path = checkpoint.imported_weights(folder, config.initial_weights)
-        load_weights(model, checkpoint.read_tensors(path), path)
+        path = imported_weights(folder, config.initial_weights)
+        load_weights(model, read_tensors(path), path)
 
 
 def wrap(model: nn.Module, config: TrainConfig, launch: Launch, device: torch.device) -> nn.Module:
@@ -154,7 +167,7 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
         folder=RunFolder(Path(os.devnull)),
         model_config=request.model_config,
         config=request.config,
-        splits=data.Splits(plan, data.SyntheticData(plan, request.model_config.vocab_size), None, [], ""),
+        splits=data.Splits(plan, data.SyntheticData(plan, request.model_config.vocab_size), None, None, [], ""),
         model=model,
         optimizer=optimizer,
         scaler=scaler,

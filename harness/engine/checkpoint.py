@@ -1,4 +1,4 @@
-"""Take, write, verify, load and prune checkpoints: safetensors for tensors, JSON for the rest, never pickle.
+"""Take, write, load and prune checkpoints: safetensors for tensors, JSON for the rest, never pickle.
 
 A checkpoint is a folder that appears whole or not at all: it is written under a temporary name, its manifest (sizes
 and SHA-256 of every file) last, everything is flushed to disk, and one rename makes it visible. The links `latest`
@@ -12,66 +12,32 @@ import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from harness.engine.failpoints import failpoint
 from harness.engine.identity import ResumeIdentity
+from harness.engine.opening import (
+    FILES,
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    CheckpointMetadata,
+    VerifiedCheckpoint,
+    read_tensors,
+    require_fit,
+)
 from harness.engine.optimizer_state import named_state, restore_state
-from harness.run.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
-from harness.run.files import file_sha256, fsync_folder, json_text, replace_link, write_json
-from harness.run.run_folder import MODEL_FILE, STATE_FILE, STEP_FOLDER, TEMPORARY_PREFIX, RunFolder
-from harness.run.strict_json import read_strict_json
+from harness.run.errors import CheckpointError, NonFiniteError, StorageError
+from harness.run.files import file_sha256, fsync_folder, remove, replace_link, write_json
+from harness.run.run_folder import MODEL_FILE, TEMPORARY_PREFIX, RunFolder
 from harness.run.train_state import TrainState
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-MANIFEST_FILE = "manifest.json"
-FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
-MAX_STATE_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class CheckpointMetadata:
-    """What a checkpoint's state.json holds."""
-
-    state: TrainState
-    scaler: dict[str, float]
-    identity: ResumeIdentity
-    optimizer_numbers: dict[str, float] = field(default_factory=dict)
-    """What the optimizer keeps besides tensors, by "KIND.PARAMETER"."""
-
-    @classmethod
-    def read(cls, path: Path) -> "CheckpointMetadata":
-        """Read the state.json of a verified checkpoint's folder; raises CheckpointError."""
-        try:
-            document = read_strict_json(path / STATE_FILE, MAX_STATE_BYTES)
-            identity = ResumeIdentity(
-                dict(document["identity"]), dict(document.get("data", {})), dict(document.get("split", {}))
-            )
-            state, scaler = TrainState(**document["train_state"]), dict(document["scaler"])
-            return cls(state, scaler, identity, dict(document.get("optimizer_numbers", {})))
-        except (ConfigError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path / STATE_FILE}: cannot be read ({error!r})") from None
-
-    def write(self, path: Path) -> None:
-        """Write the file."""
-        document = {
-            "train_state": asdict(self.state),
-            "scaler": self.scaler,
-            "identity": self.identity.must_match,
-            "data": self.identity.data,
-            "split": self.identity.batch_split,
-        }
-        if self.optimizer_numbers:
-            document["optimizer_numbers"] = self.optimizer_numbers
-        write_json(path, document)
 
 
 @dataclass(frozen=True)
@@ -115,7 +81,11 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def save(folder: RunFolder, taken: Snapshot, keep: int | None, is_best: bool) -> None:
-    """Write a checkpoint, point the links at it and delete those that are no longer kept; errors as for `write`."""
+    """Write a checkpoint, point the links at it and delete those that are no longer kept; errors as for `write`.
+
+    The lines of metrics that a resume from it keeps are made durable first.
+    """
+    folder.metrics.flush()
     write(folder, taken)
     if is_best:
         link_best(folder, taken.step)
@@ -187,9 +157,10 @@ def prune(folder: RunFolder, keep: int | None, state: TrainState) -> None:
         if step == state.best_step:
             continue
         try:
-            (folder.checkpoint(step) / MANIFEST_FILE).unlink(missing_ok=True)
+            if not folder.checkpoint(step).is_symlink():
+                (folder.checkpoint(step) / MANIFEST_FILE).unlink(missing_ok=True)
             failpoint("ckpt.prune", state.next_step - 1)
-            shutil.rmtree(folder.checkpoint(step))
+            remove(folder.checkpoint(step))
         except OSError as error:
             print(f"warning: {folder.checkpoint(step)} cannot be deleted ({error.strerror})", file=sys.stderr)
 
@@ -212,78 +183,20 @@ def _write_files(temporary: Path, taken: Snapshot) -> None:
     failpoint("ckpt.manifest", taken.step)
 
 
-def verify(path: Path) -> None:
-    """Check a checkpoint's files against its manifest, byte for byte; raises CheckpointError with the reason."""
-    if not (path / MANIFEST_FILE).exists():
-        raise CheckpointError(f"{path}: found no {MANIFEST_FILE}, wanted a complete checkpoint")
-    for name in (MANIFEST_FILE, *FILES):
-        if (path / name).is_symlink() or not (path / name).is_file():
-            raise CheckpointError(f"{path / name}: missing, or not a regular file")
-    try:
-        manifest = read_strict_json(path / MANIFEST_FILE)
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        is_ours = manifest.keys() == {"step", "files"} and STEP_FOLDER.fullmatch(path.name)
-    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST_FILE}: cannot be read ({error})") from None
-    if set(files) != set(FILES):
-        raise CheckpointError(f"{path / MANIFEST_FILE}: found files {sorted(files)}, wanted a checkpoint's three")
-    if not is_ours or manifest["step"] != int(is_ours[1]):
-        raise CheckpointError(
-            f"{path / MANIFEST_FILE}: found step {manifest.get('step')!r}, wanted that of the folder"
-        )
-    if (path / MANIFEST_FILE).read_text(encoding="utf-8") != json_text(manifest):
-        # No hash vouches for the manifest, so it must be as `save` writes it, to the last byte.
-        raise CheckpointError(f"{path / MANIFEST_FILE}: found other bytes than were written for what it says")
-    for name, (size, sha256) in files.items():
-        file = path / name
-        found_size, found = file.stat().st_size, file_sha256(file)
-        if (found_size, found) != (size, sha256):
-            raise CheckpointError(
-                f"{file}: found {found_size:,} bytes with SHA-256 {found}, wanted {size:,} with {sha256}"
-            )
+def load(found: VerifiedCheckpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Copy a checkpoint that fits the model into it, and give the optimizer, which must be new, its state.
 
-
-def imported_weights(folder: RunFolder, sha256: str) -> Path:
-    """Return the file of a run's imported weights; raises CheckpointError unless it is the one train.json names."""
-    path = folder.imported / MODEL_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path}: found no such file, wanted the weights of train.json (initial_weights)")
-    if (found := file_sha256(path)) != sha256:
-        raise CheckpointError(f"{path}: found SHA-256 {found}, wanted {sha256} (train.json: initial_weights)")
-    return path
-
-
-def load(path: Path, model: nn.Module, optimizer: Optimizer, numbers: Mapping[str, float]) -> None:
-    """Copy a verified checkpoint into a model and give the optimizer its state; raises CheckpointError.
-
-    `numbers` are those of the checkpoint's metadata. The optimizer must be new.
+    Raises CheckpointError.
     """
-    weights, kept = (read_tensors(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
-    wanted = model.state_dict()
-    different = [
-        key
-        for key in weights.keys() | wanted.keys()
-        if key not in weights or key not in wanted or weights[key].shape != wanted[key].shape
-    ]
-    if different:
-        raise CheckpointError(f"{path / MODEL_FILE}: {min(different)} does not fit this model")
+    weights, kept = (read_tensors(found.path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
+    require_fit(found, {name: tuple(value.shape) for name, value in model.state_dict().items()})
     with torch.no_grad():
-        for key, tensor in wanted.items():
+        for key, tensor in model.state_dict().items():
             tensor.copy_(weights[key])
     try:
-        restore_state(optimizer, model, kept, numbers)
+        restore_state(optimizer, model, kept, found.metadata.optimizer_numbers)
     except KeyError as error:
-        raise CheckpointError(f"{path / OPTIMIZER_FILE}: {error.args[0]} does not fit this model") from None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU; raises CheckpointError."""
-    if path.is_dir():
-        raise CheckpointError(f"{path}: found a folder, wanted the {MODEL_FILE} in it")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
+        raise CheckpointError(f"{found.path / OPTIMIZER_FILE}: {error.args[0]} does not fit this model") from None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

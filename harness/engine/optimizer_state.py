@@ -43,10 +43,15 @@ def restore_state(
             raise KeyError(key)
         parameter = parameters[name]
         if isinstance(value, Tensor):
-            if value.ndim and value.shape != parameter.shape:
+            if not is_state_of(tuple(value.shape), tuple(parameter.shape)):
                 raise KeyError(key)
             value = value.to(_place_of(value, parameter, group_of[parameter]), copy=True)
         optimizer.state[parameter][kind] = value
+
+
+def is_state_of(shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool:
+    """Say whether a state tensor of one shape can belong to a parameter of another: a count, or a value for each."""
+    return shape in ((), parameter)
 
 
 def _place_of(value: Tensor, parameter: nn.Parameter, group: State) -> torch.device:

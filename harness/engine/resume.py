@@ -1,15 +1,17 @@
 """Decide where a start of a run begins, and tidy the run's folder for it. Only rank 0 does either."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.engine.checkpoint import CheckpointMetadata, link_best, verify
+from harness.engine.checkpoint import link_best
 from harness.engine.identity import ResumeIdentity
+from harness.engine.opening import CheckpointMetadata, VerifiedCheckpoint, open_checkpoint, require_fit
 from harness.run.errors import CheckpointError, ConfigError, DataError, PeerError
 from harness.run.files import replace_link
 from harness.run.provenance import RunRecord
-from harness.run.run_folder import RunFolder
+from harness.run.run_folder import IMPORTED_STEP, MODEL_FILE, RunFolder, open_run
 from harness.run.train_state import TrainState
 
 RESTARTS_WITHOUT_PROGRESS = 3
@@ -17,9 +19,9 @@ RESTARTS_WITHOUT_PROGRESS = 3
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where training begins: a checkpoint's folder and what its state.json holds, or nothing yet."""
+    """Where training begins: a checkpoint and what its state.json holds, or nothing yet."""
 
-    path: Path | None
+    checkpoint: VerifiedCheckpoint | None
     metadata: CheckpointMetadata
 
     @property
@@ -40,10 +42,16 @@ class ResumeRequest:
     """How many times torchrun has restarted this launch (--max-restarts), always with the same words."""
 
 
-def choose_resume_point(folder: RunFolder, request: ResumeRequest, identity: ResumeIdentity) -> ResumePoint:
+def choose_resume_point(
+    folder: RunFolder,
+    request: ResumeRequest,
+    identity: ResumeIdentity,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> ResumePoint:
     """Decide where to begin, and tidy the folder for it: newer checkpoints aside, later metrics dropped.
 
-    Errors are as for `find`; raises ConfigError or DataError, naming the keys, where the checkpoint is of another
+    `shapes` are those of the model's parameters, which a checkpoint must fit before anything is moved. Errors are as
+    for `find`; raises ConfigError or DataError, naming the keys, where the checkpoint is of another
     run, and PeerError where restarting leads nowhere.
     """
     if request.restart:
@@ -51,7 +59,7 @@ def choose_resume_point(folder: RunFolder, request: ResumeRequest, identity: Res
     old = (folder.checkpoints, folder.metrics.path, folder.evals, folder.run_json, folder.loggers)
     if request.fresh and (aside := folder.set_aside(*old)):
         print(f"Starting over; what there was is in {aside}")
-    point = _prepare(folder, request.name, identity)
+    point = _prepare(folder, request.name, identity, shapes)
     require_progress(folder, request.restart, point.state.next_step)
     return point
 
@@ -61,40 +69,65 @@ def from_the_beginning(identity: ResumeIdentity) -> ResumePoint:
     return ResumePoint(None, CheckpointMetadata(TrainState(), {}, identity))
 
 
-def _prepare(folder: RunFolder, name: str | None, identity: ResumeIdentity) -> ResumePoint:
+def _prepare(
+    folder: RunFolder, name: str | None, identity: ResumeIdentity, shapes: Mapping[str, tuple[int, ...]] | None
+) -> ResumePoint:
     unfinished = folder.remove_unfinished()
     for leftover in unfinished:
         print(f"Removed {leftover}, which was cut off while it was written")
-    path = find(folder, name)
-    if path is None:
+    found = find(folder, name)
+    if found is None:
         if unfinished:
             print("There is no complete checkpoint; starting at step 0")
         folder.metrics.drop_from(0)
         return from_the_beginning(identity)
-    metadata = CheckpointMetadata.read(path)
+    metadata = found.metadata
     state = metadata.state
-    require_same_identity(folder, path, metadata.identity, identity)
+    require_same_identity(folder, found.path, metadata.identity, identity)
+    if shapes is not None:
+        require_fit(found, shapes)
     newer = [folder.checkpoint(step) for step in folder.checkpoint_steps() if step >= state.next_step]
     aside = folder.set_aside(*newer)
     if aside:
         print(f"Newer checkpoints are moved to {aside}")
-    _repair_links(folder, path, state.best_step)
+    _repair_links(folder, found.path, state.best_step)
     folder.metrics.drop_from(state.next_step)
-    print(f"Resuming from {path.name}: {state.next_step:,} global steps are done")
+    print(f"Resuming from {found.path.name}: {state.next_step:,} global steps are done")
     if metadata.identity.batch_split != identity.batch_split:
         before, now = (_in_words(split) for split in (metadata.identity.batch_split, identity.batch_split))
         print(
             f"The global batch is split another way ({now}; before: {before}): the same data in the same order, "
             "results equal up to rounding and dropout masks"
         )
-    return ResumePoint(path, metadata)
+    return ResumePoint(found, metadata)
 
 
 def _in_words(split: dict[str, int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in split.items())
 
 
-def find(folder: RunFolder, name: str | None) -> Path | None:
+def find_weights(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
+    """Return the run and the step that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError.
+
+    Without a name: the newest valid checkpoint, or the imported weights of a run that was not trained on from them.
+    """
+    run, _, rest = words.rstrip("/").partition("/")
+    folder = open_run(runs_dir, run)
+    place, _, name = rest.partition("/")
+    if rest and (place != "checkpoints" or not name or "/" in name):
+        raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
+    is_imported = folder.weights(IMPORTED_STEP).is_file()
+    if is_imported and name and (folder.checkpoints / name).resolve() == folder.imported.resolve():
+        return folder, IMPORTED_STEP
+    # Not the link `latest`: a kill may have left it on an older checkpoint.
+    if (found := find(folder, name or None)) is not None:
+        return folder, found.step
+    if not is_imported:
+        raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted one with {MODEL_FILE}")
+    return folder, IMPORTED_STEP
+
+
+def find(folder: RunFolder, name: str | None) -> VerifiedCheckpoint | None:
     """Find the checkpoint to resume from, verified; only warns about damaged ones that it passes over.
 
     A `name` (a folder's, `latest` or `best`) must be valid. Without one: the newest valid checkpoint by step, None
@@ -104,18 +137,17 @@ def find(folder: RunFolder, name: str | None) -> Path | None:
         path = (folder.checkpoints / name).resolve()
         if path.parent != folder.checkpoints.resolve() or not path.is_dir():
             raise CheckpointError(f"{folder.checkpoints}: found no checkpoint {name[:80]!r}")
-        verify(path)
-        return path
+        return open_checkpoint(path)
     reasons: list[str] = []
     for step in reversed(folder.checkpoint_steps()):
         try:
-            verify(folder.checkpoint(step))
+            found = open_checkpoint(folder.checkpoint(step))
         except CheckpointError as error:
             reasons.extend(error.lines)
             continue
         for reason in reasons:
             print(f"warning: passing over a damaged checkpoint: {reason}", file=sys.stderr)
-        return folder.checkpoint(step)
+        return found
     if reasons:
         raise CheckpointError(
             *reasons, f"{folder.checkpoints}: no checkpoint is valid (start over with --fresh, which deletes nothing)"

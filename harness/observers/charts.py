@@ -222,8 +222,9 @@ def _sample_rows(lines: list[dict[str, Any]]) -> str:
 def _metric_rows(lines: list[dict[str, Any]]) -> str:
     return "".join(
         f"<tr><td>{line['step']:,}</td><td>{line['tokens']:,}</td><td>{_shown(line['train/loss'], '{:.4f}')}</td>"
-        f"<td>{line['train/lr']:.3g}</td><td>{_shown(line['train/grad_norm'], '{:.3f}')}</td>"
-        f"<td>{line['train/tok_per_sec']:,.0f}</td><td>{'skipped' if line['train/skipped'] else ''}</td></tr>"
+        f"<td>{_shown(line.get('train/lr'), '{:.3g}')}</td><td>{_shown(line.get('train/grad_norm'), '{:.3f}')}</td>"
+        f"<td>{_shown(line.get('train/tok_per_sec'), '{:,.0f}')}</td>"
+        f"<td>{'skipped' if line.get('train/skipped') else ''}</td></tr>"
         for line in lines
     )
 

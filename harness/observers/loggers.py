@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 from harness.run.errors import ConfigError, first_line, fit_to_print
-from harness.run.files import ROOT
+from harness.run.files import ROOT, open_regular
+from harness.run.json_lines import parse_json_lines
+from harness.run.metrics_file import is_metrics
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
@@ -231,13 +233,12 @@ def follow(run: LoggedRun, poll_seconds: float = POLL_SECONDS) -> Iterator[Line]
         is_over = bool(select.select([sys.stdin], [], [], poll_seconds)[0])
         if not run.folder.metrics.path.exists():
             continue
-        with run.folder.metrics.path.open("rb") as file:
+        with open_regular(run.folder.metrics.path) as file:
             file.seek(offset)
             whole, newline, _ = file.read().rpartition(b"\n")
         offset += len(whole) + len(newline)
-        for text in whole.splitlines():
-            line = json.loads(text)
-            if line["step"] >= next_step:
+        for _, line in parse_json_lines(whole + newline):
+            if line is not None and is_metrics(line) and line["step"] >= next_step:
                 next_step = line["step"] + 1
                 yield line
 

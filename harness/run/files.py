@@ -1,10 +1,17 @@
-"""Atomic writes, so that a reader sees a file whole or not at all, and the paths of the checkout."""
+"""Atomic writes, so that a reader sees a file whole or not at all, readers that wait for nothing, and paths.
 
+A run's folder may have been shared: where a link, a FIFO or a device lies in place of a file, it is neither written
+through nor waited for.
+"""
+
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,18 +24,62 @@ ASSETS = ROOT / "assets"
 RUNS = ROOT / "runs"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically and durably: readers see the old text or the new, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> io.FileIO:
+    """Open a regular file, unbuffered; raises OSError for all else, without waiting as a FIFO would have one wait.
+
+    `flags` are those of `os.open`. What is opened for writing may not be a link.
+    """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= os.O_NOFOLLOW
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return io.FileIO(descriptor, "ab" if flags & os.O_APPEND else "rb")
+
+
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """Return the bytes of a regular file, the first `most` where that is not negative; raises OSError."""
+    with io.BufferedReader(open_regular(path)) as file, naming(path):
+        return file.read(most)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError of the block name the file: that of reading from a bad disk, for one, names none."""
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file atomically and durably: readers see the old bytes or the new, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    try:
+        with temporary.open("xb") as file:  # refuses a link
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it leads to) or a folder, if there is one; raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -44,8 +95,8 @@ def json_text(value: object) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that the harness wrote; returns {} if the file is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(read_bytes(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -58,7 +109,7 @@ def json_number(value: float) -> float | None:
 def replace_link(link: Path, target: str) -> None:
     """Point a symbolic link at `target`, a relative path, atomically."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    remove(temporary)
     temporary.symlink_to(target)
     temporary.replace(link)
 
@@ -71,8 +122,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     target = target.resolve()
     temporary = target.with_name(f".{target.name}.unfinished")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -84,9 +134,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 (hex) of a regular file; raises OSError, which names it."""
+    with open_regular(path) as file, naming(path):
+        return sha256_of(file)
+
+
+def sha256_of(file: io.FileIO) -> str:
+    """Return the SHA-256 (hex) of an open file, from where it is read next; raises OSError."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_folder(path: Path) -> None:

@@ -4,11 +4,8 @@ Only rank 0 writes into the folder. Every file but metrics.jsonl is replaced ato
 one. The content of each file is defined in the module of its format.
 """
 
-import fcntl
 import os
 import re
-import shutil
-import socket
 import stat
 import sys
 from collections.abc import Iterator
@@ -17,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.run.config import ModelConfig, TrainConfig, load_run_configs
-from harness.run.errors import ConfigError, RunLockedError
+from harness.run.errors import ConfigError
+from harness.run.files import remove
+from harness.run.locks import locked
 from harness.run.metrics_file import MetricsFile
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -87,6 +86,11 @@ class RunFolder:
         return self.path / "loggers"
 
     @property
+    def tokenizer_json(self) -> Path:
+        """The tokenizer of the run's data; not there for GPT-2's."""
+        return self.path / "tokenizer.json"
+
+    @property
     def imported(self) -> Path:
         """Folder of imported weights, from which the run starts."""
         return self.path / IMPORTED
@@ -122,11 +126,9 @@ class RunFolder:
     def remove_unfinished(self) -> list[str]:
         """Delete what killed processes left half written; return the names of unfinished checkpoints."""
         unfinished = list(self.checkpoints.glob(f"{TEMPORARY_PREFIX}*"))
-        for path in unfinished:
-            shutil.rmtree(path)
-        for place in (self.path, self.checkpoints, self.charts, self.evals):
-            for path in place.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+        places = (self.path, self.checkpoints, self.charts, self.evals)
+        for path in [*unfinished, *(path for place in places for path in place.glob(".*.tmp"))]:
+            remove(path)
         return sorted(path.name.removeprefix(TEMPORARY_PREFIX) for path in unfinished)
 
     def read_configs(self) -> tuple[ModelConfig, TrainConfig]:
@@ -139,7 +141,7 @@ class RunFolder:
         if not existing:
             return None
         number = 1 + sum(1 for _ in self.path.glob("aside-*"))
-        while (aside := self.path / f"aside-{number}").exists():
+        while os.path.lexists(aside := self.path / f"aside-{number}"):
             number += 1
         for path in existing:
             target = aside / path.relative_to(self.path)
@@ -155,18 +157,8 @@ class RunFolder:
         """
         if self.path.stat().st_mode & stat.S_IWOTH:
             print(f"warning: {self.path}: every user of this machine may write here (chmod o-w)", file=sys.stderr)
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read(200).strip() or "an unknown process"
-                raise RunLockedError(f"{self.path}: another trainer holds this run ({holder})") from None
-            file.truncate(0)
-            file.write(f"{socket.gethostname()}:{os.getpid()}\n")
-            file.flush()
+        with locked(self.path, "another trainer holds this run"):
             yield
-            file.truncate(0)
 
 
 def open_run(runs_dir: Path, name: str) -> RunFolder:

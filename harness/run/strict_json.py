@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.run.errors import ConfigError
+from harness.run.files import read_bytes
 
 MAX_FILE_BYTES = 64 * 1024
 
@@ -23,8 +24,7 @@ def read_strict_json(path: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, A
     Raises ConfigError, which names the file, and the key if the error is in one.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(max_bytes + 1)
+        raw = read_bytes(path, max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), wanted a JSON object") from None
     if len(raw) > max_bytes:

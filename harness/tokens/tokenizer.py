@@ -1,8 +1,8 @@
 """The tokenizers that a dataset can have: GPT-2's, plain bytes, or any byte-level one with a tokenizer.json.
 
 A dataset's folder holds its tokenizer.json (GPT-2's ships with the project and needs none), its token files name the
-SHA-256 of that file, and a run keeps a copy. All of them give every text back as it was, so a token stands for a known
-number of bytes, and losses per byte compare between tokenizers.
+SHA-256 of that file, and a run keeps a copy. All of them give every text back as it was, so a token stands for a
+known number of bytes, and losses per byte compare between tokenizers.
 """
 
 import functools
@@ -35,7 +35,7 @@ BYTES = "bytes"
 TOKENIZER_FILE = "tokenizer.json"
 MAX_FILE_BYTES = 2**26
 # What tokenizers of the field call the token that ends a document, in the order in which they are looked for.
-DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<｜end▁of▁sentence｜>", "<|im_end|>")
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>")
 PUBLISHED_IN_GPT2 = ("fineweb-gpt2-tokens", "fineweb-edu-gpt2-tokens")
 """Hub datasets whose files have no metadata, and are documented to hold GPT-2's tokens."""
 
@@ -49,6 +49,8 @@ class Tokenizer(ABC):
     """One more than the highest id."""
     end_of_text_id: int
     """The id that ends a document; no text is encoded as it."""
+    end_of_text: str = END_OF_TEXT
+    """How that token is written."""
     document: str | None = None
     """The content of its tokenizer.json; None for GPT-2's."""
 
@@ -74,12 +76,17 @@ class Tokenizer(ABC):
         return None if self.document is None else hashlib.sha256(self.document.encode()).hexdigest()
 
     @property
+    def identity(self) -> str:
+        """ "gpt2", "bytes", or the SHA-256 of any other: equal for two that encode every text alike."""
+        return self.name if self.name in (GPT2, BYTES) else str(self.sha256)
+
+    @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
         """The smallest type of a token file that holds all ids."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
     def __str__(self) -> str:
-        return self.name if self.sha256 is None or self.name == BYTES else f"{self.name} {self.sha256[:12]}"
+        return self.identity if self.name in (GPT2, BYTES) else f"{self.name} {self.identity[:12]}"
 
 
 class Gpt2Tokenizer(Tokenizer):
@@ -140,16 +147,16 @@ class LibraryTokenizer(Tokenizer):
         self._library.no_truncation()
         self._library.encode_special_tokens = True
         self._added = self._library.get_added_tokens_decoder()
-        self.end_of_text_id = self._find_document_end(place)
+        self.end_of_text, self.end_of_text_id = self._find_document_end(place)
         vocabulary = self._library.get_vocab()
         self.vocab_size = 1 + max(vocabulary.values())
         _require_lossless(self._library, described, vocabulary, place)
 
-    def _find_document_end(self, place: object) -> int:
+    def _find_document_end(self, place: object) -> tuple[str, int]:
         ids = {token.content: number for number, token in self._added.items() if token.special}
         for name in DOCUMENT_ENDS:
             if name in ids:
-                return ids[name]
+                return name, ids[name]
         raise DataError(f"{place}: found no token that ends a document, wanted one of {', '.join(DOCUMENT_ENDS)}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -232,17 +239,18 @@ def read_tokenizer(path: Path, wanted_sha256: str | None = None) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{path}: found no such file, wanted a tokenizer.json")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path}: found {path.stat().st_size:,} bytes, wanted a tokenizer of at most {MAX_FILE_BYTES:,}")
+        raise DataError(
+            f"{path}: found {path.stat().st_size:,} bytes, wanted a tokenizer of at most {MAX_FILE_BYTES:,}"
+        )
     try:
         document = path.read_bytes().decode()
     except UnicodeDecodeError:
         raise DataError(f"{path}: cannot be read as a tokenizer (not UTF-8)") from None
-    if document == byte_tokenizer().document:
-        found = byte_tokenizer()
-    else:
-        found = LibraryTokenizer(document, path)
+    found = byte_tokenizer() if document == byte_tokenizer().document else LibraryTokenizer(document, path)
     if wanted_sha256 is not None and found.sha256 != wanted_sha256:
-        raise DataError(f"{path}: found SHA-256 {found.sha256}, wanted {wanted_sha256}, with which the tokens were made")
+        raise DataError(
+            f"{path}: found SHA-256 {found.sha256}, wanted {wanted_sha256}, with which the tokens were made"
+        )
     return found
 
 
@@ -289,9 +297,3 @@ def require_room(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"model.json: vocab_size: found {vocab_size}, wanted at least the {tokenizer.vocab_size:,} ids of the "
             f"dataset's tokenizer ({tokenizer})"
         )
-
-
-def require_same_tokenizer(found: Tokenizer, wanted: Tokenizer, what: str, whose: str) -> None:
-    """Raise DataError where tokens of one tokenizer would be read as another's."""
-    if found.sha256 != wanted.sha256:
-        raise DataError(f"{what}: found tokens of the tokenizer {found}, wanted those of {whose} ({wanted})")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import convert
 import ddp_train
@@ -29,7 +29,7 @@ from harness.run.run_folder import RunFolder
 from model import load_model
 from study.statistics import clustered_mean
 from tests.conftest import Called
-from tests.helpers import ROOT, command, write_run
+from tests.helpers import ROOT, command, save_weights, write_run
 from tests.model_hub import ModelHub
 from tests.test_exchange import LaterModel
 from tests.test_model import random_model, random_tokens
@@ -49,9 +49,7 @@ TOGGLES = [
 def with_random_weights(folder: Path) -> Path:
     """Return a run folder a checkpoint whose every parameter is far from its initial value."""
     model = random_model(load_model_config(folder / "model.json"))
-    (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
-    save_file(model.state_dict(), folder / "checkpoints" / "step-00000007" / "model.safetensors")
-    (folder / "checkpoints" / "latest").symlink_to("step-00000007")
+    save_weights(folder, 7, model.state_dict())
     return folder
 
 
@@ -151,7 +149,7 @@ def test_the_folder_is_what_users_expect(exported: Path) -> None:
 def test_greedy_text_is_ours(trained: Path, exported: Path) -> None:
     ours = load_model(trained / "model.json", trained / "checkpoints" / "latest" / "model.safetensors", CPU)
     prompt = "Every effort moves you"
-    wanted = continue_text(ours, ours.config, prompt, SampleSettings(num_tokens=8, temperature=0.0))
+    wanted = continue_text(ours, ours.config, gpt2_tokenizer(), prompt, SampleSettings(num_tokens=8, temperature=0.0))
     pipeline = transformers.pipeline("text-generation", model=str(exported), device="cpu")
     assert pipeline(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"] == wanted
     assert len(pipeline(prompt)[0]["generated_text"]) > len(prompt)  # by default no longer than the context
@@ -235,10 +233,15 @@ def test_a_damaged_checkpoint_is_not_handed_on(trained: Path, call: Call, tmp_pa
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
-    done = call(convert.main, "export", "text", tmp_path / "out", "--runs-dir", tmp_path / "runs")
+    place = (tmp_path / "out", "--runs-dir", tmp_path / "runs", "--no-check")
+    done = call(convert.main, "export", "text/checkpoints/latest", *place)
     assert (done.status, len(done.stderr.splitlines())) == (4, 1)
     assert "SHA-256" in done.stderr
     assert not (tmp_path / "out").exists()
+    done = call(convert.main, "export", "text", *place)  # the newest that is whole
+    assert done.status == 0
+    assert "passing over a damaged checkpoint" in done.stderr
+    assert f"step-{3:08}, ready for from_pretrained" in done.stdout
 
 
 def test_a_wrong_export_never_appears(

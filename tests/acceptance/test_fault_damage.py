@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.engine import checkpoint, resume
-from harness.engine.checkpoint import CheckpointMetadata
+from harness.engine import resume
+from harness.engine.opening import CheckpointMetadata, open_checkpoint
 from harness.run.errors import CheckpointError
 from harness.run.files import file_sha256, write_json
 from harness.run.run_folder import RunFolder
-from tests.helpers import train_in_fork, write
+from tests.helpers import train_in_fork
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 NEWEST, BEFORE = "step-00000019", "step-00000015"
@@ -49,7 +49,7 @@ def test_every_damage_to_every_file_is_seen(
     file.write_bytes(change(file.read_bytes(), kind))
     found = resume.find(folder, None)
     assert found is not None
-    assert found.name == BEFORE
+    assert found.path.name == BEFORE
     assert f"passing over a damaged checkpoint: {file}" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=NEWEST):
         resume.find(folder, NEWEST)
@@ -128,11 +128,12 @@ def nothing(_: Path) -> None:
 def test_links_are_hints_and_are_repaired(trained: Path, name: str, put: Callable[[Path], None]) -> None:
     folder = RunFolder(trained)
     links = {link: (folder.checkpoints / link).readlink() for link in ("latest", "best")}
-    metadata = CheckpointMetadata.read(folder.checkpoint(19))
+    metadata = CheckpointMetadata.read(folder.checkpoint(19), 19)
     (folder.checkpoints / name).unlink()
     put(folder.checkpoints / name)
     point = resume.choose_resume_point(folder, resume.ResumeRequest(), metadata.identity)
-    assert point.path == folder.checkpoint(19)
+    assert point.checkpoint is not None
+    assert point.checkpoint.path == folder.checkpoint(19)
     assert point.state.best_loss == metadata.state.best_loss
     assert {link: (folder.checkpoints / link).readlink() for link in links} == links
     if put is a_folder:
@@ -157,7 +158,7 @@ def test_a_malformed_manifest_makes_the_checkpoint_invalid(trained: Path, text: 
     (trained / "checkpoints" / NEWEST / "manifest.json").write_text(text)
     found = resume.find(RunFolder(trained), None)
     assert found is not None
-    assert found.name == BEFORE
+    assert found.path.name == BEFORE
 
 
 @pytest.mark.fault("F16")
@@ -179,10 +180,10 @@ def test_a_stranger_s_checkpoint_reaches_nothing_outside(trained: Path, tmp_path
     write_json(target / "manifest.json", manifest)
     before = outside.read_bytes()
     with pytest.raises(CheckpointError, match=NEWEST):
-        checkpoint.verify(target)
+        open_checkpoint(target)
     found = resume.find(RunFolder(trained), None)
     assert found is not None
-    assert found.name == BEFORE
+    assert found.path.name == BEFORE
     assert outside.read_bytes() == before
 
 
@@ -208,9 +209,7 @@ def test_a_pickle_is_never_opened(trained: Path, tmp_path: Path, datasets_dir: P
         "sha256": file_sha256(target / name),
     }
     write_json(target / "manifest.json", manifest)
-    checkpoint.verify(target)
-    write(trained / "train.json", {**json.loads((trained / "train.json").read_text()), "min_train_tokens": 24 * 128})
-    (done,) = train_in_fork(trained, datasets_dir, check=4)
+    (done,) = train_in_fork(trained, datasets_dir, NEWEST, check=4)
     assert f"{target / name}: cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
     assert not canary.exists()
@@ -234,6 +233,5 @@ def test_a_hostile_header_is_one_line(trained: Path, datasets_dir: Path, raw: by
         "sha256": file_sha256(target / "model.safetensors"),
     }
     write_json(target / "manifest.json", manifest)
-    write(trained / "train.json", {**json.loads((trained / "train.json").read_text()), "min_train_tokens": 24 * 128})
-    (done,) = train_in_fork(trained, datasets_dir, check=4)
+    (done,) = train_in_fork(trained, datasets_dir, NEWEST, check=4)
     assert len(done.stderr.splitlines()) == 1

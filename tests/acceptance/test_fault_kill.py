@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.engine import checkpoint
+from harness.engine.opening import open_checkpoint
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
@@ -129,7 +130,7 @@ def die(folder: Path, datasets_dir: Path, fault: str) -> Worker:
     for name in ("latest", "best"):
         link = folder / "checkpoints" / name
         if link.is_symlink():
-            checkpoint.verify(link.resolve())
+            open_checkpoint(link.resolve())
     return worker
 
 
@@ -202,7 +203,7 @@ def test_killed_while_pruning(whole: Path, tmp_path: Path, datasets_dir: Path) -
 
 def is_valid(path: Path) -> bool:
     try:
-        checkpoint.verify(path)
+        open_checkpoint(path)
     except checkpoint.CheckpointError:
         return False
     return True

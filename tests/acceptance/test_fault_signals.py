@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.engine import checkpoint
+from harness.engine.opening import open_checkpoint
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
     assert_same_run,
@@ -99,7 +99,7 @@ def test_one_sigint_saves_and_a_second_ends_at_once(whole: Path, tmp_path: Path,
         assert worker.wait() == -signal.SIGINT
         assert time.monotonic() - again < 50  # of the 60 seconds that the step sleeps
     for step in RunFolder(folder).checkpoint_steps():
-        checkpoint.verify(RunFolder(folder).checkpoint(step))
+        open_checkpoint(RunFolder(folder).checkpoint(step))
     train_in_fork(folder, datasets_dir)
     assert_same_run(folder, whole)
 
@@ -119,7 +119,7 @@ def test_sigterm_inside_a_save_lets_it_finish(
         train_in_fork(folder, datasets_dir, check=75, fault=f"ckpt.{point}@{step}:term")
         assert_stopped_after(folder, step, later=5)  # tiny steps go by while a save is written, but not past the next
         for saved in RunFolder(folder).checkpoint_steps():
-            checkpoint.verify(RunFolder(folder).checkpoint(saved))
+            open_checkpoint(RunFolder(folder).checkpoint(saved))
         step = 3 * (status(folder)["step"] // 3 + 1)  # the next save of the schedule
     train_in_fork(folder, datasets_dir)
     assert_same_run(folder, whole)

@@ -1,0 +1,45 @@
+"""Files of JSON lines: appended whole or not at all, and read in spite of lines that a bad disk or a kill damaged."""
+
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.run.files import naming, open_regular
+
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+
+
+def append_json_lines(path: Path, lines: Iterable[dict[str, object]]) -> None:
+    """Append all lines, or none if it raises OSError; a link or what is no file is not written to."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    with open_regular(path, APPEND) as file, naming(path):
+        size = os.fstat(file.fileno()).st_size
+        try:
+            write_all(file, text.encode())
+        except OSError:
+            os.ftruncate(file.fileno(), size)  # a full disk leaves no half line for the next one to join
+            raise
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write all bytes: a disk that is nearly full takes a part, and only then says so."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def parse_json_lines(raw: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield every line with the object in it; None where the line is damaged, cut off or no strict JSON object."""
+    for line in raw.splitlines(keepends=True):
+        try:
+            value = json.loads(line, parse_constant=_refuse) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            value = None
+        yield line, value if isinstance(value, dict) else None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)

@@ -88,6 +88,8 @@ def main() -> None:
         arguments, config, weights.path, tokenizer_of_model(model_json.with_name(TOKENIZER_FILE), config.vocab_size)
     )
     output = output_file(arguments, test, config.context_length, weights.path)
+    if arguments.run is None and arguments.dataset is None and test.dataset != PUBLISHED_TEST_SET:
+        print(f"Scoring on the {arguments.split} split of {test.dataset}, the run's own data (--dataset for others)")
     model = model_of(config, weights, device)
     length, sequences = config.context_length, test.sequences
 
@@ -187,8 +189,6 @@ def open_test_tokens(
     is_own = train is not None and train.dataset != dataset
     if train is not None and is_own:
         dataset, revision, start = train.dataset, train.dataset_revision, train.start_val_token
-        if arguments.run is None:
-            print(f"Scoring on the {arguments.split} split of {dataset}, the run's own data (--dataset for others)")
     dataset = arguments.dataset or dataset
     start = start if arguments.start_token is None else arguments.start_token
     data.download_missing(arguments.datasets_dir, dataset, revision, [arguments.split])

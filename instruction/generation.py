@@ -33,10 +33,7 @@ def write_answers(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    rows = torch.full((len(prompts), int(lengths.max())), tokenizer.end_of_text_id)
-    for row, prompt in enumerate(prompts):
-        rows[row, : len(prompt)] = torch.tensor(prompt)
+    rows, lengths = _padded(prompts)
     rows, places = rows.to(device), lengths.to(device)  # places: the position that comes next, (B,)
     cache = KeyValueCache(max_tokens)
     logits = model(rows, cache.at(torch.arange(rows.shape[1], device=device).expand_as(rows)))
@@ -63,6 +60,15 @@ def write_answers(
         _cut(row, max_tokens - len(prompt), tokenizer.end_of_text_id)
         for row, prompt in zip(written, prompts, strict=True)
     ]
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the prompts as rows (B, T), filled up on the right where a causal model does not look, and lengths (B,)."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        rows[row, : len(prompt)] = torch.tensor(prompt)
+    return rows, lengths
 
 
 def _cut(tokens: list[int], room: int, end_of_text: int) -> Completion:

@@ -193,6 +193,9 @@ def open_test_tokens(
     start = start if arguments.start_token is None else arguments.start_token
     data.download_missing(arguments.datasets_dir, dataset, revision, [arguments.split])
     file = open_split(arguments.datasets_dir, dataset, arguments.split)
+    of_tokens = tokenizer_of_tokens(file)
+    if of_tokens and tokenizer and of_tokens.identity != tokenizer.identity:
+        raise DataError(f"{file.path}: found tokens of the tokenizer {of_tokens}, wanted the model's ({tokenizer})")
     found = max(0, file.length - start)
     if is_own and arguments.batches is None:  # as much as there is
         batches = max(1, min(batches, (found - 1) // (SEQUENCES_PER_BATCH * model.context_length)))
@@ -203,9 +206,6 @@ def open_test_tokens(
             f"(--batches {batches} x {SEQUENCES_PER_BATCH} sequences x {model.context_length} tokens + 1); "
             "choose --start-token and --batches"
         )
-    of_tokens = tokenizer_of_tokens(file)
-    if of_tokens and tokenizer and of_tokens.identity != tokenizer.identity:
-        raise DataError(f"{file.path}: found tokens of the tokenizer {of_tokens}, wanted the model's ({tokenizer})")
     check = data.check_tokens(file, start, needed, model.vocab_size)
     return TestTokens(file, dataset, start, batches * SEQUENCES_PER_BATCH, check, of_tokens)
 

@@ -63,7 +63,7 @@ def write_answers(
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the prompts as rows (B, T), filled up on the right where a causal model does not look, and lengths (B,)."""
+    """Return the prompts as rows (B, T), filled up where a causal model does not look, and their lengths (B,)."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     rows = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
     for row, prompt in enumerate(prompts):

@@ -147,7 +147,7 @@ def test_text_without_words_takes_no_time(call: Call, text: str) -> None:
 def test_white_space_is_cut_where_the_encoding_cuts_it(
     monkeypatch: pytest.MonkeyPatch, official: tiktoken.Encoding
 ) -> None:
-    monkeypatch.setattr(encoding, "LONGEST_SPACE", 3)
+    monkeypatch.setattr(gpt2, "LONGEST_SPACE", 3)
     short = gpt2.LONG_SPACE.pattern.replace("100000", "3")
     monkeypatch.setattr(gpt2, "LONG_SPACE", gpt2.re.compile(short))
     generator = np.random.default_rng(1)

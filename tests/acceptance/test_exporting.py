@@ -26,6 +26,7 @@ from harness.engine.sampling import SampleSettings, continue_text
 from harness.observers.charts import ChartPainter
 from harness.run.config import ModelConfig, TrainConfig, config_from, load_model_config, load_run_configs
 from harness.run.run_folder import RunFolder
+from harness.tokens.tokenizer import gpt2_tokenizer
 from model import load_model
 from study.statistics import clustered_mean
 from tests.conftest import Called

@@ -41,9 +41,9 @@ from torch import Tensor
 import data
 from harness.engine import distributed
 from harness.engine.background import BackgroundTask
-from harness.engine.costs import peak_flops_per_second
 from harness.engine.distributed import Launch
 from harness.engine.failpoints import failpoint
+from harness.engine.gpu_peaks import peak_flops_per_second
 from harness.engine.identity import identity_of
 from harness.engine.metrics import PendingMetrics, StepLog
 from harness.engine.schedules import learning_rate_at
@@ -58,7 +58,7 @@ from harness.tokens.randomness import seed_dropout
 from training.checkpointing import choose_resume_point, keep_tokenizer, require_equal_runs, save_checkpoint
 from training.context import TrainContext, build, compile_and_build_buckets, wrap
 from training.dry_run import dry_run, dump_initial_weights
-from training.report import report_end, report_nothing_to_do
+from training.report import report_devices, report_end, report_nothing_to_do
 from training.trials import find_max_microbatch_size, try_microbatch_size
 from training.validation import validate_and_sample, warn_of_first_loss
 
@@ -115,6 +115,7 @@ def main() -> None:
         start = StartRecord(point.state.next_step, launch.restart, devices, splits.describe())
 
         def record() -> None:
+            report_devices(devices)
             record_start(folder.run_json, model_config, config, plan, start)
             Status("running", start.from_step - 1 if start.from_step else None).write(folder.status_json)
 
@@ -212,7 +213,7 @@ def train(context: TrainContext, observers: Observers) -> None:
 
 def step_log(context: TrainContext) -> StepLog:
     """Return the log that counts the run's steps and writes metrics.jsonl."""
-    peak = peak_flops_per_second(distributed.device_name(context.device))
+    peak = peak_flops_per_second(distributed.device_name(context.device), context.config.use_amp)
     return StepLog(
         launch=context.launch,
         plan=context.plan,
@@ -235,7 +236,8 @@ def accumulate_gradients(context: TrainContext, step: int) -> Tensor:
     losses = []
     for accumulation_step in range(steps):
         tokens, targets = context.splits.train.microbatch(step, accumulation_step, context.launch.rank)
-        seed_dropout(context.config.seed_of("dropout"), step, accumulation_step, context.launch.rank)
+        if context.model_config.drop_rate:
+            seed_dropout(context.config.seed_of("dropout"), step, accumulation_step, context.launch.rank)
         with distributed.gradient_sync(context.objective, enabled=accumulation_step == steps - 1):
             with context.autocast():
                 loss = context.objective(context.on_device(tokens), context.on_device(targets))

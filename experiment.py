@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, positive, whole_number
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
-from study.assemble import ComparisonRequest, assemble
+from study.assemble import PRIORS, ComparisonRequest, PriorChoice, assemble
 from study.designs import DESIGNS, RESOLUTIONS
 from study.looking import note_unplanned
 from study.looks import RULES
@@ -100,6 +100,7 @@ class Sources:
     losses: Path | None
     checkpoint: CheckpointRule
     margin: float
+    prior: PriorChoice
     runs_dir: Path
 
     def request(self, noise: Noise | None = None, only_named: bool = False) -> ComparisonRequest:
@@ -113,6 +114,7 @@ class Sources:
             checkpoint=self.checkpoint,
             only_named=only_named,
             margin=self.margin,
+            prior=self.prior,
             given_noise=noise,
         )
 
@@ -123,6 +125,10 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", metavar="EXPERIMENT", help="its name, or its experiment.json")
     parser.add_argument("--losses", type=Path, metavar="FILE", help="a CSV table of test losses instead of folders")
     parser.add_argument("--margin", type=positive, default=MARGIN, help="smallest difference that matters (0.01)")
+    parser.add_argument(
+        "--prior", choices=PRIORS, default="auto",
+        help="noise known beforehand: the ledger's, and public runs' where these are like them (auto) or always",
+    )  # fmt: skip
     parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of all runs (default last)")
     add_runs_dir(parser)
 
@@ -164,8 +170,8 @@ def compare_verb(words: list[str]) -> None:
     if not study.judgement.arms:
         raise ConfigError("RUN: found nothing to compare with the baseline, wanted at least one other recipe")
     if study.experiment is not None:
-        seeds = len(study.experiment.seeds) - len(study.left_out)
-        note = note_unplanned(study.experiment, request.folder_of_experiment(), seeds, len(study.judgement.arms))
+        seeds = len(study.experiment.seeds) - len(study.incomplete)
+        note = note_unplanned(study.experiment, request.folder_of_experiment(), seeds, study.judgement.family)
         study = replace(study, notes=(*study.notes, *([note] if note else [])))
     output_format: Format = parsed.format
     _write(render(study, output_format), parsed.output)

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.special import stdtr
 
-from study.prior import PUBLIC_PRIOR, fit_prior, is_contradicted
-from study.statistics import Floats, Noise, NoisePrior, holm
+from study.prior import PUBLIC_PRIOR, fit_prior
+from study.results import Group, Result
+from study.statistics import Floats, NoisePrior
+from study.verdicts import HELPS, SLIGHTLY_BETTER, Rules, is_sign_told, judge
 
 BASELINES, ARMS, EFFECT, STUDIES = 3, 5, 0.005, 400
 
@@ -74,15 +75,19 @@ def report(title: str, recipes: list[Floats], whole: list[int], priors: Sequence
 
 def judged(generator: np.random.Generator, losses: Floats, prior: NoisePrior | None, effect: float) -> bool:
     """Draw a study; say whether the first arm is called better, or without effect whether any arm is called."""
-    drawn = generator.permutation(losses)[: BASELINES + ARMS]
-    baseline, arms = drawn[:BASELINES], drawn[BASELINES:].copy()
-    arms[0] -= effect
-    own, df = float(baseline.var(ddof=1)), BASELINES - 1.0
-    if prior is not None and not is_contradicted(prior, Noise(math.sqrt(own), df)):
-        own, df = (prior.df * prior.sd**2 + df * own) / (prior.df + df), prior.df + df
-    t = (arms - baseline.mean()) / math.sqrt(max(own, 1e-16) * (1 + 1 / BASELINES))
-    p = holm((2 * stdtr(df, -np.abs(t))).tolist())
-    return bool(p[0] < 0.05 and t[0] < 0) if effect else min(p) < 0.05
+    drawn = generator.permutation(losses)[: BASELINES + ARMS].tolist()
+    drawn[BASELINES] -= effect
+    groups = [group_of("baseline", drawn[:BASELINES])]
+    groups += [group_of(f"arm{arm}", [loss]) for arm, loss in enumerate(drawn[BASELINES:])]
+    arms = judge(groups[0], groups[1:], Rules(find_prior=lambda *_: prior)).arms
+    if effect:
+        return arms[0].verdict.startswith((HELPS, SLIGHTLY_BETTER))
+    return any(is_sign_told(item.verdict) for item in arms)
+
+
+def group_of(recipe: str, losses: Sequence[float]) -> Group:
+    """Make the replicates of a recipe whose seeds are not known."""
+    return Group(recipe, tuple(Result(f"{recipe}-{n}", recipe, "", "", loss) for n, loss in enumerate(losses)))
 
 
 if __name__ == "__main__":

@@ -1,239 +1,413 @@
 """Do the verdicts keep their promises? Made-up studies with known truth, judged as real ones are.
 
-  python -m benchmarks.simulate_verdicts --studies 2000
+  nice python -m benchmarks.simulate_verdicts
 
-For every way in which training noise is estimated, thousands of studies are drawn from a normal distribution and go
-through `study.verdicts.judge`. Three promises are checked:
+A study is a table of losses that is written to a file and judged as `compare --losses` judges a user's; what a table
+cannot hold (losses of single test sequences, looks, designs) goes through the functions that `compare` and `run` call
+then. Of every situation half as many studies are drawn with an effect in the first arm as without one:
 
-- Where no arm differs from the baseline, at most 5% of the studies hold any HELPS or HURTS (Holm 1979).
-- An effect as large as `detectable` says is found by its own test (HELPS or LEANS BETTER) four times in five.
-- The 95% interval of a difference holds the true one in 95% of the studies.
+- false: studies in which an arm without effect is told to differ (HELPS, HURTS, BETTER or WORSE BY LESS THAN), or
+  where arms differ by exactly the margin, in which one is told not to (NO DIFFERENCE);
+- HELPS, and found (also LEANS BETTER): studies that say so of the effect, which is as large as the arm's own test,
+  alone and with nothing missing, finds four times in five, unless a size is given;
+- coverage: 95% intervals that hold the true difference, of all arms, and of the first arm, which is the odd one.
 
-Every rate is printed with its Monte Carlo standard error and goes to benchmarks/results/simulate_verdicts.json. Only
-what a judgement tells without deciding by it is left out, because it takes longer than everything else.
+Rates come with their Monte Carlo standard errors and go to benchmarks/results/simulate_verdicts.json and .md.
 """
 
 import argparse
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from harness.run.files import write_json
-from study import verdicts
+from harness.report.text import markdown_table
+from harness.run.files import write_json, write_text
+from study.assemble import ComparisonRequest, assemble
+from study.comparisons import compare
+from study.designs import STACK, make_design
+from study.effects import ADDS_UP, stack_findings
+from study.factorials import Reading, factorial_findings
+from study.looking import Look, LookRecord, take_look
+from study.losses_table import COLUMNS
 from study.results import Group, Result, RunMetadata
-from study.statistics import detectable
-from study.verdicts import HELPS, HURTS, LEANS_BETTER, Judgement, judge
+from study.statistics import Floats, NoisePrior, detectable
+from study.verdicts import (
+    HELPS,
+    LEANS_BETTER,
+    MARGIN,
+    NO_LARGER,
+    SLIGHTLY_BETTER,
+    SLIGHTLY_WORSE,
+    Judged,
+    Judgement,
+    Rules,
+    is_sign_told,
+    judge,
+)
 
 RESULTS = Path(__file__).parent / "results" / "simulate_verdicts.json"
+MEMORY = Path("/dev/shm")
 ARMS = 5
 RUN_SD = 0.0123
 """Noise of one run, in nats per token: that of the published baseline."""
-SEED_SD = 0.01
-"""What runs of one seed have in common, on top, where seeds are shared."""
-DOCUMENTS, SEQUENCES_EACH, DOCUMENT_SD, SEQUENCE_SD = 20, 3, 0.03, 0.03
-"""A test set, and how its documents and sequences differ in what an arm makes of them."""
+LIKE_REAL = (0.97, 0.94, 0.90, 0.53, 0.25)
+"""Correlations of arms with the baseline over shared seeds, as five real changes had them."""
+DOCUMENT_SD, SEQUENCE_SD = 0.03, 0.03
+"""How documents and sequences differ in what an arm makes of them."""
+Rate = tuple[float, float]
+"""A rate and its Monte Carlo standard error."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One way to lay out a study, and the method by which it must be judged."""
+class Situation:
+    """How a study is laid out, and what is untidy about it; sds are in units of RUN_SD."""
 
-    name: str
-    method: str
-    baseline_runs: int
-    arm_runs: int
-    has_seeds: bool = False
-    has_sequences: bool = False
+    runs: int = 4
+    baseline_runs: int = 4
+    sds: tuple[float, ...] = (1.0,) * ARMS
+    follows: tuple[float, ...] | None = None
+    """Correlations with the baseline over shared seeds; None where no seeds are shared."""
+    sd: float = RUN_SD
+    decimals: int = 6
+    missing: tuple[int, int] | None = None
+    """Arm (-1: the baseline) and seed of a cell that is not there."""
+    diverging: float = 0.0
+    effect: float | None = None
+    offset: float = 0.0
+    """True difference of every arm in the studies without an effect."""
+    prior: NoisePrior | None = None
+    """What is known beforehand; every recipe's variance is then drawn from it, or of pairs every arm's."""
+    ignores_seeds: bool = False
+    """The prior is of single runs, though seeds are shared; noises are then as without it."""
+    documents: tuple[int, ...] = ()
+    """Sequences in each document of the test set; none where losses of sequences are not there."""
 
-    @property
-    def degrees_of_freedom(self) -> int:
-        """Degrees of freedom of the training noise."""
-        if self.method == "blocks":
-            return ARMS * (self.baseline_runs - 1)
-        if self.method == "single-case":
-            return self.baseline_runs - 1
-        return self.baseline_runs - 1 + ARMS * (self.arm_runs - 1)
-
-    @property
-    def detectable(self) -> float:
-        """The size of an effect that is said to be found four times in five."""
-        return detectable(RUN_SD * math.sqrt(1 / self.baseline_runs + 1 / self.arm_runs), self.degrees_of_freedom)
+    def own_effect(self) -> float:
+        """Return the size of an effect that the first arm's own test finds four times in five."""
+        if self.effect is not None:
+            return self.effect
+        sd = self.sd * self.sds[0]
+        if self.follows is not None:
+            return detectable(sd * math.sqrt(2 * (1 - self.follows[0]) / self.runs), self.runs - 1)
+        df = self.runs + self.baseline_runs - 2
+        return detectable(math.hypot(sd / math.sqrt(self.runs), self.sd / math.sqrt(self.baseline_runs)), df)
 
 
-CASES = (
-    Case("blocks, 3 shared seeds", "blocks", 3, 3, has_seeds=True),
-    Case("pooled, 4 baselines, 2 runs each", "pooled", 4, 2),
-    Case("single-case, 7 baselines", "single-case", 7, 1),
-    Case("blocks, 3 shared seeds, evaluation noise", "blocks", 3, 3, has_seeds=True, has_sequences=True),
-)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    """What became of a case, as rates with their Monte Carlo standard errors."""
+    """What became of a situation; rates that say nothing of it are left out."""
 
     name: str
-    method: str
-    studies: int
-    """As many without an effect, and as many with one."""
-    false_verdicts: float
-    """Studies without any true effect that hold a HELPS or HURTS."""
-    false_verdicts_se: float
-    detectable: float
-    power: float | None
-    """Studies that find a true effect of the detectable size in one arm; None where `detectable` is not exact."""
-    power_se: float
-    helps: float
-    """Studies that call that effect HELPS, in a family of five arms."""
-    coverage: float
-    """Intervals that hold the true difference, over all arms."""
-    coverage_se: float
+    false: Rate
+    rates: dict[str, Rate] = field(default_factory=dict)
 
 
-@contextmanager
-def without_sentences() -> Iterator[None]:
-    """Leave out what a judgement only tells: the sentences that explain verdicts, and seed correlations."""
-    kept = verdicts.explain, verdicts.seed_correlation
-    verdicts.explain, verdicts.seed_correlation = lambda *_: "", lambda *_: math.nan
-    try:
-        yield
-    finally:
-        verdicts.explain, verdicts.seed_correlation = kept
+def draw(generator: np.random.Generator, s: Situation, effects: Sequence[float]) -> tuple[list[Group], list[float]]:
+    """Draw a study, the baseline and its arms, which differ from it by `effects`; return it and the true differences.
+
+    With a prior every recipe has a noise of its own, and where seeds are shared every difference; an effect is then
+    as many times larger.
+    """
+    sds = s.sd * np.array([1.0, *s.sds])
+    if s.prior is not None and not s.ignores_seeds:
+        sds = s.prior.sd * np.sqrt(s.prior.df / generator.chisquare(s.prior.df, len(sds)))
+    is_of_pairs = s.prior is not None and s.follows is not None and not s.ignores_seeds
+    base = generator.standard_normal(s.baseline_runs)
+    groups = [losses_of("baseline", s, 3.6 + sds[0] * base, -1, generator)]
+    truths = list(effects)
+    if s.prior is not None and is_of_pairs:
+        truths = (np.array(effects) * sds[1:] / s.prior.sd).tolist()
+    for arm, truth in enumerate(truths):
+        own = sds[arm + 1] * generator.standard_normal(s.runs)
+        if is_of_pairs:
+            own = sds[0] * base + math.sqrt(2) * own
+        elif s.follows is not None:
+            rho = s.follows[arm]
+            own = sds[arm + 1] * rho * base[: s.runs] + math.sqrt(1 - rho**2) * own
+        groups.append(losses_of(f"arm{arm}", s, 3.6 + truth + own, arm, generator))
+    return groups, truths
 
 
-def draw(generator: np.random.Generator, case: Case, effects: NDArray[np.float64]) -> Judgement:
-    """Draw a study whose arms differ from the baseline by `effects`, and judge it."""
-    runs = [case.baseline_runs, *[case.arm_runs] * ARMS]
-    shared = generator.normal(0, SEED_SD, case.baseline_runs) if case.has_seeds else np.zeros(max(runs))
-    groups = []
-    for arm, (count, effect) in enumerate(zip(runs, [0.0, *effects], strict=True)):
-        losses = 3.6 + effect + generator.normal(0, RUN_SD, count) + shared[:count]
-        sequences = document_noise(generator) if case.has_sequences else None
-        groups.append(make_group(f"arm{arm}", losses, case.has_seeds, sequences))
-    judgement = judge(groups[0], groups[1:])
-    assert {item.method for item in judgement.arms} == {case.method}
-    return judgement
-
-
-def document_noise(generator: np.random.Generator) -> NDArray[np.float64]:
-    """Draw what a recipe makes of every test sequence, whatever its seed; sequences of one document are alike."""
-    documents = np.repeat(generator.normal(0, DOCUMENT_SD, DOCUMENTS), SEQUENCES_EACH)
-    return documents + generator.normal(0, SEQUENCE_SD, DOCUMENTS * SEQUENCES_EACH)
-
-
-def make_group(
-    recipe: str, losses: NDArray[np.float64], has_seeds: bool, sequences: NDArray[np.float64] | None
-) -> Group:
-    """Make the replicates of one recipe; with sequences they carry a loss for each of them."""
+def losses_of(recipe: str, s: Situation, losses: Floats, arm: int, generator: np.random.Generator) -> Group:
+    """Make the replicates of a recipe, as recorded: rounded, some diverged, one perhaps missing."""
+    sequences = document_noise(generator, s.documents) if s.documents else None
     results = []
-    for number, loss in enumerate(losses.tolist()):
-        seed = str(number) if has_seeds else ""
-        metadata = None if sequences is None else make_metadata(recipe, loss + sequences)
-        total = loss if metadata is None else float(metadata.sequence_losses.mean())
-        results.append(Result(f"{recipe}-{number}", recipe, seed, seed, total, metadata))
+    for number, loss in enumerate(losses):
+        if (arm, number) == s.missing:
+            continue
+        seed = "" if s.follows is None else str(number)
+        metadata = None if sequences is None else known_of(recipe, loss + sequences, s.documents)
+        value = loss if metadata is None else metadata.sequence_losses.mean()
+        has_diverged = s.diverging > 0 and generator.random() < s.diverging
+        kept = None if has_diverged else round(float(value), s.decimals)
+        results.append(Result(f"{recipe}-{number}", recipe, seed, seed, kept, None if has_diverged else metadata))
     return Group(recipe, tuple(results))
 
 
-def make_metadata(recipe: str, sequence_losses: NDArray[np.float64]) -> RunMetadata:
+def document_noise(generator: np.random.Generator, documents: Sequence[int]) -> Floats:
+    """Draw what a recipe makes of every test sequence, whatever its seed; sequences of one document are alike."""
+    each = np.repeat(generator.normal(0, DOCUMENT_SD, len(documents)), documents)
+    noise: Floats = each + generator.normal(0, SEQUENCE_SD, sum(documents))
+    return noise
+
+
+def known_of(recipe: str, sequence_losses: Floats, documents: Sequence[int]) -> RunMetadata:
     """Make what a run folder would know, of which only the sequences matter here."""
     return RunMetadata(
-        recipe={},
-        recipe_hash=recipe,
-        parameters=1,
-        step=0,
-        tokens_seen=1,
-        hardware="none",
-        tokens_per_second=None,
-        cost=None,
-        currency="",
-        tokens_sha256="",
-        sequence_losses=sequence_losses,
-        documents=np.repeat(np.arange(DOCUMENTS), SEQUENCES_EACH),
-        curve=(np.empty(0), np.empty(0)),
-        samples=(),
-    )
+        recipe={}, recipe_hash=recipe, parameters=1, step=0, tokens_seen=1, hardware="none", decays=False,
+        tokens_per_second=None, cost=None, currency="", tokens_sha256="", sequence_losses=sequence_losses,
+        documents=np.repeat(np.arange(len(documents)), documents), curve=(np.empty(0), np.empty(0)), samples=(),
+    )  # fmt: skip
 
 
-def simulate(case: Case, studies: int, seed: int) -> Outcome:
-    """Draw and judge `studies` studies without an effect, and as many with one in the first arm."""
-    generator = np.random.default_rng([seed, CASES.index(case)])
-    effects = np.zeros(ARMS)
-    effects[0] = -case.detectable
-    false = found = helps = 0
-    covered = []
-    with without_sentences():
-        for _ in range(studies):
-            null = draw(generator, case, np.zeros(ARMS))
-            false += any(item.verdict in (HELPS, HURTS) for item in null.arms)
-            real = draw(generator, case, effects)
-            found += real.arms[0].verdict in (HELPS, LEANS_BETTER)
-            helps += real.arms[0].verdict == HELPS
-            covered.append([holds(judged, 0.0) for judged in null.arms])
-            covered.append([holds(judged, truth) for judged, truth in zip(real.arms, effects, strict=True)])
-    by_study = np.mean(covered, axis=1)
-    return Outcome(
-        name=case.name,
-        method=case.method,
-        studies=studies,
-        false_verdicts=false / studies,
-        false_verdicts_se=binomial_se(false / studies, studies),
-        detectable=case.detectable,
-        power=None if case.has_sequences else found / studies,
-        power_se=binomial_se(found / studies, studies),
-        helps=helps / studies,
-        coverage=float(by_study.mean()),
-        coverage_se=float(by_study.std(ddof=1)) / math.sqrt(len(by_study)),
-    )
+def judged(s: Situation, groups: Sequence[Group], names: tuple[str, ...] = ()) -> Judgement:
+    """Judge a study: as a table of losses through what `compare` calls, if a table can hold it."""
+    if s.prior is not None or s.documents:
+        return judge(groups[0], groups[1:], Rules(find_prior=lambda *_: s.prior))
+    lines = [",".join(COLUMNS)]
+    for group in groups:
+        for result in group.results:
+            loss = "nan" if result.loss is None else f"{result.loss:.{s.decimals}f}"
+            lines.append(f"{result.run},{result.recipe},{result.init_seed},{result.train_seed},{loss}")
+    with tempfile.NamedTemporaryFile("w", dir=MEMORY if MEMORY.is_dir() else None) as file:
+        file.write("\n".join(lines))
+        file.flush()
+        return assemble(ComparisonRequest(Path("no-ledger"), names, "baseline", Path(file.name))).judgement
 
 
-def holds(judged: verdicts.Judged, truth: float) -> bool:
-    """Say whether an arm's interval holds the true difference."""
-    assert judged.estimate is not None
-    low, high = judged.estimate.interval()
-    return low <= truth <= high
+def simulate(name: str, s: Situation, generator: np.random.Generator, studies: int) -> Outcome:
+    """Draw and judge `studies` studies without an effect, and half as many with one in the first arm."""
+    arms = len(s.sds)
+    null, real = np.full(arms, s.offset), np.zeros(arms)
+    real[0] = -s.own_effect()
+    false, helps, found, covered = [], [], [], []
+    for number in range(studies):
+        for effects in (null, real) if number % 2 else (null,):
+            groups, truths = draw(generator, s, effects.tolist())
+            items = judged(s, groups).arms
+            covered.append([holds(item, truth) for item, truth in zip(items, truths, strict=True)])
+            if effects is null:
+                false.append(any(is_wrong(item, s.offset) for item in items))
+            else:
+                helps.append(items[0].verdict.startswith((HELPS, SLIGHTLY_BETTER)))
+                found.append(helps[-1] or items[0].verdict == LEANS_BETTER)
+    rates = {} if s.offset else {"HELPS": rate(helps), "found": rate(found)}
+    rates["coverage"] = rate(np.nanmean(covered, axis=1))
+    rates["first arm's"] = rate([row[0] for row in covered if not math.isnan(row[0])])
+    return Outcome(name, rate(false), rates)
 
 
-def binomial_se(rate: float, count: int) -> float:
-    """Return the standard error of a rate."""
-    return math.sqrt(rate * (1 - rate) / count)
+def is_wrong(item: Judged, offset: float) -> bool:
+    """Say whether a verdict on an arm is false: without an effect a sign, at the margin that it is within it."""
+    if offset:
+        return item.verdict.startswith((NO_LARGER, SLIGHTLY_BETTER, SLIGHTLY_WORSE))
+    return is_sign_told(item.verdict)
+
+
+def holds(item: Judged, truth: float) -> float:
+    """Return whether an arm's interval holds the true difference; NaN where there is no interval."""
+    if item.estimate is None:
+        return math.nan
+    low, high = item.estimate.interval()
+    return float(low <= truth <= high)
+
+
+def rate(values: Sequence[float] | Floats) -> Rate:
+    """Return a mean over studies with its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def shopped(name: str, generator: np.random.Generator, studies: int) -> Outcome:
+    """Name the one arm of eleven that looks best."""
+    s = Situation(sds=(1.0,) * 11)
+    false = []
+    for _ in range(studies):
+        groups, _ = draw(generator, s, [0.0] * 11)
+        best = min(groups[1:], key=lambda group: float(np.mean(group.losses)))
+        (item,) = judged(s, groups, (best.recipe,)).arms
+        false.append(is_sign_told(item.verdict))
+    return Outcome(name, rate(false))
+
+
+def looked(name: str, generator: np.random.Generator, studies: int, arms: int = 1) -> Outcome:
+    """Look after every seed from 2 to 8, at levels that were fixed beforehand."""
+    s = Situation(runs=8, baseline_runs=8, sds=(1.0,) * arms, follows=(0.5,) * arms)
+    counts = tuple(range(2, 9))
+    effect = detectable(RUN_SD / math.sqrt(8), 7)
+    false, helps = [], []
+    for _ in range(studies):
+        for size in (0.0, effect):
+            record = LookRecord(to_come=counts)
+            groups, _ = draw(generator, s, [-size, *[0.0] * (arms - 1)])
+            while record.to_come:
+                record = next_look(record, groups)
+            told = [is_sign_told(record.looks[-1].verdicts[f"arm{arm}"]) for arm in range(arms)]
+            (false if size == 0 else helps).append(any(told) if size == 0 else told[0])
+    return Outcome(name, rate(false), {"HELPS": rate(helps)})
+
+
+def next_look(record: LookRecord, groups: Sequence[Group]) -> LookRecord:
+    """Take the next look, as `run --looks` does, at as many seeds of every arm that has not stopped."""
+    count, stopped = record.to_come[0], record.stopped()
+    current = replace(record, looks=(*record.looks, Look(count, {}, {}, {}, {}, {})), to_come=record.to_come[1:])
+    estimates = {}
+    for arm in groups[1:]:
+        seen = stopped.get(arm.recipe, count)
+        pair = [Group(group.recipe, group.results[:seen]) for group in (groups[0], arm)]
+        estimates[arm.recipe] = compare(*pair).guarded
+    still = [arm for arm in estimates if arm not in stopped]
+    look = take_look(current, "pocock", estimates, MARGIN, still)
+    return replace(current, looks=(*record.looks, look))
+
+
+def stacked(name: str, generator: np.random.Generator, studies: int, share: float = 0.5) -> Outcome:
+    """Stack three changes of 0.05, of whose sum only a share is there; count ADDS UP, and how often a gap is told."""
+    s = Situation(sds=(1.0,) * 4, follows=(0.8,) * 4)
+    factors = ("arm0", "arm1", "arm2")
+    gap = 0.15 * (1 - share)
+    adds_up, told, covered, covers_best = [], [], [], []
+    for _ in range(studies):
+        (baseline, *arms), _ = draw(generator, s, [-0.05, -0.05, -0.05, -0.15 * share])
+        arms[-1] = Group(STACK, arms[-1].results)
+        total, best = stack_findings(baseline, arms, factors, Rules())
+        adds_up.append(total.verdict == ADDS_UP)
+        told.append("THE SUM" in total.verdict)
+        for finding, truth, kept in ((total, gap, covered), (best, 0.05 - 0.15 * share, covers_best)):
+            low, high = finding.interval()
+            kept.append(low <= truth <= high)
+    coverage = {"coverage": rate(covered), "coverage of the best part": rate(covers_best)}
+    if share == 1:
+        return Outcome(name, rate(told), {"ADDS UP": rate(adds_up), **coverage})
+    return Outcome(name, rate(adds_up), {"gap told": rate(told), **coverage})
+
+
+def crossed(name: str, generator: np.random.Generator, studies: int) -> Outcome:
+    """Judge a 2^3 factorial over four seeds whose effects, zero on average, differ between seeds."""
+    design = make_design("full-factorial", ["a", "b", "c"])
+    signs = np.array([[1.0 if factor in arm.on else -1.0 for factor in "abc"] for arm in design.arms])
+    false, covered = [], []
+    for _ in range(studies):
+        losses = 3.6 + signs @ generator.normal(0, RUN_SD / 2, (3, 4)) + generator.normal(0, RUN_SD, (8, 4))
+        groups = [
+            Group(arm.name, tuple(Result(f"{arm.name}{n}", "r", str(n), str(n), loss) for n, loss in enumerate(row)))
+            for arm, row in zip(design.arms, losses.tolist(), strict=True)
+        ]
+        mains = [item for item in factorial_findings(design, groups, Reading(MARGIN))[0] if " x " not in item.name]
+        false.append(any(is_sign_told(item.verdict) for item in mains))
+        covered.append(np.mean([item.interval()[0] <= 0 <= item.interval()[1] for item in mains]))
+    return Outcome(name, rate(false), {"coverage": rate(covered)})
+
+
+UNEQUAL = (*[1] * 20, *[2] * 8, *[4] * 6, *[8] * 5, 20, 30, 40, 50)
+"""Sequences of 43 documents of a test set; as uneven as a small set of real documents."""
+NOISY, TWICE = (5.0, 1.0, 1.0, 1.0, 1.0), (2.0,) * ARMS
+PRIOR_4, PRIOR_9 = NoisePrior(RUN_SD, 4.0, "earlier runs"), NoisePrior(0.0012, 9.0, "earlier runs")
+Simulation = Callable[[str, np.random.Generator, int], Outcome]
+
+
+def table(**options: object) -> Simulation:
+    """Return the simulation of a situation."""
+    situation = Situation(**options)  # type: ignore[arg-type]
+    return lambda name, generator, studies: simulate(name, situation, generator, studies)
+
+
+def shared(seeds: int, **options: object) -> Simulation:
+    """Return the simulation of five arms on shared seeds."""
+    return table(runs=seeds, baseline_runs=seeds, **options)
+
+
+SIMULATIONS: Mapping[str, Simulation] = {
+    "tidy: 3 shared seeds": shared(3, follows=(0.4,) * ARMS, effect=0.0312 * 0.7746),
+    "tidy: 5 shared seeds": shared(5, follows=(0.4,) * ARMS),
+    "tidy: 8 shared seeds": shared(8, follows=(0.4,) * ARMS),
+    "tidy: 3 shared seeds, a prior of 9 df": shared(
+        3, follows=(0.0,) * ARMS, effect=0.00304, sd=0.0012, prior=PRIOR_9
+    ),
+    "tidy: 4 v 4": table(),
+    "tidy: 7 v 1": table(runs=1, baseline_runs=7),
+    "tidy: 3 v 1, a prior of 9 df, effect 0.005": table(
+        runs=1, baseline_runs=3, effect=0.005, sd=0.0012, prior=PRIOR_9
+    ),
+    "correlations .97 to .25, 4 shared seeds": shared(4, follows=LIKE_REAL),
+    "correlations .97 to .25, 5 shared seeds": shared(5, follows=LIKE_REAL),
+    "correlations .97 to .25, 8 shared seeds": shared(8, follows=LIKE_REAL),
+    "pairs, a prior of 4 df, 4 seeds": shared(4, follows=(0.0,) * ARMS, prior=PRIOR_4),
+    "pairs, a prior of 4 df, 5 seeds": shared(5, follows=(0.0,) * ARMS, prior=PRIOR_4),
+    "pairs, a prior of 4 df, 8 seeds": shared(8, follows=(0.0,) * ARMS, prior=PRIOR_4),
+    "correlations .97 to .25, a prior of runs (9 df), 3 seeds": shared(
+        3, follows=LIKE_REAL, sd=0.0012, prior=PRIOR_9, ignores_seeds=True
+    ),
+    "one arm 5 times as noisy, 4 v 4": table(sds=NOISY),
+    "one arm 5 times as noisy, 8 v 8": table(runs=8, baseline_runs=8, sds=NOISY),
+    "one arm 5 times as noisy, 7 v 2": table(runs=2, baseline_runs=7, sds=NOISY),
+    "one arm 5 times as noisy, 7 v 1": table(runs=1, baseline_runs=7, sds=NOISY),
+    "all arms twice as noisy, 7 v 2": table(runs=2, baseline_runs=7, sds=TWICE),
+    "all arms twice as noisy, 7 v 1": table(runs=1, baseline_runs=7, sds=TWICE),
+    "5 seeds, correlation .9, nothing missing": shared(5, follows=(0.9,) * ARMS),
+    "5 seeds, correlation .9, a cell of another arm missing": shared(5, follows=(0.9,) * ARMS, missing=(3, 2)),
+    "5 seeds, correlation .9, a cell of the arm missing": shared(5, follows=(0.9,) * ARMS, missing=(0, 2)),
+    "8 seeds, correlation .9, a cell of the arm missing": shared(8, follows=(0.9,) * ARMS, missing=(0, 2)),
+    "rounded to 3 decimals, 2 seeds": shared(2, follows=(0.5,) * ARMS, sd=0.001, decimals=3),
+    "rounded to 4 decimals, 2 seeds": shared(2, follows=(0.5,) * ARMS, sd=0.00003, decimals=4),
+    "rounded to 3 decimals, 4 v 4": table(sd=0.001, decimals=3),
+    "43 unequal documents, 3 shared seeds": shared(3, follows=(0.4,) * ARMS, sd=0.001, documents=UNEQUAL),
+    "43 unequal documents, as much training noise": shared(5, follows=(0.4,) * ARMS, sd=0.01, documents=UNEQUAL),
+    "20 equal documents, 3 shared seeds": shared(3, follows=(0.4,) * ARMS, documents=(3,) * 20),
+    "looks after each of 2 to 8 seeds, one arm": partial(looked, arms=1),
+    "looks after each of 2 to 8 seeds, five arms": partial(looked, arms=5),
+    "5 arms exactly at the margin": shared(8, follows=(0.9,) * 5, offset=MARGIN),
+    "12 arms exactly at the margin": shared(8, sds=(1.0,) * 12, follows=(0.9,) * 12, offset=MARGIN),
+    "the best of eleven named alone, 4 v 4": shopped,
+    "a stack that lacks half of the sum": stacked,
+    "a stack that is the sum": partial(stacked, share=1.0),
+    "a factorial whose effects differ between seeds": crossed,
+    "one run in ten diverges, 4 v 4": table(diverging=0.1),
+    "one run in ten diverges, 5 shared seeds": shared(5, follows=(0.9,) * ARMS, diverging=0.1),
+}  # fmt: skip
 
 
 def main() -> None:
-    """Simulate every case, print a table, and write JSON."""
+    """Simulate every situation, print a table, and write it as JSON and as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=2000, metavar="N", help="a case, twice (default 2000)")
+    parser.add_argument("--studies", type=int, default=4000, metavar="N", help="a situation (default 4000)")
     parser.add_argument("--seed", type=int, default=1, help="(default 1)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="situations whose name holds it")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
     arguments = parser.parse_args()
-    start = time.monotonic()
-    print(f"{'case':<42}{'false verdicts':>18}{'effect':>9}{'found':>17}{'HELPS':>8}{'coverage':>18}")
+    names = [name for name in SIMULATIONS if arguments.only in name]
     outcomes = []
-    for case in CASES:
-        outcome = simulate(case, arguments.studies, arguments.seed)
-        outcomes.append(outcome)
-        found = "-" if outcome.power is None else f"{outcome.power:.2%} ±{outcome.power_se:.2%}"
-        print(
-            f"{outcome.name:<42}{f'{outcome.false_verdicts:.2%} ±{outcome.false_verdicts_se:.2%}':>18}"
-            f"{outcome.detectable:>9.4f}{found:>17}{outcome.helps:>8.1%}"
-            f"{f'{outcome.coverage:.2%} ±{outcome.coverage_se:.2%}':>18}",
-            flush=True,
-        )
-    document = {
-        "studies": arguments.studies,
-        "seed": arguments.seed,
-        "arms": ARMS,
-        "run_sd": RUN_SD,
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, document)
-    print(f"Wrote {arguments.output} after {time.monotonic() - start:.0f} seconds")
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for outcome in pool.map(partial(simulated, arguments.seed, arguments.studies), names):
+            print("  ".join(row_of(outcome)), flush=True)
+            outcomes.append(outcome)
+            rows = [{"situation": one.name, "false": one.false, **one.rates} for one in outcomes]
+            write_json(arguments.output, {"studies": arguments.studies, "seed": arguments.seed, "outcomes": rows})
+    lines = markdown_table(["situation", "false, %", "rates, %"], [row_of(one) for one in outcomes])
+    write_text(arguments.output.with_suffix(".md"), "\n".join(lines) + "\n")
+
+
+def simulated(seed: int, studies: int, name: str) -> Outcome:
+    """Simulate a situation by name; its numbers do not depend on which others are simulated."""
+    generator = np.random.default_rng([seed, list(SIMULATIONS).index(name)])
+    return SIMULATIONS[name](name, generator, studies)
+
+
+def row_of(outcome: Outcome) -> list[str]:
+    """Return a line of the table."""
+    rates = ", ".join(f"{name} {percent(value)}" for name, value in outcome.rates.items())
+    return [outcome.name, percent(outcome.false), rates]
+
+
+def percent(value: Rate) -> str:
+    """Write a rate and its standard error in percent."""
+    return f"{100 * value[0]:.1f} ±{100 * value[1]:.1f}"
 
 
 if __name__ == "__main__":

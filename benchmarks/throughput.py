@@ -27,7 +27,8 @@ import torch
 
 from benchmarks.arrangements import Shape, Step, Techniques, build_arrangement, build_default
 from harness.engine import distributed
-from harness.engine.costs import GIB, peak_flops_per_second
+from harness.engine.costs import GIB
+from harness.engine.gpu_peaks import peak_flops_per_second
 from harness.run.config import ModelConfig
 from harness.run.files import write_json
 from harness.run.model_size import count_parameters, flops_per_token
@@ -85,7 +86,7 @@ def main() -> None:
         for name, builder in builders.items()
         if not arguments.only or any(word in name for word in (*arguments.only, "published"))
     }
-    peak = peak_flops_per_second(distributed.device_name(device)) or measured_peak(device)
+    peak = peak_flops_per_second(distributed.device_name(device), use_amp=True) or measured_peak(device)
     seconds, memory = measure(chosen, shape, device, arguments.rounds)
     rows = summarise(seconds, memory, shape, peak)
     text = table(rows, shape, device, peak)

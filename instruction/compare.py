@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from harness.run.files import json_number
 from study.statistics import Estimate, Floats, clustered_mean, holm
-from study.verdicts import CANNOT_TELL, add_evaluation, explain, verdict_of
+from study.verdicts import CANNOT_TELL, verdict_of
+from study.wording import explain
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Cells:
         if len(np.unique(self.seeds)) < 2:
             return by_items, None
         by_seeds = clustered_mean(values, self.seeds)
-        both = add_evaluation(by_seeds, by_items)
+        both = by_seeds.plus(by_items)
         if both.half_width() < by_seeds.half_width():
             both = replace(both, df=by_seeds.df)
         return both, by_seeds
@@ -128,14 +129,16 @@ def compare(
     rows = [Row(name, estimate({name: 1.0})[0]) for name in [baseline, *(n for n in names if n != baseline)]]
     found = [estimate({row.model: 1.0, baseline: -1.0}) for row in rows[1:]]
     adjusted = holm([total.p for total, _ in found])
+    same = holm([total.p_equivalent(metric.margin) for total, _ in found])
     judged = [
-        _concluded(row, metric, pair, p_holm) for row, pair, p_holm in zip(rows[1:], found, adjusted, strict=True)
+        _concluded(row, metric, pair, p_values)
+        for row, pair, *p_values in zip(rows[1:], found, adjusted, same, strict=True)
     ]
     return [rows[0], *judged]
 
 
-def _concluded(row: Row, metric: Metric, found: tuple[Estimate, Estimate | None], p_holm: float) -> Row:
-    total, by_seeds = found
+def _concluded(row: Row, metric: Metric, found: tuple[Estimate, Estimate | None], p_values: Sequence[float]) -> Row:
+    (total, by_seeds), (p_holm, p_same) = found, p_values
     row = replace(row, difference=total, by_seeds=by_seeds)
     if metric.better is None:
         return row
@@ -147,7 +150,7 @@ def _concluded(row: Row, metric: Metric, found: tuple[Estimate, Estimate | None]
         return replace(row, verdict=CANNOT_TELL, sentence=sentence)
     # A verdict takes lower values for better ones, as for a loss.
     sign = 1 if metric.better == "lower" else -1
-    word = verdict_of(replace(total, difference=sign * total.difference), p_holm, metric.margin)
+    word = verdict_of(replace(total, difference=sign * total.difference), p_holm, p_same, metric.margin)
     return replace(row, p_holm=p_holm, verdict=word, sentence=f"{word}: {explain(total, word)} Holm p {p_holm:.2g}.")
 
 

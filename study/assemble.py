@@ -1,18 +1,21 @@
 """From what a user asks for to a judged study: read the runs, group them, choose the baseline, find the noise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from harness.run.errors import ConfigError
 from harness.run.run_folder import RunFolder, open_run
+from study.comparisons import PriorFinder, no_prior
 from study.designs import BASELINE, STACK
 from study.effects import Finding, stack_findings
 from study.experiment import Experiment, find_experiment, load_experiment
 from study.factorials import Reading, factorial_findings
-from study.ledger import LEDGER, Scale, find_noise, load_ledger
+from study.ledger import LEDGER, Scale, load_ledger
 from study.looking import as_looked_at, looked_at, read_record
 from study.losses_table import read_losses
+from study.prior import Subject, find_pair_prior, find_run_prior
 from study.results import (
     CheckpointRule,
     Group,
@@ -22,8 +25,11 @@ from study.results import (
     name_arms,
     read_runs,
 )
-from study.statistics import Noise
-from study.verdicts import MARGIN, Judgement, judge
+from study.statistics import Noise, NoisePrior
+from study.verdicts import MARGIN, Judgement, Rules, judge
+
+PriorChoice = Literal["auto", "public", "none"]
+PRIORS: tuple[PriorChoice, ...] = get_args(PriorChoice)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class ComparisonRequest:
     only_named: bool = False
     margin: float = MARGIN
     given_noise: Noise | None = None
+    prior: PriorChoice = "auto"
+    """What may lend strength: the ledger, and public runs where the comparison is like them or the user says so."""
     higher_orders_as_error: bool = False
     """Of a factorial without replicates."""
 
@@ -58,7 +66,7 @@ class Study:
     findings: tuple[Finding, ...] = ()
     effects_noise: str = ""
     experiment: Experiment | None = None
-    left_out: tuple[int, ...] = ()
+    incomplete: tuple[int, ...] = ()
     """Seeds of an experiment on which not every arm is scored yet."""
     notes: tuple[str, ...] = ()
     """What else a reader should know, in sentences."""
@@ -72,17 +80,16 @@ def gather(request: ComparisonRequest) -> tuple[list[Group], Experiment | None]:
         path = find_experiment(request.runs_dir, request.experiment)
         experiment = as_looked_at(load_experiment(path), path.parent)
         folders = {run: open_run(path.resolve().parent.parent, run.run) for run in experiment.runs}
-        open_seeds = {run.seed for run, folder in folders.items() if not is_scored(folder, request.checkpoint)}
-        if open_seeds < set(experiment.seeds):  # else the error names what is missing
-            folders = {run: folder for run, folder in folders.items() if run.seed not in open_seeds}
-        return name_arms(read_runs(list(folders.values()), request.checkpoint), experiment), experiment
+        scored = [folder for folder in folders.values() if is_scored(folder, request.checkpoint)]
+        folders_read = scored or list(folders.values())  # with none scored the error names what is missing
+        return name_arms(read_runs(folders_read, request.checkpoint), experiment), experiment
     named = dict.fromkeys([*([request.baseline] if request.baseline else []), *request.names])
     named_folders = [open_run(request.runs_dir, name) for name in named]
     if not request.only_named:
         named_folders += _replicates(named_folders, request)
     if not named_folders:
         raise ConfigError(f"{request.runs_dir}: found no scored run, wanted one with a score of test_loss.py")
-    return group_results(read_runs(named_folders, request.checkpoint)), None
+    return group_results(read_runs(named_folders, request.checkpoint), in_folders=True), None
 
 
 def _replicates(named: Sequence[RunFolder], request: ComparisonRequest) -> list[RunFolder]:
@@ -93,52 +100,74 @@ def assemble(request: ComparisonRequest) -> Study:
     """Read, choose the baseline, and judge; raises ConfigError where a comparison is impossible or unfair."""
     groups, experiment = gather(request)
     baseline = choose_baseline(groups, request, experiment)
-    if request.losses or experiment:
-        named = {group.recipe: group for group in (find_group(groups, name, "RUN") for name in request.names)}
-        arms = list(named.values()) or [group for group in groups if group is not baseline]
-    else:
-        arms = [group for group in groups if group is not baseline]
-    if request.baseline is None:
-        arms = [group for group in arms if group is not baseline]
-    elif any(group is baseline for group in arms):
+    named = [find_group(groups, name, "RUN") for name in request.names]
+    if request.baseline is not None and any(group is baseline for group in named):
         raise ConfigError(f"RUN: found {baseline.recipe}, which is the baseline, wanted other recipes")
+    arms = [group for group in groups if group is not baseline]
+    rules = Rules(request.margin, request.given_noise, prior_finder(request, groups))
+    judgement = judge(baseline, arms, rules)
+    study = Study(tuple(groups), judgement)
+    if experiment is not None:
+        study = _beyond_the_table(request, experiment, study)
+    # Naming arms narrows what is shown. The family stays whole: the best of eleven is lucky, whoever else is named.
+    shown = tuple(item for item in study.judgement.arms if not named or any(item.group is one for one in named))
+    notes = study.notes
+    if len(shown) < len(arms):
+        notes += (f"{len(shown)} of {len(arms)} shown: p values are adjusted for all of them.",)
+    return replace(study, judgement=replace(study.judgement, arms=shown), notes=notes)
 
-    def borrow(group: Group) -> tuple[Noise, str] | None:
-        return borrowed_noise(request.runs_dir / LEDGER, group)
 
-    judgement = judge(baseline, arms, request.margin, request.given_noise, borrow)
-    if experiment is None:
-        return Study(tuple(groups), judgement)
-    return _beyond_the_table(request, experiment, groups, judgement)
+def prior_finder(request: ComparisonRequest, groups: Sequence[Group]) -> PriorFinder:
+    """Return the function that finds what is known of a comparison's noise beforehand."""
+    if request.prior == "none":
+        return no_prior
+    entries = load_ledger(request.runs_dir / LEDGER)
+    runs = frozenset(result.run for group in groups for result in group.results)
+    public = True if request.prior == "public" else None
+
+    def find(baseline: Group, arm: Group, pairs: int) -> NoisePrior | None:
+        subject = _subject(baseline, arm, runs)
+        if pairs:
+            return find_pair_prior(entries, subject, pairs, public)
+        return find_run_prior(entries, subject, public)
+
+    return find
 
 
-def _beyond_the_table(
-    request: ComparisonRequest, experiment: Experiment, groups: Sequence[Group], judgement: Judgement
-) -> Study:
+def _subject(baseline: Group, arm: Group, runs: frozenset[str]) -> Subject | None:
+    if not baseline.metadata or not arm.metadata:
+        return None
+    first = baseline.metadata[0]
+    return Subject(
+        recipe_hash=first.recipe_hash,
+        scale=Scale(first.parameters, first.tokens_seen, first.hardware),
+        decays=first.decays and arm.metadata[0].decays,
+        runs=runs,
+    )
+
+
+def _beyond_the_table(request: ComparisonRequest, experiment: Experiment, study: Study) -> Study:
     """Add what an experiment's looks and design say: words over all looks, effects, a stack's parts."""
+    groups, judgement = study.groups, study.judgement
     if experiment.looks is not None:
         judgement = looked_at(judgement, read_record(request.folder_of_experiment()))
     seen = {result.run for group in groups for result in group.results}
-    left_out = tuple(sorted({run.seed for run in experiment.runs if run.run not in seen}))
+    incomplete = tuple(sorted({run.seed for run in experiment.runs if run.run not in seen}))
+    study = replace(study, judgement=judgement, experiment=experiment, incomplete=incomplete)
     design = experiment.as_design()
     if design.is_factorial:
         reading = Reading(request.margin, request.given_noise, request.higher_orders_as_error)
         try:
             effects, source = factorial_findings(design, groups, reading)
         except ConfigError as error:
-            return Study(
-                tuple(groups),
-                judgement,
-                effects_noise=f"no effects, {error}",
-                experiment=experiment,
-                left_out=left_out,
-            )
-        return Study(tuple(groups), judgement, tuple(effects), source, experiment, left_out)
-    found = []
+            return replace(study, effects_noise=f"no effects, {error}")
+        return replace(study, findings=tuple(effects), effects_noise=source)
     if design.name == "one-at-a-time":
-        arms = [item.group for item in judgement.arms]
-        found = stack_findings(judgement.baseline, arms, design.factors, judgement.training, request.margin)
-    return Study(tuple(groups), judgement, tuple(found), experiment=experiment, left_out=left_out)
+        arms = [group for group in groups if group is not judgement.baseline]
+        return replace(
+            study, findings=tuple(stack_findings(judgement.baseline, arms, design.factors, judgement.rules))
+        )
+    return study
 
 
 def choose_baseline(groups: Sequence[Group], request: ComparisonRequest, experiment: Experiment | None) -> Group:
@@ -165,16 +194,3 @@ def find_group(groups: Sequence[Group], name: str, argument: str) -> Group:
             return group
     known = ", ".join(group.recipe for group in groups)
     raise ConfigError(f"{argument}: found no recipe or run {name[:80]!r}, wanted one of {known}")
-
-
-def borrowed_noise(ledger: Path, group: Group) -> tuple[Noise, str] | None:
-    """Look a baseline's noise up in the ledger, and say where it comes from."""
-    if not group.metadata:
-        return None
-    first = group.metadata[0]
-    scale = Scale(first.parameters, first.tokens_seen, first.hardware)
-    found = find_noise(load_ledger(ledger), first.recipe_hash, scale)
-    if found is None:
-        return None
-    entry, borrowed = found
-    return entry.noise, borrowed or f"the ledger, from {len(entry.runs)} runs of this recipe"

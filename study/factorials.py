@@ -18,6 +18,7 @@ from study.effects import Finding
 from study.lenth import LenthEstimate, adjusted, lenth_estimates
 from study.results import Group
 from study.statistics import ALPHA, Estimate, Floats, Noise, factorial_effects, holm
+from study.verdicts import CANNOT_TELL, verdict_of
 
 INTERACTS, MAY_INTERACT = "INTERACTS", "MAY INTERACT"
 NO_INTERACTION = "NO INTERACTION LARGER THAN"
@@ -164,7 +165,7 @@ def _finding(
     """Put an effect into words; an interaction is no gain, so it neither helps nor hurts."""
     names = [_name(word, design.factors) for word in contrast.words if len(word) <= max(2, contrast.order)]
     p, p_same = p_values
-    word = _main_word(estimate, p, p_same, margin) if contrast.is_main else _pair_word(estimate, p, p_same, margin)
+    word = verdict_of(estimate, p, p_same, margin) if contrast.is_main else _pair_word(estimate, p, p_same, margin)
     low, high = estimate.interval()
     sentence = f"{word}: Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
     if isinstance(estimate, LenthEstimate):
@@ -178,23 +179,12 @@ def _finding(
     return Finding(names[0], estimate, p, word, sentence, tuple(names[1:]))
 
 
-def _main_word(estimate: Estimate, p: float, p_same: float, margin: float) -> str:
-    is_better = estimate.difference < 0
-    if p < ALPHA:
-        return "HELPS" if is_better else "HURTS"
-    if p_same < ALPHA:
-        return f"NO DIFFERENCE LARGER THAN {margin:g}"
-    if estimate.p < ALPHA:
-        return "LEANS BETTER" if is_better else "LEANS WORSE"
-    return "CANNOT TELL"
-
-
 def _pair_word(estimate: Estimate, p: float, p_same: float, margin: float) -> str:
     if p < ALPHA:
         return INTERACTS
-    if p_same < ALPHA:
-        return f"{NO_INTERACTION} {margin:g}"
-    return MAY_INTERACT if estimate.p < ALPHA else "CANNOT TELL"
+    if estimate.p < ALPHA:
+        return MAY_INTERACT
+    return f"{NO_INTERACTION} {margin:g}" if p_same < ALPHA else CANNOT_TELL
 
 
 def _name(word: Word, factors: Sequence[str]) -> str:

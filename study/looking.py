@@ -18,7 +18,7 @@ from harness.run.files import write_json
 from study.experiment import Experiment, PlannedLooks, PlannedRun
 from study.looks import Rule, Schedule, equally_spaced, error_of_repeated_looks
 from study.statistics import ALPHA, Estimate, holm
-from study.verdicts import Judgement
+from study.verdicts import CANNOT_TELL, DIVERGES, Judgement, is_sign_told, verdict_of
 
 LOOKS_FILE = "looks.json"
 DECIDED, HOPELESS, LAST = "decided", "cannot be decided within the plan", "the last look"
@@ -152,10 +152,12 @@ def take_look(
     verdicts, stopped = {}, {}
     for arm in arms:
         estimate = estimates[arm]
-        verdicts[arm] = _word(estimate, adjusted[arm], adjusted_same[arm], margin)
+        verdicts[arm] = (
+            CANNOT_TELL if estimate is None else verdict_of(estimate, adjusted[arm], adjusted_same[arm], margin)
+        )
         if arm not in still:
             continue
-        if verdicts[arm] in ("HELPS", "HURTS") or verdicts[arm].startswith("NO DIFFERENCE"):
+        if is_sign_told(verdicts[arm]) or adjusted_same[arm] < ALPHA:
             stopped[arm] = DECIDED
         elif not record.to_come:
             stopped[arm] = LAST
@@ -168,19 +170,6 @@ def _over_looks(schedule: Schedule, looks: Sequence[Mapping[str, float]], arms: 
     """Give every arm's p value for all looks so far, adjusted for the number of arms."""
     ones = [schedule.sequential_p([look[arm] for look in looks if arm in look]) for arm in arms]
     return dict(zip(arms, holm(ones), strict=True))
-
-
-def _word(estimate: Estimate | None, p: float, p_same: float, margin: float) -> str:
-    if estimate is None:
-        return "CANNOT TELL"
-    is_better = estimate.difference < 0
-    if p < ALPHA:
-        return "HELPS" if is_better else "HURTS"
-    if p_same < ALPHA:
-        return f"NO DIFFERENCE LARGER THAN {margin:g}"
-    if estimate.p < ALPHA:
-        return "LEANS BETTER" if is_better else "LEANS WORSE"
-    return "CANNOT TELL"
 
 
 def chance_of_a_word(estimate: Estimate, record: LookRecord, schedule: Schedule, margin: float, family: int) -> float:
@@ -250,18 +239,19 @@ def note_unplanned(experiment: Experiment, folder: Path, seeds: int, arms: int) 
 
 
 def looked_at(judgement: Judgement, record: LookRecord) -> Judgement:
-    """Give a judgement with the words of the latest look, whose p values count all looks and all arms."""
+    """Return a judgement with the words of the latest look, whose p values count all looks and all arms."""
     look = record.looks[-1]
     if not look.verdicts:
         return judgement
-    arms = tuple(
-        replace(
-            item,
-            p_holm=look.p_holm[item.group.recipe],
-            verdict=look.verdicts[item.group.recipe],
-            sentence=f"{look.verdicts[item.group.recipe]}: {item.sentence.partition(': ')[2]} "
-            f"Look {len(record.looks)}: p {look.p_holm[item.group.recipe]:.2g} over all looks and arms.",
-        )
-        for item in judgement.arms
+    return replace(
+        judgement,
+        looks=len(record.looks),
+        arms=tuple(
+            replace(
+                item,
+                p_holm=look.p_holm[item.group.recipe],
+                verdict=DIVERGES if item.verdict == DIVERGES else look.verdicts[item.group.recipe],
+            )
+            for item in judgement.arms
+        ),
     )
-    return replace(judgement, arms=arms)

@@ -82,7 +82,9 @@ def learn(runs_dir: Path, baseline: str, rule: CheckpointRule) -> None:
     """Write the noise of a run's replicates into the ledger, and print it; raises ConfigError without any."""
     named = [open_run(runs_dir, baseline)]
     folders = [*named, *find_replicates(named, runs_dir, rule, everything=False)]
-    learned = [entry for group in group_results(read_runs(folders, rule)) for entry in learn_noise(group)]
+    learned = [
+        entry for group in group_results(read_runs(folders, rule), in_folders=True) for entry in learn_noise(group)
+    ]
     if not learned:
         raise ConfigError("--baseline: found no replicates of it, wanted runs that differ in seeds only")
     path = runs_dir / LEDGER

@@ -19,7 +19,7 @@ from study.tables import notes_of, rows_of, without_empty_columns
 from study.verdicts import tone_of
 
 LEFT_TO_WORDS = {"se train", "se eval", "t", "df", "p", "changes"}
-NUMBER_HEADINGS = {"n", "test loss", "Δ", "Holm p", "tok/s", "cost", "worth"}
+NUMBER_HEADINGS = {"n", "test loss", "Δ", "Holm p", "P(better)", "tok/s", "cost", "worth"}
 
 
 def page(study: Study, title: str) -> str:
@@ -84,20 +84,23 @@ def _leaderboard(study: Study) -> str:
 def _intervals(study: Study) -> list[Interval]:
     found = []
     for item in study.judgement.arms:
-        if item.estimate is not None and item.training is not None:
-            found.append(_interval(item.group.recipe, item.estimate, item.training, item.verdict))
+        if item.estimate is not None and item.comparison.estimate is not None:
+            ends = (*item.estimate.interval(), *item.comparison.estimate.interval())
+            found.append(_interval(item.group.recipe, item.estimate, ends, item.verdict))
     return sorted(found, key=lambda item: item.value)
 
 
-def _interval(label: str, estimate: Estimate, inner: Estimate, verdict: str) -> Interval:
-    return Interval(label, estimate.difference, *estimate.interval(), *inner.interval(), verdict, tone_of(verdict))
+def _interval(label: str, estimate: Estimate, ends: tuple[float, float, float, float], verdict: str) -> Interval:
+    return Interval(label, estimate.difference, *ends, verdict, tone_of(verdict))
 
 
 def _findings(findings: Sequence[Finding]) -> str:
     if not findings:
         return ""
     rows = [
-        _interval(" = ".join([item.name, *item.aliases]), item.estimate, item.estimate, item.verdict)
+        _interval(
+            " = ".join([item.name, *item.aliases]), item.estimate, (*item.interval(), *item.interval()), item.verdict
+        )
         for item in findings
     ]
     return f'<h2>Effects of the design</h2><div class="scroll">{forest(rows)}</div>'

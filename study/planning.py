@@ -27,7 +27,7 @@ from study.experiment import Experiment, TestSet, make_experiment, write_runs
 from study.ledger import LEDGER, Scale, find_noise, load_ledger
 from study.power import Analysis
 from study.pricing import Bill, bill_of, refuse_incomparable
-from study.prior import Subject, find_pair_prior
+from study.prior import MANY_PAIRS, Subject, find_pair_prior
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,13 @@ class PlanningNoise:
     sd: float | None
     prior_df: float
     """Degrees of freedom that the comparison of arms will borrow; 0 where it rests on its own runs alone."""
+    lasting_df: float
+    """Those from MANY_PAIRS on."""
     source: str
+
+    def df_lent(self, seeds: int) -> float:
+        """Return the degrees of freedom that are borrowed with so many shared seeds."""
+        return self.prior_df if seeds < MANY_PAIRS else self.lasting_df
 
 
 def known_noise(runs_dir: Path, model: ModelConfig, train: TrainConfig, cost: RunCost) -> PlanningNoise:
@@ -98,17 +104,20 @@ def known_noise(runs_dir: Path, model: ModelConfig, train: TrainConfig, cost: Ru
     entries = load_ledger(runs_dir / LEDGER)
     scale = Scale(cost.parameters.total, cost.plan.train_tokens, None)
     subject = Subject(recipe_hash(model, train), scale, train.schedule_name != "constant", frozenset())
-    prior = find_pair_prior(entries, subject)
+    prior, lasting = (find_pair_prior(entries, subject, pairs) for pairs in (1, MANY_PAIRS))
     if prior is not None:
-        return PlanningNoise(prior.sd, prior.df, f"sigma {prior.sd:.4f} on {prior.df:.3g} df ({prior.source})")
+        lasting_df = lasting.df if lasting else 0.0
+        return PlanningNoise(
+            prior.sd, prior.df, lasting_df, f"sigma {prior.sd:.4f} on {prior.df:.3g} df ({prior.source})"
+        )
     found = find_noise(entries, recipe_hash(model, train), scale)
     if found is None:
         return PlanningNoise(
-            None, 0, "no noise in the ledger for this recipe or scale: effects in units of its sigma"
+            None, 0, 0, "no noise in the ledger for this recipe or scale: effects in units of its sigma"
         )
     entry, borrowed = found
     source = f"sigma {entry.sd:.4f} on {entry.df} df from the ledger, {borrowed or 'own'}, to plan with and no more"
-    return PlanningNoise(entry.sd, 0, source)
+    return PlanningNoise(entry.sd, 0, 0, source)
 
 
 def describe(design: Design, bill: Bill, noise: PlanningNoise) -> None:
@@ -143,7 +152,7 @@ def describe(design: Design, bill: Bill, noise: PlanningNoise) -> None:
             print(f"  {' = '.join(map(spell, [effect, *others])) if others else spell(effect) + ' alone'}")
 
 
-def analysis_of(design: Design, seeds: int, prior_df: float) -> Analysis:
+def analysis_of(design: Design, seeds: int, noise: PlanningNoise) -> Analysis:
     """Give how a design's effects will be tested: in which family, and on whose noise.
 
     Arms are compared with the baseline seed by seed, on seeds - 1 degrees of freedom and a prior's; effects of a
@@ -151,7 +160,7 @@ def analysis_of(design: Design, seeds: int, prior_df: float) -> Analysis:
     """
     se = design.effect_se(seeds)
     if not design.is_factorial:
-        return Analysis(se, seeds - 1, max(1, len(design.arms) - 1), prior_df)
+        return Analysis(se, seeds - 1, max(1, len(design.arms) - 1), noise.df_lent(seeds))
     contrasts = len(design.arms) - 1 if seeds == 1 else 0
     return Analysis(se, seeds - 1, len(design.factors), contrasts=contrasts)
 
@@ -160,7 +169,7 @@ def sees(design: Design, seeds: int, noise: PlanningNoise) -> str:
     """Say in words which effect is called HELPS or HURTS four times in five."""
     if design.name == "replicates":
         return "-"
-    analysis = analysis_of(design, seeds, noise.prior_df)
+    analysis = analysis_of(design, seeds, noise)
     smallest = analysis.detectable()
     if smallest is None:
         return "nothing: one run of each arm, and no noise that the comparison may borrow"
@@ -204,7 +213,7 @@ def describe_alternatives(
         if seeds < 1:
             print(f"{mark} {label:<22}{'-':>6}  one seed of its {one.runs} arms costs more")
             continue
-        smallest = analysis_of(other, seeds, noise.prior_df).detectable()
+        smallest = analysis_of(other, seeds, noise).detectable()
         whole = Bill(one.arms, seeds)
         print(
             f"{mark} {label:<22}{seeds:>6}{whole.runs:>6}"

@@ -5,18 +5,16 @@ after Holm's adjustment for all comparisons of the family, which with one effect
 over their number.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import nctdtr, ndtr, stdtrit
+from scipy.special import ndtr, stdtrit
 
 from study.lenth import critical, pseudo_standard_error
-from study.statistics import ALPHA, POWER, Floats
+from study.statistics import ALPHA, POWER, Floats, power
 
 DRAWS = 4000
-MOST_SEEDS = 1000
 LARGEST = 1e6
 
 
@@ -46,7 +44,7 @@ class Analysis:
             return 0.0
         alpha, shift = ALPHA / self.family, ratio / self.se
         if self.prior_df == 0:
-            return _power_of_t(shift, self.df, alpha)
+            return power(shift, 1.0, self.df, alpha)
         return _power_of_moderated_t(shift, self.df, self.prior_df, alpha)
 
     def detectable(self) -> float | None:
@@ -61,14 +59,6 @@ class Analysis:
             middle = (low + high) / 2
             low, high = (low, middle) if self.power(middle) >= POWER else (middle, high)
         return high
-
-
-def _power_of_t(shift: float, df: float, alpha: float) -> float:
-    """Give the power of a two-sided t test (noncentral t)."""
-    threshold = float(stdtrit(df, 1 - alpha / 2))
-    # NaN where too close to 0 to compute.
-    missed, wrong_side = np.nan_to_num([nctdtr(df, shift, threshold), nctdtr(df, shift, -threshold)])
-    return float(1 - missed + wrong_side)
 
 
 def _power_of_moderated_t(shift: float, df: float, prior_df: float, alpha: float) -> float:
@@ -101,17 +91,3 @@ def _power_of_lenth(shift: float, contrasts: int, family: int) -> float:
 @lru_cache(maxsize=8)
 def _drawn_contrasts(contrasts: int) -> Floats:
     return np.random.default_rng(1).standard_normal((DRAWS, contrasts))
-
-
-def seeds_to_detect(ratio: float, analysis_of: Callable[[int], Analysis]) -> int | None:
-    """Give the fewest seeds with which an effect of `ratio` gets its word four times in five; None beyond 1,000."""
-    high = 1
-    while analysis_of(high).power(ratio) < POWER:
-        high *= 2
-        if high > MOST_SEEDS:
-            return None
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if analysis_of(middle).power(ratio) >= POWER else (middle, high)
-    return high

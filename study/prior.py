@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import digamma, fdtr, fdtrc, polygamma
+from scipy.special import digamma, fdtrc, polygamma
 
 from study.ledger import Entry, Scale, scale_distance
 from study.statistics import Floats, Noise, NoisePrior
 
 CONTRADICTION = 0.01
-"""A prior is set aside where the comparison's own noise would be so unlikely under it."""
+"""A prior is set aside where a noise as large as the comparison's own would be so unlikely under it."""
 OUTLYING = 0.05
-FEWEST_PAIRS = 4
+FEWEST_ARMS = 4
+MANY_PAIRS = 4
+"""So many pairs say more of their noise than single runs do, whose seeds cancel nothing."""
 MOST_DF = 1000.0
 
 PUBLIC_PRIOR = NoisePrior(
@@ -64,15 +66,15 @@ def find_run_prior(
 
 
 def find_pair_prior(
-    entries: Sequence[Entry], subject: Subject | None, public: bool | None = None
+    entries: Sequence[Entry], subject: Subject | None, pairs: int, public: bool | None = None
 ) -> NoisePrior | None:
     """Find the prior for differences between arm and baseline on one seed, as the noise of one run of the two.
 
-    From earlier experiments of this scale that shared seeds, four arms or more; else that of runs whose seeds cancel
-    nothing.
+    From earlier experiments of this scale that shared seeds, four arms or more; else, for fewer than MANY_PAIRS or
+    where the user says so, that of runs whose seeds cancel nothing.
     """
     if subject is not None:
-        pairs = [
+        found = [
             entry
             for entry in entries
             if entry.component == "pairs"
@@ -80,13 +82,15 @@ def find_pair_prior(
             and scale_distance(entry, subject.scale) <= 1
             and not subject.runs & set(entry.runs)
         ]
-        if len(pairs) >= FEWEST_PAIRS:
-            sd, df = fit_prior([entry.sd**2 for entry in pairs], [entry.df for entry in pairs])
+        if len(found) >= FEWEST_ARMS:
+            sd, df = fit_prior([entry.sd**2 for entry in found], [entry.df for entry in found])
             return NoisePrior(
-                sd, df, f"{len(pairs)} arms of earlier experiments on shared seeds, in the noise ledger"
+                sd, df, f"{len(found)} arms of earlier experiments on shared seeds, in the noise ledger"
             )
     run = find_run_prior(entries, subject, public)
-    return None if run is None else NoisePrior(run.sd, run.df, f"{run.source}, as if seeds were not shared")
+    if run is None or (pairs >= MANY_PAIRS and not public):
+        return None
+    return NoisePrior(run.sd, run.df, f"{run.source}, as if seeds were not shared")
 
 
 def is_like_public(subject: Subject) -> bool:
@@ -101,18 +105,16 @@ def is_like_public(subject: Subject) -> bool:
     return subject.decays and all(near)
 
 
-def is_contradicted(prior: NoisePrior, own: Noise, is_paired: bool = False) -> bool:
-    """Say whether replicates show a noise that the prior makes very unlikely (F test at 1%).
+def is_contradicted(prior: NoisePrior, own: Noise) -> bool:
+    """Say whether replicates show a noise larger than the prior makes likely (F test at 1%).
 
-    Only a larger noise contradicts, since a prior that is too large is merely careful; but of paired differences also
-    a much smaller one does, because a gentle change on shared seeds cancels most of the noise. `own` is of one run:
-    of paired differences, their standard deviation over sqrt(2).
+    A smaller noise does not contradict: a prior that is too large is merely careful, and setting it aside where a
+    noise happens to look small would leave the comparison far too sure. `own` is of one run: of paired differences,
+    their standard deviation over sqrt(2).
     """
     if own.df < 1 or own.sd <= 0:
         return False
-    ratio = (own.sd / prior.sd) ** 2
-    is_smaller = is_paired and fdtr(own.df, prior.df, ratio) < CONTRADICTION
-    return bool(fdtrc(own.df, prior.df, ratio) < CONTRADICTION or is_smaller)
+    return bool(fdtrc(own.df, prior.df, (own.sd / prior.sd) ** 2) < CONTRADICTION)
 
 
 def fit_prior(variances: Sequence[float], dfs: Sequence[float]) -> tuple[float, float]:

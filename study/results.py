@@ -36,6 +36,8 @@ class RunMetadata:
     step: int
     tokens_seen: int
     hardware: str
+    decays: bool
+    """Whether the learning rate is low at the end."""
     tokens_per_second: float | None
     cost: float | None
     currency: str
@@ -88,8 +90,8 @@ class Group:
         return [result.metadata for result in self.results if result.metadata is not None]
 
     def mean_sequence_losses(self) -> Floats | None:
-        """Return every test sequence's loss averaged over the runs; None where a run has none."""
-        if len(self.metadata) < len(self.results) or not self.metadata:
+        """Return every test sequence's loss averaged over the runs that have a loss; None where one has none."""
+        if len(self.metadata) < len(self.losses) or not self.metadata:
             return None
         mean: Floats = np.mean([item.sequence_losses for item in self.metadata], axis=0)
         return mean
@@ -195,6 +197,7 @@ def _metadata(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: 
         step=step,
         tokens_seen=tokens_seen,
         hardware=RunRecord.read(folder.run_json).hardware,
+        decays=train.schedule_name != "constant",
         tokens_per_second=folder.metrics.tokens_per_second(),
         cost=last.get("cost"),
         currency=train.currency or "",
@@ -209,19 +212,18 @@ def _metadata(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: 
     )
 
 
-def group_results(results: Iterable[Result]) -> list[Group]:
-    """Put replicates together, in the order of their first run; runs in folders are named by what their names share.
+def group_results(results: Iterable[Result], in_folders: bool = False) -> list[Group]:
+    """Put replicates together, in the order of their first run.
 
-    A run with the same recipe and seeds as another measures hardware, not seeds, so only the first of them counts.
+    Recipes of runs `in_folders` are named by what their runs' names share. There, a run with the same recipe and
+    seeds as another measures hardware, not seeds, so only the first of them counts.
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         same = (other for other in groups[result.recipe] if other.seeds == result.seeds and "" not in result.seeds)
-        if result.metadata is None or next(same, None) is None:
+        if not in_folders or next(same, None) is None:
             groups[result.recipe].append(result)
-    names = {
-        key: recipe_name(found) if any(result.metadata for result in found) else key for key, found in groups.items()
-    }
+    names = {key: recipe_name(found) if in_folders else key for key, found in groups.items()}
     taken = list(names.values())
     for key, found in groups.items():
         if taken.count(names[key]) > 1:  # two recipes whose runs are named alike

@@ -108,7 +108,7 @@ def _take(experiment: Experiment, folder: Path, record: LookRecord) -> LookRecor
     judged = assemble(request).judgement.arms
     stopped = record.stopped()
     still = [item.group.recipe for item in judged if item.group.recipe not in stopped]
-    estimates = {item.group.recipe: item.estimate for item in judged}
+    estimates = {item.group.recipe: item.guarded for item in judged}
     look = take_look(record, experiment.looks.rule, estimates, request.margin, still)
     record = replace(record, looks=(*record.looks[:-1], look))
     still = [arm for arm in still if arm not in look.stopped]

@@ -1,22 +1,23 @@
-"""Estimators for differences between runs: numbers in, numbers out.
+"""Estimates with their uncertainty, families of tests, and power: numbers in, numbers out.
 
 A loss is in nats per token; a difference is arm minus baseline, so negative is better. Standard deviations divide by
 n - 1. Everything rests on the t distribution, because noise is always estimated from a few runs.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import nctdtr, stdtr, stdtrit
+from scipy.special import gammaln, nctdtr, stdtr, stdtridf, stdtrit
 
 Floats = NDArray[np.float64]
 ALPHA = 0.05
 POWER = 0.8
 MOST_SEEDS = 10_000
-ROUNDING = 1e-12  # of a loss: less than this is not a difference
+STRICT = 0.995
+"""The quantile at which two uncertainties are added: two-sided 1%, the first step of a family of five."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Estimate:
         """Two-sided p value of no difference."""
         return float(2 * stdtr(self.df, -abs(self.t)))
 
+    @property
+    def p_better(self) -> float:
+        """The probability that the true difference is below 0, if nothing was known of it before (a flat prior)."""
+        return float(stdtr(self.df, -self.t))
+
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
         """Return the confidence interval of the difference."""
         half = self.se * float(stdtrit(self.df, (1 + level) / 2))
@@ -77,14 +83,42 @@ class Estimate:
         upper = stdtr(self.df, (self.difference - margin) / self.se)
         return float(max(lower, upper))
 
+    def expected_loss(self) -> float:
+        """Return the loss to expect, in nats per token, from acting now: adopting what looks better, else keeping.
+
+        E[max(D, 0)] of a t distribution around the difference, which is infinite up to one degree of freedom
+        (Raiffa and Schlaifer 1961, Applied Statistical Decision Theory, 11.4: the linear loss integral).
+        """
+        if self.df <= 1 or self.se == 0:
+            return math.inf if self.se > 0 else 0.0
+        z = abs(self.t)
+        log_density = (
+            gammaln((self.df + 1) / 2)
+            - gammaln(self.df / 2)
+            - 0.5 * math.log(self.df * math.pi)
+            - (self.df + 1) / 2 * math.log1p(z * z / self.df)
+        )
+        density_term = math.exp(log_density) * (self.df + z * z) / (self.df - 1)
+        return max(0.0, self.se * (density_term - z * float(stdtr(self.df, -z))))
+
     def plus(self, other: "Estimate") -> "Estimate":
-        """Add an independent uncertainty of the same difference; degrees of freedom by Satterthwaite (1946)."""
+        """Add an independent uncertainty of the same difference, from other data.
+
+        The t quantiles of the two are averaged with their variances as weights (Cochran and Cox 1950, Experimental
+        Designs, 4.14) at two-sided 1%, and the degrees of freedom are those of the result. Satterthwaite's formula
+        lets a part that is known from two or three runs pass for known whenever it happens to come out small.
+        """
         variances = (self.se**2, other.se**2)
         total = sum(variances)
         if math.isinf(total):
             return Estimate(self.difference, math.inf, min(self.df, other.df))
-        spread = sum(v**2 / df for v, df in zip(variances, (self.df, other.df), strict=True))
-        return Estimate(self.difference, math.sqrt(total), total**2 / spread if spread else self.df)
+        if total == 0 or min(variances) == 0:
+            return self if other.se == 0 else replace(other, difference=self.difference)
+        quantiles = (float(stdtrit(self.df, STRICT)), float(stdtrit(other.df, STRICT)))
+        quantile = sum(v * q for v, q in zip(variances, quantiles, strict=True)) / total
+        fewest, most = sorted((self.df, other.df))
+        df = min(most, max(fewest, float(stdtridf(STRICT, quantile))))
+        return Estimate(self.difference, math.sqrt(total), df)
 
 
 def sample_sd(values: Sequence[float]) -> float:
@@ -93,13 +127,16 @@ def sample_sd(values: Sequence[float]) -> float:
 
 
 def pooled_noise(groups: Sequence[Sequence[float]]) -> Noise | None:
-    """Return the standard deviation within groups, pooled over those with replicates; None where there are none."""
+    """Return the standard deviation within groups, pooled over those with replicates; None where there are none.
+
+    For runs of one recipe that share some of their seeds; recipes are never pooled.
+    """
     found = [np.asarray(group) for group in groups if len(group)]
     df = sum(len(group) - 1 for group in found)
     if df < 1:
         return None
     squares = sum(float(np.sum((group - group.mean()) ** 2)) for group in found)
-    return Noise(without_rounding(math.sqrt(squares / df), float(found[0].mean())), df)
+    return Noise(math.sqrt(squares / df), df)
 
 
 def moderated(variance: float, df: float, prior: NoisePrior | None, runs: float = 1.0) -> tuple[float, float]:
@@ -116,61 +153,50 @@ def moderated(variance: float, df: float, prior: NoisePrior | None, runs: float 
     return (prior.df * runs * prior.sd**2 + own) / total, total
 
 
-def without_rounding(value: float, loss: float) -> float:
-    """Return a value, or 0 where it is no more than the rounding of a loss."""
-    return 0.0 if abs(value) <= ROUNDING * abs(loss) else value
-
-
-def compare_means(arm: Sequence[float], baseline: Sequence[float], noise: Noise) -> Estimate:
-    """Return the difference of two means, each run with the same noise: se = s sqrt(1/n + 1/m).
-
-    With one run in the arm and the noise of the n baseline runs this is the single-case t of Crawford and Howell
-    (1998), The Clinical Neuropsychologist 12, 482: s sqrt(1 + 1/n) on n - 1 degrees of freedom.
-    """
-    se = noise.sd * math.sqrt(1 / len(arm) + 1 / len(baseline))
-    mean = float(np.mean(baseline))
-    return Estimate(without_rounding(float(np.mean(arm)) - mean, mean), se, noise.df)
-
-
-def welch(arm: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Return the difference of two means with noises of their own (Welch 1947); each needs two runs."""
-    parts = [Estimate(0.0, sample_sd(x) / math.sqrt(len(x)), len(x) - 1) for x in (arm, baseline)]
-    both = parts[0].plus(parts[1])
-    return Estimate(float(np.mean(arm) - np.mean(baseline)), both.se, both.df)
-
-
-def block_noise(losses: Floats) -> Noise:
-    """Return the noise left when every arm (row) was run on the same seeds (columns), at least 2 x 2.
-
-    The residual of loss ~ arm + seed, on (m-1)(k-1) degrees of freedom: a randomised block design (Box, Hunter and
-    Hunter 2005, chapter 4). With two arms a difference is the paired t test.
-    """
-    arms, seeds = losses.shape
-    residual = losses - losses.mean(axis=1, keepdims=True) - losses.mean(axis=0, keepdims=True) + losses.mean()
-    df = (arms - 1) * (seeds - 1)
-    return Noise(without_rounding(math.sqrt(float((residual**2).sum()) / df), float(losses.mean())), df)
-
-
-def seed_correlation(arm: Sequence[float], baseline: Sequence[float]) -> float:
-    """Return the correlation of two arms over shared seeds; NaN below three seeds or without any spread."""
-    if len(arm) < 3 or np.ptp(arm) == 0 or np.ptp(baseline) == 0:
-        return math.nan
-    return float(np.corrcoef(arm, baseline)[0, 1])
-
-
 def clustered_mean(values: Floats, clusters: NDArray[np.int64]) -> Estimate:
-    """Return the mean of paired differences with a standard error robust to clusters of dependent values.
+    """Return the mean of values with a standard error robust to clusters of dependent values, few or unequal.
 
-    se^2 = G/(G-1) sum over clusters of (sum of deviations)^2 / n^2, on G - 1 degrees of freedom (Miller 2024,
-    arXiv:2411.00640, section 2.2). With one cluster nothing is known, and the error is infinite.
+    The variance is CR2 (Bell and McCaffrey 2002, Survey Methodology 28, 169): the sum over clusters of
+    (sum of deviations)^2 / (1 - share of the cluster) / n^2. The degrees of freedom are Bell and McCaffrey's, under
+    the working model of Imbens and Kolesar (2016, Review of Economics and Statistics 98, 701, section 4): values of
+    one cluster share a random effect, whose variance is estimated (ANOVA). With equal clusters this is Miller (2024,
+    arXiv:2411.00640, section 2.2) on G - 1 degrees of freedom. With one cluster nothing is known: the error is
+    infinite.
     """
     mean = float(values.mean())
     _, index = np.unique(clusters, return_inverse=True)
-    sums = np.bincount(index, weights=values - mean)
-    count = len(sums)
-    if count < 2:
+    sizes = np.bincount(index).astype(np.float64)
+    if len(sizes) < 2:
         return Estimate(mean, math.inf, 1)
-    return Estimate(mean, math.sqrt(count / (count - 1) * float((sums**2).sum())) / len(values), count - 1)
+    sums = np.bincount(index, weights=values - mean).astype(np.float64)
+    weights = 1 / (1 - sizes / len(values))
+    variance = float((weights * sums**2).sum()) / len(values) ** 2
+    within = float(((values - mean) ** 2).sum() - (sums**2 / sizes).sum()) / max(1, len(values) - len(sizes))
+    return Estimate(mean, math.sqrt(variance), _degrees_of_freedom(sizes, within, sums))
+
+
+def _degrees_of_freedom(sizes: Floats, within: float, sums: Floats) -> float:
+    """Return trace(M)^2 / trace(M M) of the quadratic form M that the variance is, in time linear in the clusters.
+
+    M = D + c (p p') + e (p q' + q p') with D diagonal, p = a n, q = a n^2, where a^2 = 1 / (1 - n/N).
+    """
+    count, groups = float(sizes.sum()), len(sizes)
+    squares = float((sizes**2).sum())
+    between = float((sums**2 / sizes).sum()) / (groups - 1)
+    shared = max(0.0, (between - within) / ((count - squares / count) / (groups - 1)))
+    within = max(within, 0.0)
+    if within + shared == 0:  # no deviation at all
+        within = 1.0
+    scale = 1 / (1 - sizes / count)
+    diagonal = scale * (within * sizes + shared * sizes**2)
+    p, q = np.sqrt(scale) * sizes, np.sqrt(scale) * sizes**2
+    c, e = shared * squares / count**2 - within / count, -shared / count
+    low_rank = c * p**2 + 2 * e * p * q
+    pp, pq, qq = float(p @ p), float(p @ q), float(q @ q)
+    trace = float((diagonal + low_rank).sum())
+    square = float((diagonal**2).sum() + 2 * (diagonal * low_rank).sum())
+    square += c**2 * pp**2 + 2 * e**2 * (pp * qq + pq**2) + 4 * c * e * pp * pq
+    return trace**2 / square
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -191,32 +217,23 @@ def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
     return float(1 - missed + wrong_side)
 
 
-def detectable(se: float, df: float) -> float:
+def detectable(se: float, df: float, alpha: float = ALPHA) -> float:
     """Return the effect that a test would find four times in five."""
     from scipy.optimize import brentq  # takes a second to import, and --help should not wait for it
 
     if se == 0:
         return 0.0
     high = 1.0
-    while power(high, 1.0, df) < POWER:
+    while power(high, 1.0, df, alpha) < POWER:
         high *= 2
-    return se * float(brentq(lambda ratio: power(ratio, 1.0, df) - POWER, 0.0, high))
+    return se * float(brentq(lambda ratio: power(ratio, 1.0, df, alpha) - POWER, 0.0, high))
 
 
-def seeds_to_see(effect: float, sd: float, alpha: float = ALPHA, are_shared: bool = False) -> int | None:
-    """Return the runs per arm with which a comparison of two arms finds an effect four times in five; at least 2.
-
-    `sd` is the noise of one run; where seeds `are_shared` it is the residual noise, and n pairs have n - 1 degrees of
-    freedom instead of 2n - 2. None where over 10,000.
-    """
-
-    def finds(runs: int) -> bool:
-        df = runs - 1 if are_shared else 2 * runs - 2
-        return power(effect, sd * math.sqrt(2 / runs), df, alpha) >= POWER
-
-    low, high = 2, 2
+def fewest(finds: Callable[[int], bool], least: int = 2) -> int | None:
+    """Return the smallest count from `least` on that is enough; None where over 10,000. More must never be worse."""
+    low, high = least, least
     while not finds(high):
-        if high == MOST_SEEDS:
+        if high >= MOST_SEEDS:
             return None
         low, high = high, min(2 * high, MOST_SEEDS)
     while low < high:
@@ -232,20 +249,6 @@ def factorial_effects(signs: Floats, losses: Floats) -> Floats:
     """Return effects of orthogonal +-1 columns (N, E) on losses (N,): mean where on minus mean where off."""
     effects: Floats = 2 * signs.T @ losses / len(losses)
     return effects
-
-
-def additivity(
-    stack: Sequence[float], baseline: Sequence[float], singles: Sequence[Sequence[float]], noise: Noise
-) -> Estimate:
-    """Return by how much a stack's gain differs from the sum of its parts' gains; negative: more than the sum.
-
-    gap = (stack - b) - sum(single - b). The baseline enters m - 1 times, so a lucky one fakes an interaction:
-    se = s sqrt((m-1)^2/n_b + sum 1/n_i + 1/n_stack).
-    """
-    base = float(np.mean(baseline))
-    gap = float(np.mean(stack)) - base - sum(float(np.mean(single)) - base for single in singles)
-    variance = (len(singles) - 1) ** 2 / len(baseline) + 1 / len(stack) + sum(1 / len(single) for single in singles)
-    return Estimate(gap, noise.sd * math.sqrt(variance), noise.df)
 
 
 def loss_slope(tokens: Floats, losses: Floats) -> float | None:

@@ -11,15 +11,18 @@ import numpy as np
 
 from harness.report.text import aligned, markdown_table
 from harness.run.files import json_number
+from study.advice import advice_on, best_buy
 from study.assemble import Study
 from study.results import Group, difference_in_words
 from study.statistics import Estimate, sample_sd
 from study.verdicts import Judged, Judgement
+from study.wording import curve_slope, sentence_of, tokens_worth_of
 
 Format = Literal["table", "markdown", "csv", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 HEADINGS = (
-    "recipe", "n", "test loss", "Δ", "95% interval", "se train", "se eval", "t", "df", "p", "Holm p", "verdict",
+    "recipe", "n", "test loss", "Δ", "95% interval", "se train", "se eval", "t", "df", "p", "Holm p", "P(better)",
+    "verdict",
 )  # fmt: skip
 MORE_HEADINGS = ("tok/s", "cost", "worth")
 
@@ -36,9 +39,8 @@ def as_json(study: Study) -> dict[str, Any]:
             "sd": json_number(sample_sd(baseline.losses)),
             "runs": [result.run for result in baseline.results],
         },
-        "method": judgement.method,
-        "noise": _noise(judgement),
-        "arms": [_arm_as_json(item, baseline) for item in judgement.arms],
+        "arms": [_arm_as_json(item, judgement) for item in judgement.arms],
+        "family": judgement.family,
     }
     if study.findings:
         document["findings"] = [
@@ -46,44 +48,44 @@ def as_json(study: Study) -> dict[str, Any]:
                 "name": item.name,
                 "aliases": list(item.aliases),
                 **_numbers(item.estimate),
+                **dict(zip(("low", "high"), map(json_number, item.interval()), strict=True)),
                 "p_holm": json_number(item.p_holm),
                 "verdict": item.verdict,
                 "sentence": item.sentence,
             }
             for item in study.findings
         ]
-    if study.notes:
-        document["notes"] = list(study.notes)
+    if notes := table_notes(study):
+        document["notes"] = notes
     return document
 
 
-def _noise(judgement: Judgement) -> dict[str, object] | None:
-    training = judgement.training
-    if training is None:
-        return None
-    unpaired = None if training.unpaired is None else {"sd": training.unpaired.sd, "df": training.unpaired.df}
-    return {"sd": training.noise.sd, "df": training.noise.df, "source": training.source, "unpaired": unpaired}
-
-
-def _arm_as_json(item: Judged, baseline: Group) -> dict[str, Any]:
+def _arm_as_json(item: Judged, judgement: Judgement) -> dict[str, Any]:
+    worth = tokens_worth_of(item, curve_slope(judgement.baseline))
+    comparison, noise = item.comparison, item.comparison.noise
     return {
         "recipe": item.group.recipe,
         "n": len(item.group.results),
+        "method": comparison.method,
         "mean": _mean(item.group),
         **_numbers(item.estimate),
-        "difference": _difference(item, baseline),
+        "difference": _difference(item, judgement.baseline),
         "p_holm": json_number(item.p_holm),
+        "p_better": None if item.estimate is None else item.estimate.p_better,
+        "expected_loss": None if item.estimate is None else json_number(item.estimate.expected_loss()),
         "verdict": item.verdict,
-        "method": item.method,
-        "se_training": None if item.training is None else json_number(item.training.se),
+        "diverged": len(item.group.diverged),
+        "se_training": None if comparison.estimate is None else json_number(comparison.estimate.se),
         "se_evaluation": None if item.evaluation is None else json_number(item.evaluation.se),
-        "seed_correlation": json_number(item.correlation),
-        "tokens_factor": item.tokens_factor,
+        "noise": None if noise is None else {"sd": noise.sd, "df": noise.df, "source": comparison.source},
+        "seed_correlation": json_number(comparison.correlation),
+        "tokens_factor": None if worth is None else {"factor": worth[0], "low": worth[1], "high": worth[2]},
         "tokens_per_second": _average([metadata.tokens_per_second for metadata in item.group.metadata]),
         "cost": _average([metadata.cost for metadata in item.group.metadata]),
-        "changes": difference_in_words(item.group, baseline),
+        "changes": difference_in_words(item.group, judgement.baseline),
         "runs": [result.run for result in item.group.results],
-        "sentence": item.sentence,
+        "sentence": sentence_of(item, judgement),
+        "advice": advice_on(item, judgement),
         "warnings": list(item.warnings),
     }
 
@@ -100,13 +102,11 @@ def _numbers(estimate: Estimate | None) -> dict[str, float | None]:
 
 
 def _difference(item: Judged, baseline: Group) -> float | None:
-    """Return the difference of the means, which needs no noise; None where a run diverged."""
+    """Return the difference of the means, which needs no noise; None where a side has no loss."""
     if item.estimate is not None:
         return item.estimate.difference
     mine, theirs = _mean(item.group), _mean(baseline)
-    if mine is None or theirs is None or item.group.diverged or baseline.diverged:
-        return None
-    return mine - theirs
+    return None if mine is None or theirs is None else mine - theirs
 
 
 def _mean(group: Group) -> float | None:
@@ -148,6 +148,7 @@ def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
                 _text(arm["df"], "{:.3g}"),
                 _text(arm["p"], "{:.2g}"),
                 _text(arm["p_holm"], "{:.2g}"),
+                _text(arm["p_better"], "{:.2f}"),
                 arm["verdict"],
                 *_extras(arm, currency),
             ]
@@ -164,7 +165,13 @@ def without_empty_columns(headings: list[str], rows: list[list[str]]) -> tuple[l
 
 def _extras(arm: dict[str, Any], currency: str) -> list[str]:
     factor = arm["tokens_factor"]
-    worth = "" if factor is None else f"{100 * (factor - 1):+.0f}% tokens" if factor < 10 else f"{factor:.0f}x tokens"
+    worth = (
+        ""
+        if factor is None
+        else "{factor} ({low} to {high}) tokens".format_map(
+            {name: f"{100 * (value - 1):+.0f}%" if value < 10 else f"{value:.0f}x" for name, value in factor.items()}
+        )
+    )
     cost = "" if arm["cost"] is None else f"{arm['cost']:,.2f} {currency}".rstrip()
     return [_text(arm["tokens_per_second"], "{:,.0f}"), cost, worth, arm["changes"]]
 
@@ -174,27 +181,36 @@ def _text(value: float | None, form: str) -> str:
 
 
 def notes_of(study: Study) -> list[str]:
-    """Return the sentences below a table: every verdict, every finding, and where the noise comes from."""
+    """Return the sentences below a table: every verdict, what would settle it, every finding, and the table's own."""
     judgement = study.judgement
-    notes = [f"{item.group.recipe}: {note}" for item in judgement.arms for note in (item.sentence, *item.warnings)]
+    notes = [f"{item.group.recipe}: {sentence_of(item, judgement)}" for item in judgement.arms]
+    shared: dict[str, list[str]] = {}
+    for item in judgement.arms:
+        for note in (*item.warnings, advice_on(item, judgement)):
+            shared.setdefault(note, []).append(item.group.recipe)
+    notes += [f"{', '.join(recipes)}: {note}" for note, recipes in shared.items() if note]
     for finding in study.findings:
         aliases = "".join(f" = {alias}" for alias in finding.aliases)
         notes.append(f"{finding.name}{aliases}: {finding.sentence}")
-    if study.left_out:
-        notes.append(
-            f"Left out, because not every arm is scored on them: seeds {', '.join(map(str, study.left_out))}."
-        )
+    return [*notes, *table_notes(study)]
+
+
+def table_notes(study: Study) -> list[str]:
+    """Return what is to be said of a table as a whole."""
+    baseline = study.judgement.baseline
+    notes = []
+    if baseline.diverged:
+        counts = f"{len(baseline.diverged)} of {len(baseline.results)} runs"
+        notes.append(f"{baseline.recipe}: {counts} diverged and have no loss: {', '.join(baseline.diverged)}.")
+    if study.incomplete:
+        seeds = ", ".join(map(str, study.incomplete))
+        notes.append(f"Not every arm is scored yet on seeds {seeds}: of each arm what is there counts.")
     if study.effects_noise:
         notes.append(f"Noise of the effects: {study.effects_noise}.")
-    if judgement.training is not None:
-        noise = judgement.training.noise
-        notes.append(f"Training noise: {noise.sd:.4f} on {noise.df:.3g} df ({judgement.training.source}).")
-        if (unpaired := judgement.training.unpaired) is not None:
-            notes.append(f"Without shared seeds it would be {unpaired.sd:.4f} on {unpaired.df:.3g} df.")
-        known = [item for item in judgement.arms if math.isfinite(item.correlation)]
-        alike = [f"{item.group.recipe} {item.correlation:+.2f}" for item in known]
-        if alike:
-            notes.append(f"Correlation with the baseline over seeds: {', '.join(alike)}.")
+    if buy := best_buy(study.judgement):
+        notes.append(buy)
+    if not any(item.evaluation for item in study.judgement.arms):
+        notes.append("No losses of single test sequences: how much other test text would change is not counted.")
     return [*notes, *study.notes]
 
 

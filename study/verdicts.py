@@ -1,60 +1,66 @@
 """Judge arms against a baseline: the estimate, its two uncertainties, and a verdict in fixed words.
 
 Training noise (how runs differ by seeds) and evaluation noise (which test tokens were drawn) are kept apart, then
-added. The words are chosen by p values adjusted for the number of arms, so that they are rarely wrong.
+added. The words are chosen by p values adjusted for the number of arms, so that they are rarely wrong. What is said
+about a verdict, and which runs to buy next, stands in study/wording.py and study/advice.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from harness.report.html import Tone
 from harness.run.errors import ConfigError
+from study.comparisons import Comparison, PriorFinder, compare, evaluation_estimate, no_prior
 from study.results import Group
-from study.statistics import (
-    ALPHA,
-    Estimate,
-    Floats,
-    Noise,
-    block_noise,
-    clustered_mean,
-    compare_means,
-    detectable,
-    holm,
-    loss_slope,
-    pooled_noise,
-    sample_sd,
-    seed_correlation,
-    seeds_to_see,
-    tokens_worth,
-    welch,
-)
+from study.statistics import ALPHA, Estimate, Noise, holm
 
 HELPS, HURTS = "HELPS", "HURTS"
 LEANS_BETTER, LEANS_WORSE = "LEANS BETTER", "LEANS WORSE"
+SLIGHTLY_BETTER, SLIGHTLY_WORSE = "BETTER BY LESS THAN", "WORSE BY LESS THAN"
 CANNOT_TELL, NO_LARGER = "CANNOT TELL", "NO DIFFERENCE LARGER THAN"
+DIVERGES = "DIVERGES"
 MARGIN = 0.01
-WELCH_RUNS, WELCH_RATIO = 4, 3.0
 
 
 def tone_of(verdict: str) -> Tone:
     """Return the colour that a verdict has on a page."""
-    if verdict in (HELPS, LEANS_BETTER):
+    if verdict.startswith((HELPS, LEANS_BETTER, SLIGHTLY_BETTER)):
         return "better"
-    return "worse" if verdict in (HURTS, LEANS_WORSE) else "open"
+    return "worse" if verdict.startswith((HURTS, LEANS_WORSE, SLIGHTLY_WORSE, DIVERGES)) else "open"
+
+
+def is_sign_told(verdict: str) -> bool:
+    """Say whether a verdict settles which of two recipes is better."""
+    return verdict.startswith((HELPS, HURTS, SLIGHTLY_BETTER, SLIGHTLY_WORSE))
 
 
 @dataclass(frozen=True)
-class Training:
-    """Where the training noise of a comparison comes from."""
+class Rules:
+    """How a table is judged."""
 
-    method: str
-    noise: Noise
-    source: str
-    unpaired: Noise | None = None
-    """What the noise would be if shared seeds were not used."""
+    margin: float = MARGIN
+    """The smallest difference that matters, in nats per token."""
+    given: Noise | None = None
+    """A training noise by hand, which overrides what the runs show."""
+    find_prior: PriorFinder = no_prior
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How many runs of an arm and of the baseline diverged, and whether that differs (Fisher; Holm over the arms)."""
+
+    diverged: int
+    runs: int
+    baseline_diverged: int
+    baseline_runs: int
+    p: float
+    p_holm: float
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the arm is shown to diverge more often."""
+        return self.p_holm < ALPHA and self.diverged * self.baseline_runs > self.baseline_diverged * self.runs
 
 
 @dataclass(frozen=True)
@@ -62,53 +68,75 @@ class Judged:
     """One arm against the baseline; `estimate` has both uncertainties in it, and is None where nothing is known."""
 
     group: Group
-    method: str
-    estimate: Estimate | None
-    training: Estimate | None
+    comparison: Comparison
     evaluation: Estimate | None
-    baseline_runs: int
-    p_holm: float
-    verdict: str
-    sentence: str
+    estimate: Estimate | None
+    guarded: Estimate | None
+    """What the words of the family rest on; it differs from `estimate` for a single run (study/comparisons.py)."""
+    verdict: str = CANNOT_TELL
+    p_holm: float = math.nan
+    p_same: float = math.nan
+    """Of a difference of the margin or more, adjusted like p_holm."""
+    divergence: Divergence | None = None
     warnings: tuple[str, ...] = ()
-    correlation: float = math.nan
-    tokens_factor: float | None = None
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the difference is shown to be smaller than the margin."""
+        return self.p_same < ALPHA
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more runs could tell more that matters."""
+        return not (is_sign_told(self.verdict) or self.is_within or self.verdict == DIVERGES)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A whole table."""
+    """A whole table, or the part of it that is shown."""
 
     baseline: Group
-    method: str
-    training: Training | None
-    """The noise of the study; None where it is unknown."""
     arms: tuple[Judged, ...]
+    family: int
+    """How many differences were tested together, whichever of them are shown."""
+    rules: Rules = field(default_factory=Rules)
+    looks: int = 1
+    """How many looks the p values count."""
 
 
-NoiseFinder = Callable[[Group], tuple[Noise, str] | None]
+def judge(baseline: Group, arms: Sequence[Group], rules: Rules | None = None) -> Judgement:
+    """Judge all arms against the baseline as one family; raises ConfigError where a comparison would be unfair.
 
-
-def judge(
-    baseline: Group, arms: Sequence[Group], margin: float = MARGIN, given: Noise | None = None,
-    borrow: NoiseFinder = lambda _: None,
-) -> Judgement:  # fmt: skip
-    """Judge all arms against the baseline as one family.
-
-    `given` overrides the noise that the runs show; `borrow` gives it from the ledger where they show none. Raises
-    ConfigError where a comparison would be unfair.
+    Words about a sign are adjusted together (Holm 1979), and so are, as a family of their own, the words that a
+    difference is within the margin (two one-sided tests, Schuirmann 1987).
     """
+    rules = rules or Rules()
     refuse_unfair(baseline, arms)
-    common = common_noise([baseline, *arms], given, borrow)
-    drafts = [_estimate(baseline, arm, _noise_for(baseline, arm, common)) for arm in arms]
-    adjusted = iter(holm([draft.estimate.p for draft in drafts if draft.estimate]))
-    family, slope = sum(draft.estimate is not None for draft in drafts), _slope(baseline)
+    drafts = [_draft(baseline, arm, rules) for arm in arms]
+    tested = [item.guarded for item in drafts if item.guarded]
+    told = iter(holm([estimate.p for estimate in tested]))
+    same = iter(holm([estimate.p_equivalent(rules.margin) for estimate in tested]))
     judged = []
-    for draft in drafts:
-        p_holm = next(adjusted) if draft.estimate else math.nan
-        judged.append(_conclude(draft, baseline, p_holm, family, margin, slope))
-    methods = {item.method for item in judged}
-    return Judgement(baseline, methods.pop() if len(methods) == 1 else "pooled", common, tuple(judged))
+    for item, divergence in zip(drafts, _divergences(baseline, arms), strict=True):
+        if item.estimate:
+            p, p_same = next(told), next(same)
+            verdict = verdict_of(item.estimate, p, p_same, rules.margin)
+            item = replace(item, p_holm=p, p_same=p_same, verdict=verdict)
+        is_diverging = divergence is not None and divergence.is_told
+        judged.append(replace(item, divergence=divergence, verdict=DIVERGES if is_diverging else item.verdict))
+    return Judgement(baseline, tuple(judged), len(tested), rules)
+
+
+def verdict_of(estimate: Estimate, p: float, p_same: float, margin: float) -> str:
+    """Choose the word, from p values adjusted for the family: of no difference, and of one of the margin or more."""
+    is_better, is_within = estimate.difference < 0, p_same < ALPHA
+    if p < ALPHA and is_within:
+        return f"{SLIGHTLY_BETTER if is_better else SLIGHTLY_WORSE} {margin:g}"
+    if p < ALPHA:
+        return HELPS if is_better else HURTS
+    if estimate.p < ALPHA:
+        return LEANS_BETTER if is_better else LEANS_WORSE
+    return f"{NO_LARGER} {margin:g}" if is_within else CANNOT_TELL
 
 
 def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:
@@ -133,100 +161,27 @@ def _listed(counts: set[int]) -> str:
     return " and ".join(f"{count:,}" for count in sorted(counts))
 
 
-def shared_seeds(groups: Sequence[Group]) -> list[tuple[str, str]] | None:
-    """Return the seeds that every recipe was run on, two or more and each once; None where they are not the same."""
-    seeds = [sorted(result.seeds for result in group.results) for group in groups]
-    first = seeds[0]
-    is_complete = all("" not in pair for pair in first) and len(set(first)) == len(first) >= 2
-    return first if len(groups) > 1 and is_complete and all(other == first for other in seeds) else None
-
-
-def losses_by_seed(groups: Sequence[Group], seeds: Sequence[tuple[str, str]]) -> Floats:
-    """Return the losses as a table, a row for each group and a column for each of the shared seeds."""
-    tables = [{result.seeds: result.loss for result in group.results} for group in groups]
-    return np.array([[table[pair] for pair in seeds] for table in tables], dtype=np.float64)
-
-
-def common_noise(groups: Sequence[Group], given: Noise | None, borrow: NoiseFinder) -> Training | None:
-    """Choose the training noise of a study; the first group is the one whose noise may be borrowed."""
-    if given is not None:
-        return Training("given noise", given, "given by hand")
-    shared, pooled = shared_seeds(groups), pooled_noise([group.losses for group in groups])
-    whole = [group for group in groups if not group.diverged]
-    if shared is not None and len(whole) > 1:
-        noise = block_noise(losses_by_seed(whole, shared))
-        return Training("blocks", noise, f"{len(shared)} shared seeds, as blocks", pooled)
-    if pooled is not None and pooled.sd > 0:  # replicates to the bit the same are one run, seen twice
-        return Training("pooled", pooled, "replicates of all arms, pooled")
-    found = borrow(groups[0])
-    return None if found is None else Training("ledger", *found)
-
-
-def _noise_for(baseline: Group, arm: Group, common: Training | None) -> Training | None:
-    """Return the noise for one comparison: a single run is held against the spread of the baseline's own runs."""
-    if common is not None and common.method == "pooled" and len(arm.losses) == 1 and len(baseline.losses) > 1:
-        noise = Noise(sample_sd(baseline.losses), len(baseline.losses) - 1)
-        if noise.sd > 0:
-            return Training("single-case", noise, f"{len(baseline.losses)} baseline runs")
-    return common
-
-
-def _estimate(baseline: Group, arm: Group, training: Training | None) -> Judged:
+def _draft(baseline: Group, arm: Group, rules: Rules) -> Judged:
     """Put the two uncertainties of one comparison together; the verdict is still to come."""
-    warnings = list(_warnings(baseline, arm, training))
-    evaluation = evaluation_estimate(baseline, arm)
-    draft = Judged(
+    comparison = compare(baseline, arm, rules.given, rules.find_prior)
+    evaluation = evaluation_estimate([(arm, 1.0), (baseline, -1.0)])
+    return Judged(
         group=arm,
-        method=training.method if training else "none",
-        estimate=None,
-        training=None,
+        comparison=comparison,
         evaluation=evaluation,
-        baseline_runs=len(baseline.losses),
-        p_holm=math.nan,
-        verdict=CANNOT_TELL,
-        sentence="",
+        estimate=with_evaluation(comparison.estimate, evaluation),
+        guarded=with_evaluation(comparison.guarded, evaluation),
+        warnings=(*comparison.warnings, *_warnings(baseline, arm)),
     )
-    if arm.diverged or baseline.diverged or not arm.losses or not baseline.losses or training is None:
-        return replace(draft, warnings=tuple(warnings))
-    trained = compare_means(arm.losses, baseline.losses, training.noise)
-    if training.method == "pooled" and min(len(arm.losses), len(baseline.losses)) >= WELCH_RUNS:
-        sds = sample_sd(arm.losses), sample_sd(baseline.losses)
-        if max(sds) > WELCH_RATIO * min(sds):
-            other = welch(arm.losses, baseline.losses)
-            warnings.append(f"the noises differ: {sds[0]:.4f} and {sds[1]:.4f}; Welch gives p {other.p:.3g}")
-    correlation = math.nan
-    if training.method == "blocks":
-        seeds = [result.seeds for result in baseline.results]
-        rows = losses_by_seed([arm, baseline], seeds)
-        correlation = seed_correlation(rows[0].tolist(), rows[1].tolist())
-    combined = add_evaluation(trained, evaluation)
-    return replace(draft, estimate=combined, training=trained, warnings=tuple(warnings), correlation=correlation)
 
 
-def add_evaluation(training: Estimate, evaluation: Estimate | None) -> Estimate:
-    """Add the evaluation's uncertainty to training's, which keeps its degrees of freedom while it is the larger.
-
-    Satterthwaite's approximation would let a little more uncertainty narrow an interval that rests on two or three
-    runs; where evaluation is the larger, its degrees of freedom hold, rounded down.
-    """
-    if evaluation is None:
-        return training
-    both = training.plus(evaluation)
-    return replace(both, df=training.df if training.se >= evaluation.se else max(1, math.floor(both.df + 1e-9)))
+def with_evaluation(training: Estimate | None, evaluation: Estimate | None) -> Estimate | None:
+    """Add the evaluation's uncertainty to training's, where both are known."""
+    return training if training is None or evaluation is None else training.plus(evaluation)
 
 
-def evaluation_estimate(baseline: Group, arm: Group) -> Estimate | None:
-    """Return the difference paired by test sequence, clustered by document; None without losses of every sequence."""
-    mine, theirs = arm.mean_sequence_losses(), baseline.mean_sequence_losses()
-    if mine is None or theirs is None:
-        return None
-    return clustered_mean(mine - theirs, arm.metadata[0].documents)
-
-
-def _warnings(baseline: Group, arm: Group, training: Training | None) -> list[str]:
+def _warnings(baseline: Group, arm: Group) -> list[str]:
     found = []
-    if training is not None and "borrowed" in training.source:
-        found.append(f"noise {training.source}")
     hardware = {item.hardware for item in (*baseline.metadata, *arm.metadata)}
     if len(hardware) > 1:
         found.append(f"other hardware: {', '.join(sorted(hardware))}")
@@ -236,69 +191,24 @@ def _warnings(baseline: Group, arm: Group, training: Training | None) -> list[st
     return found
 
 
-def _slope(baseline: Group) -> float | None:
-    """Return the mean slope of the baseline's curves, by ln(tokens)."""
-    slopes = [loss_slope(*item.curve) for item in baseline.metadata]
-    known = [slope for slope in slopes if slope is not None]
-    return float(np.mean(known)) if known else None
+def _divergences(baseline: Group, arms: Sequence[Group]) -> list[Divergence | None]:
+    """Compare how often runs diverged, for every arm where it or the baseline has a run that did.
+
+    Where neither has one there is nothing to test, so such arms need no adjustment (Tarone 1990, Biometrics 46, 515).
+    """
+    theirs = len(baseline.diverged), len(baseline.results)
+    mine = [(len(arm.diverged), len(arm.results)) for arm in arms]
+    p_values = [_p_of_rates(counts, theirs) if counts[0] or theirs[0] else None for counts in mine]
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    return [
+        None if p is None else Divergence(*counts, *theirs, p, next(adjusted))
+        for counts, p in zip(mine, p_values, strict=True)
+    ]
 
 
-def _conclude(
-    draft: Judged, baseline: Group, p_holm: float, family: int, margin: float, slope: float | None
-) -> Judged:
-    estimate = draft.estimate
-    if estimate is None:
-        diverged = draft.group.diverged or baseline.diverged
-        unknown = "noise unknown: no replicates that differ, none in the ledger"
-        reason = f"diverged: {', '.join(diverged)}" if diverged else unknown
-        return replace(draft, sentence=f"{CANNOT_TELL}: {reason}")
-    word = verdict_of(estimate, p_holm, margin)
-    n = f"n {len(draft.group.losses)} v {len(baseline.losses)}"
-    advice = advise(draft, word, family, margin)
-    sentence = f"{word}: {explain(estimate, word)}{advice} Holm p {p_holm:.2g} of {family}, {n}."
-    factor = None if slope is None else tokens_worth(estimate.difference, slope)
-    return replace(draft, p_holm=p_holm, verdict=word, sentence=sentence, tokens_factor=factor)
+def _p_of_rates(mine: tuple[int, int], theirs: tuple[int, int]) -> float:
+    """Return Fisher's exact p value that runs diverge as often, from (diverged, all) of either side."""
+    from scipy.stats import fisher_exact  # takes a second to import, and is rarely needed
 
-
-def verdict_of(estimate: Estimate, p_adjusted: float, margin: float) -> str:
-    """Choose the word: significant in the family, significant alone, equivalent within the margin, or unknown."""
-    is_better = estimate.difference < 0
-    if p_adjusted < ALPHA:
-        return HELPS if is_better else HURTS
-    if estimate.p < ALPHA:
-        return LEANS_BETTER if is_better else LEANS_WORSE
-    if estimate.p_equivalent(margin) < ALPHA:
-        return f"{NO_LARGER} {margin:g}"
-    return CANNOT_TELL
-
-
-def explain(estimate: Estimate, word: str) -> str:
-    """Return the numbers behind a verdict."""
-    if math.isinf(estimate.se):
-        return f"Δ {estimate.difference:+.4f}; the test set lies in one document, so other text may be any different."
-    low, high = estimate.interval()
-    shown = f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
-    shown += f"t {estimate.t:+.2f} on {estimate.df:.3g} df."
-    if word == CANNOT_TELL:
-        seen = detectable(estimate.se, estimate.df)
-        shown += f" Effects under {seen:.3g} would be missed one time in five."
-    return shown
-
-
-def advise(item: Judged, word: str, family: int, margin: float) -> str:
-    """Say how many seeds would settle an open verdict; empty where it is settled or seeds are not what is missing."""
-    assert item.estimate is not None
-    assert item.training is not None
-    if word not in (LEANS_BETTER, LEANS_WORSE, CANNOT_TELL) or item.training.se == 0:
-        return ""
-    leans = word != CANNOT_TELL
-    effect, alpha = (abs(item.estimate.difference), ALPHA / family) if leans else (margin, ALPHA)
-    are_shared = item.method == "blocks"
-    runs = len(item.group.losses)
-    sd = item.training.se / math.sqrt(1 / runs + 1 / item.baseline_runs)
-    count = seeds_to_see(effect, sd, alpha, are_shared)
-    if count is not None and count <= min(runs, item.baseline_runs):
-        return ""
-    seeds = "over 10,000" if count is None else str(count)
-    seeds += " shared seeds per arm" if are_shared else " seeds per arm"
-    return f" {seeds} would settle it four times in five." if leans else f" To see {margin:g}: {seeds}."
+    table = [[hits, count - hits] for hits, count in (mine, theirs)]
+    return float(fisher_exact(table).pvalue)

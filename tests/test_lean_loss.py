@@ -20,10 +20,10 @@ Pair = tuple[Tensor, tuple[Tensor, ...]]
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last of them not full."""
-    monkeypatch.setattr(loss, "LOSS_CHUNK_ROWS", 100)
+    monkeypatch.setattr(loss, "loss_chunk_rows", lambda _: 100)
 
 
-def both(amp_dtype: torch.dtype | None) -> tuple[Pair, Pair]:
+def both(amp_dtype: torch.dtype | None, loss_scale: float = 65536) -> tuple[Pair, Pair]:
     """Return loss and gradients of hidden states and head, scaled as a gradient scaler would, plain and lean."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(4, 64, 32, generator=generator, requires_grad=True)
@@ -36,7 +36,7 @@ def both(amp_dtype: torch.dtype | None) -> tuple[Pair, Pair]:
     ):
         with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
             value = function()
-        results.append((value, torch.autograd.grad(value * 65536, (hidden, head))))
+        results.append((value, torch.autograd.grad(value * loss_scale, (hidden, head))))
     return results[0], results[1]
 
 
@@ -82,6 +82,18 @@ def test_objective_is_the_plain_loss_of_the_logits(tmp_path: Path, tied: bool) -
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.usefixtures("few_rows")
+def test_evaluation_takes_the_softmax_of_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 50, 97, dtype=torch.bfloat16)
+    targets = torch.randint(0, 97, (5, 50))
+    wanted = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(5, 50)
+    rows: list[int] = []
+    entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda x, *a, **k: rows.append(len(x)) or entropy(x, *a, **k))
+    assert torch.equal(loss.token_losses(logits, targets), wanted)
+    assert rows == [100, 100, 50]
+
+
 def test_evaluation_cuts_batches_with_large_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = make_objective(tmp_path)
     tokens = torch.randint(0, 97, (7, 16), generator=torch.Generator().manual_seed(0))
@@ -94,15 +106,66 @@ def test_evaluation_cuts_batches_with_large_logits(tmp_path: Path, monkeypatch: 
     assert cut == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.usefixtures("few_rows")
+def test_loss_scale_does_not_overflow_float16() -> None:
+    _, (_, gradients) = both(torch.float16, loss_scale=2.0**24)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_compiler_sees_one_operator_and_compiles_at_most_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unrolled, the chunks' logits and weight gradients would be alive at once."""
+    graphs: list[torch.fx.GraphModule] = []
+    chunks: list[int] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def recorded(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        chunks.append(len(logits))
+        return loss.softmax_gradient(logits, targets)
+
+    monkeypatch.setattr(loss, "compiled_softmax_gradient", lambda: recorded)
+    compiled = torch.compile(chunked_next_token_loss, backend=keep, fullgraph=True)
+    hidden, head = torch.randn(5, 211, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
+    for _ in range(2):
+        targets = torch.randint(0, 97, (5, 211))
+        torch.testing.assert_close(
+            compiled(hidden, head, targets), next_token_loss(F.linear(hidden, head), targets), rtol=1e-5, atol=0
+        )
+    (graph,) = graphs
+    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("chunked_linear_cross_entropy" in call for call in calls) == 1
+    assert len(graph.graph.nodes) < 20
+    assert (len(chunks), sum(chunks)) == (2 * 11, 2 * 5 * 211)
+    assert len(set(chunks)) <= 2
+
+
+def compare_compiled(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 64, 16, generator=generator).to(device).requires_grad_()
+    head = torch.randn(97, 16, generator=generator).to(device).requires_grad_()
+    targets = torch.randint(0, 97, (2, 64), generator=generator).to(device)
+    results = []
+    for function in (torch.compile(chunked_next_token_loss, fullgraph=True), chunked_next_token_loss):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            value = function(hidden, head, targets)
+        results.append((value, *torch.autograd.grad(value * 65536, (hidden, head))))
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
-def test_compiler_takes_it_whole() -> None:
-    hidden, head = torch.randn(2, 64, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
-    targets = torch.randint(0, 97, (2, 64))
-    compiled = torch.compile(chunked_next_token_loss, fullgraph=True)
-    value = compiled(hidden, head, targets)
-    wanted = chunked_next_token_loss(hidden, head, targets)
-    torch.testing.assert_close(value, wanted, rtol=1e-5, atol=0)
-    found = torch.autograd.grad(value, (hidden, head))
-    for gradient, plain in zip(found, torch.autograd.grad(wanted, (hidden, head)), strict=True):
-        torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-7)
+def test_compiled_loss_is_the_loss() -> None:
+    compare_compiled("cpu", torch.float32, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str
+)
+def test_compiled_loss_is_the_loss_on_cuda(dtype: torch.dtype, tolerance: float) -> None:
+    compare_compiled("cuda", dtype, tolerance)

@@ -132,9 +132,11 @@ def test_a_score_and_a_ledger_from_before_are_believed(with_new_keys: Project, t
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert with_new_keys("experiment.py", "noise", *place).stdout in learned.stdout
-    alone = ("--baseline", "plain-s1", "better-s1", "--only-named", *place, "--format", "json")
-    lent = json.loads(with_new_keys("experiment.py", "compare", *alone).stdout)
-    assert lent["noise"]["source"] == "the ledger, from 3 runs of this recipe"
+    for name, loss, change in (("plain-s9", 4.0, {}), ("better-s9", 3.8, {"learning_rate": 0.02})):
+        write_scored_run(tmp_path / "runs" / name, loss, 9, {}, {"random_seed": 9, **change})
+    alone = ("--baseline", "plain-s9", "better-s9", "--only-named", *place, "--format", "json")
+    lent = json.loads(with_new_keys("experiment.py", "compare", *alone).stdout)["arms"][0]
+    assert lent["noise"]["source"].startswith("3 earlier runs of plain in the noise ledger")
 
 
 def test_a_committed_study_is_judged_as_before(with_new_keys: Project) -> None:

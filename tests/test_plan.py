@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from harness.engine.costs import cost_of, describe, peak_flops_per_second
+from harness.engine.costs import GIB, cost_of, describe, microbatch_gib
+from harness.engine.gpu_peaks import peak_flops_per_second
 from harness.engine.identity import identity_of
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import ConfigError, DataError
@@ -176,23 +177,34 @@ def test_flops_per_token_of_gpt2_small() -> None:
 @pytest.mark.parametrize(
     ("device_name", "tflops"),
     [
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H200", 989),
-        ("NVIDIA GeForce RTX 3090", 71),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA A10G", 70),
+        ("NVIDIA A100-SXM4-40GB", 312), ("A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA A30", 165), ("NVIDIA A40", 149.7),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989),
+        ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA H20", 148), ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 3090 Ti", 80), ("NVIDIA GeForce RTX 3080 Ti", 68.2),
+        ("NVIDIA GeForce RTX 4090 D", 147.1), ("NVIDIA GeForce RTX 4080 SUPER", 104.4),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2), ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 480),
+        ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112), ("Tesla T4", 65),
+        ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA A10G", 70),
     ],
-)
+)  # fmt: skip
 def test_peak_of_known_gpus(device_name: str, tflops: float) -> None:
-    assert peak_flops_per_second(device_name) == tflops * 1e12
+    assert peak_flops_per_second(device_name, use_amp=True) == tflops * 1e12
 
 
-@pytest.mark.parametrize("device_name", ["cpu", "", "NVIDIA GeForce GTX 1660"])
+def test_peak_in_float32_is_that_without_tensor_cores() -> None:
+    assert peak_flops_per_second("NVIDIA A100-SXM4-40GB", use_amp=False) == 19.5e12
+
+
+@pytest.mark.parametrize(
+    "device_name",
+    ["cpu", "", "NVIDIA GeForce GTX 1660", "NVIDIA RTX A1000", "NVIDIA T400 4GB", "NVIDIA T400",
+     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+     "NVIDIA A100-SXM-64GB"],
+)  # fmt: skip
 def test_peak_of_an_unknown_device_is_not_guessed(device_name: str) -> None:
-    assert peak_flops_per_second(device_name) is None
+    assert peak_flops_per_second(device_name, use_amp=True) is None
 
 
 def test_description_of_the_published_run() -> None:
@@ -207,6 +219,27 @@ def test_description_of_the_published_run() -> None:
     assert rows["Time"].startswith("3.40 hours")
     assert rows["Cost"] == "54.14 US$"
     assert rows["Checkpoints"].startswith("55 of 1.82 GiB")
+
+
+def test_memory_estimate_counts_what_a_block_keeps() -> None:
+    """As benchmarks/results/cuda-check.md counts it in generated code: bytes a position, channel and block."""
+
+    def per_channel(**train: Any) -> float:
+        large, small = (
+            microbatch_gib(GPT2_SMALL, replace(PUBLISHED, microbatch_size=size, **train)) for size in (24, 12)
+        )
+        return (large - small) * GIB / (12 * 1024 * 768 * 12)
+
+    ends = 14 / 12
+    assert per_channel() == pytest.approx(38 + ends)  # with dropout
+    assert per_channel(activation_checkpointing=True) == pytest.approx(4 + (38 + 14) / 12)
+    assert per_channel(use_amp=False) == pytest.approx(66 + 20 / 12)
+
+
+def test_memory_estimate_counts_cuda_and_nccl() -> None:
+    one, eight = (cost_of(GPT2_SMALL, PUBLISHED, make_plan(GPT2_SMALL, PUBLISHED, size)) for size in (1, 8))
+    assert 0.5 <= one.runtime_gib < eight.runtime_gib <= 1.5
+    assert one.peak_gib == one.state_gib + one.microbatch_gib + one.runtime_gib
 
 
 def test_description_without_prices_has_no_time_and_no_cost() -> None:

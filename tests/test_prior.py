@@ -89,21 +89,23 @@ def test_a_noise_that_the_prior_excludes_sets_it_aside() -> None:
     assert is_contradicted(PUBLIC_PRIOR, Noise(0.0123, 6))
     assert not is_contradicted(PUBLIC_PRIOR, Noise(0.0015, 6))
     assert not is_contradicted(PUBLIC_PRIOR, Noise(0.0001, 6))
-    assert is_contradicted(PUBLIC_PRIOR, Noise(0.0001, 6), is_paired=True)
     assert not is_contradicted(PUBLIC_PRIOR, Noise(0.0, 6))
 
 
 def test_pairs_of_earlier_experiments_are_a_prior_for_pairs() -> None:
     pairs = [entry(component="pairs", recipe=f"arm {n}", sd=0.0004 * 2 ** (n % 3), df=4) for n in range(6)]
-    prior = find_pair_prior(pairs, LIKE)
+    prior = find_pair_prior(pairs, LIKE, 8)
     assert prior is not None
     assert 0.0004 < prior.sd < 0.0016
     assert "6 arms" in prior.source
-    run = find_pair_prior(pairs[:3], LIKE)
+    run = find_pair_prior(pairs[:3], LIKE, 3)
     assert run is not None
     assert run.sd == PUBLIC_PRIOR.sd
     assert "as if seeds were not shared" in run.source
-    assert find_pair_prior([replace(pair, runs=("a", "z")) for pair in pairs], LIKE, public=False) is None
+    assert find_pair_prior([replace(pair, runs=("a", "z")) for pair in pairs], LIKE, 3, public=False) is None
+    # Four pairs say more of themselves than runs whose seeds cancel nothing, unless the user says otherwise.
+    assert find_pair_prior(pairs[:3], LIKE, 4) is None
+    assert find_pair_prior(pairs[:3], LIKE, 4, public=True) == run
 
 
 def test_an_unknown_recipe_is_judged_at_the_promised_rate() -> None:

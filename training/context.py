@@ -72,8 +72,9 @@ class TrainContext:
 
     def on_device(self, tensor: Tensor) -> Tensor:
         """Copy a CPU tensor to the device; on CUDA the host does not wait for it."""
+        tensor = tensor.contiguous()  # whatever the data's order: compiled code is made for one layout
         if self.device.type == "cuda":
-            return tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
+            return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
 

@@ -1,11 +1,17 @@
 """What a start of a run says at its end, and the last status it leaves."""
 
 import math
+from collections import Counter
 
 from harness.run.plan import Plan
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
 from harness.run.train_state import TrainState
+
+
+def report_devices(names: list[str]) -> None:
+    """Name what a run trains on, given the device of every rank."""
+    print("Training on " + ", ".join(f"{count} x {name}" for name, count in Counter(names).items()))
 
 
 def report_nothing_to_do(folder: RunFolder, plan: Plan, state: TrainState) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.engine import distributed
 from harness.engine.distributed import Launch
+from harness.engine.evaluate import sequence_losses
 from harness.engine.step import guarded_step
 from harness.engine.watchdog import StopRequest, Watchdog
 from harness.run.errors import ConfigError, DoesNotFitError
@@ -55,7 +56,7 @@ def find_max_microbatch_size(request: RunRequest, launch: Launch) -> None:
 def try_microbatch_size(
     request: RunRequest, launch: Launch, accumulate_gradients: Callable[[TrainContext, int], Tensor]
 ) -> None:
-    """Train two global steps on random tokens; raises DoesNotFitError where memory does not suffice."""
+    """Train two global steps on random tokens, and validate on some if the run does; raises DoesNotFitError."""
     device = distributed.choose_device(request.arguments.device, launch)
     distributed.set_up_kernels(device, use_tf32=request.config.use_amp, deterministic=request.config.deterministic)
     if device.type == "cpu":
@@ -68,6 +69,9 @@ def try_microbatch_size(
         for step in range(plan.global_steps):
             accumulate_gradients(context, step)
             outcome = guarded_step(context.optimizer, context.scaler, 0.0, request.config.clipping_max_norm)
+        if request.config.validation_batches is not None:
+            with context.autocast():
+                sequence_losses(context.model, [context.splits.train.microbatch(0, 0, 0)], device)
         outcome.grad_norm.item()  # waits for the device
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):

@@ -49,7 +49,7 @@ def validation_loss(context: TrainContext) -> float:
         context.splits.validation, context.config.start_val_token, share, plan.context_length, plan.microbatch_size
     )
     with context.autocast():
-        losses = sequence_losses(context.model, batches, context.device)
+        losses = sequence_losses(context.model, context.watchdog.watching(batches), context.device)
     total = torch.tensor([losses.sum()], dtype=torch.float32, device=context.device)
     return float(distributed.gather(launch, total).cpu().double().sum()) / sequences  # MPS has no float64
 

@@ -9,25 +9,18 @@ from harness.run.plan import Plan
 
 GIB = 2**30
 FLOAT32_BYTES = 4
-# Rows of logits that training holds at a time: enough to keep a GPU busy, 0.4 GB of float32 at GPT-2's vocabulary.
-LOSS_CHUNK_ROWS = 2048
-
-# Dense half-precision peak of one GPU in TFLOP/s (vendor data sheets), by a part of the device's name; the
-# first match wins. GeForce figures are those with float32 accumulation, which is what training uses.
-PEAK_TFLOPS = (
-    ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H200", 989.0), ("GH200", 989.0), ("B200", 2250.0),
-    ("A100", 312.0), ("A10G", 70.0), ("A10", 125.0), ("L40S", 362.0), ("L40", 181.0), ("L4", 121.0), ("V100", 125.0),
-    ("T4", 65.0), ("RTX 5090", 209.5), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 3090", 71.0),
-    ("RTX 3080", 59.5), ("RTX A6000", 154.8),
-)  # fmt: skip
+# What a process holds besides tensors: CUDA's context with its kernels and cuBLAS's workspace, and NCCL's buffers.
+CONTEXT_GIB = 0.7
+NCCL_GIB = 0.5
 
 
-def peak_flops_per_second(device_name: str) -> float | None:
-    """Return the dense half-precision peak of a GPU in FLOP/s, or None where it is not known."""
-    for part, tflops in PEAK_TFLOPS:
-        if part.lower() in device_name.lower():
-            return tflops * 1e12
-    return None
+def loss_chunk_rows(device_type: str) -> int:
+    """Return the most rows of logits that training holds at a time.
+
+    On a GPU the narrowest product of a chunk has rows / 128 x width / 128 tiles, which must keep over 100
+    multiprocessors busy. A CPU gains nothing beyond 2048, 0.4 GB of float32 at GPT-2's vocabulary.
+    """
+    return 2048 if device_type == "cpu" else 4096
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,8 @@ class RunCost:
     """Weights, gradients and optimizer state, per GPU."""
     microbatch_gib: float
     """Activations of a micro-batch at their peak, per GPU."""
+    runtime_gib: float
+    """CUDA's and NCCL's own memory, per GPU."""
     checkpoint_bytes: int
     tokens_per_second: float | None
     price_per_hour: float | None
@@ -49,7 +44,7 @@ class RunCost:
     @property
     def peak_gib(self) -> float:
         """Memory of one GPU at its peak."""
-        return self.state_gib + self.microbatch_gib
+        return self.state_gib + self.microbatch_gib + self.runtime_gib
 
     @property
     def hours(self) -> float | None:
@@ -75,6 +70,7 @@ def cost_of(model: ModelConfig, train: TrainConfig, plan: Plan, measured_speed: 
         flops_per_token=flops_per_token(model),
         state_gib=(2 * weights + state) / GIB,  # gradients are as large as the weights
         microbatch_gib=microbatch_gib(model, train),
+        runtime_gib=CONTEXT_GIB + (NCCL_GIB if plan.world_size > 1 else 0),
         checkpoint_bytes=weights + state,
         tokens_per_second=measured_speed or train.expected_tokens_per_second,
         price_per_hour=train.price_per_hour,
@@ -85,20 +81,25 @@ def cost_of(model: ModelConfig, train: TrainConfig, plan: Plan, measured_speed: 
 def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     """Estimate the activations of one micro-batch in GiB, at their peak.
 
-    34 bytes per position, channel and block in half precision with fused attention (Korthikanti et al. 2022,
-    arXiv:2205.05198, section 4.1, less the attention-score term), twice that in float32, 2 or 4 bytes with
-    recomputation plus one block in full; and what the chunked loss holds of the logits, 13 bytes an element of
-    its rows (counted: benchmarks/memory.py).
+    A block keeps for its backward pass, per position and channel: the residual stream twice in float32; in the type
+    of the products two normalised inputs, query, key and value, the attention's output, and the hidden layer (four
+    channels for one) before and after GELU; and a byte for each of two dropout masks. With recomputation it keeps the
+    stream once, and one block everything. Half-precision copies of the blocks' weights are kept too. The loss holds a
+    chunk of logits and of their gradient (where it is not compiled, their float32 softmax besides), the head in half
+    precision and the head's gradient in float32. What generated code allocates: benchmarks/results/cuda-check.md.
     """
-    half = 1 if train.use_amp else 2
-    per_block = 34 * half * model.emb_dim
+    width, product = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES
+    per_block = (2 * FLOAT32_BYTES + 14 * product + 2 * (model.drop_rate > 0)) * width
+    per_token = model.n_layers * per_block
     if train.activation_checkpointing:
-        per_token = model.n_layers * 2 * half * model.emb_dim + per_block
-    else:
-        per_token = model.n_layers * per_block
+        per_token = model.n_layers * FLOAT32_BYTES * width + per_block
     tokens = train.microbatch_size * model.context_length
-    logits = min(tokens, LOSS_CHUNK_ROWS) * model.vocab_size * 13
-    return (tokens * per_token + logits) / GIB
+    ends = (2 * FLOAT32_BYTES + 3 * product) * width  # embeddings and final norm; the loss's input and its gradient
+    weights = product * count_parameters(model).without_embeddings if train.use_amp else 0
+    per_logit = 2 * product + (FLOAT32_BYTES if train.use_amp and train.compile is False else 0)
+    logits = min(tokens, loss_chunk_rows("cuda")) * model.vocab_size * per_logit
+    head = model.vocab_size * width * (product + FLOAT32_BYTES)
+    return (tokens * (per_token + ends) + weights + logits + head) / GIB
 
 
 def describe(cost: RunCost, train: TrainConfig) -> list[tuple[str, str]]:
@@ -121,7 +122,7 @@ def describe(cost: RunCost, train: TrainConfig) -> list[tuple[str, str]]:
         (
             "Peak memory per GPU",
             f"about {cost.peak_gib:.1f} GiB ({cost.state_gib:.1f} for weights and optimizer, "
-            f"{cost.microbatch_gib:.1f} for a micro-batch)",
+            f"{cost.microbatch_gib:.1f} for a micro-batch, {cost.runtime_gib:.1f} for CUDA)",
         ),
         ("FLOPs per token", f"{cost.flops_per_token / 1e6:,.1f} million"),
         ("FLOPs in total", f"{cost.flops_per_token * plan.train_tokens:.3e}"),

@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,11 +28,13 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.engine.watchdog import Watchdog
-from harness.run.errors import ConfigError, HarnessError, PeerError, as_harness_error
+from harness.run.errors import ConfigError, HarnessError, PeerError, StopRequestedError, as_harness_error
 
 # For all ranks to arrive, and for a collective that every rank has alive but some are slow to reach: those that died
 # or were stopped, the watchdog finds sooner.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# Where the driver of NVIDIA's GPUs shows itself, in a container only if that was given one.
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
 # Numbers of glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 T = TypeVar("T")
@@ -85,18 +89,30 @@ def environment_of_one(launch: Launch) -> dict[str, str]:
 
 
 def choose_device(choice: str, launch: Launch) -> torch.device:
-    """Return this process's device for `--device` auto, cuda, cpu or mps; raises ConfigError."""
+    """Return this process's device for `--device` auto, cuda, cpu or mps; raises ConfigError.
+
+    A GPU that torch cannot use is an error, unless CUDA_VISIBLE_DEVICES hides it: a day on the CPU beside it is none
+    that anybody meant to pay for.
+    """
     has_mps = torch.backends.mps.is_available()
     if choice == "auto":
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if NVIDIA_DEVICE.exists() and not torch.cuda.is_available() and not is_hidden:
+            raise ConfigError(
+                f"--device: found a GPU that {_torch_and_driver()} cannot use; --device cpu does without"
+            )
         choice = "cuda" if torch.cuda.is_available() else "mps" if has_mps and launch.world_size == 1 else "cpu"
     if choice == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError("--device: found cuda, wanted a device that this machine has; it has no CUDA GPU")
+            raise ConfigError(
+                f"--device: found cuda, wanted a device that is there; {_torch_and_driver()} finds none"
+            )
         if launch.local_world_size > torch.cuda.device_count():
             raise ConfigError(
                 f"--nproc_per_node: found {launch.local_world_size} processes, "
                 f"wanted at most one for each of the {torch.cuda.device_count()} GPUs"
             )
+        _require_kernels(launch.local_rank)
         return torch.device("cuda", launch.local_rank)
     if choice == "mps":
         if not has_mps:
@@ -104,6 +120,32 @@ def choose_device(choice: str, launch: Launch) -> torch.device:
         if launch.world_size > 1:
             raise ConfigError(f"--device: found mps with {launch.world_size} processes, wanted one process")
     return torch.device(choice)
+
+
+def _torch_and_driver() -> str:
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+        driver = next(word for word in words if re.fullmatch(r"\d+\.\d+(\.\d+)?", word))
+    except (OSError, StopIteration):
+        return f"torch {torch.__version__} ({cuda})"
+    return f"torch {torch.__version__} ({cuda}) with driver {driver}"
+
+
+def _require_kernels(index: int) -> None:
+    """Check that this build of torch has kernels for a GPU; raises ConfigError where the first would only crash."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
+    for kind, *number in (name.groups() for name in built if name):
+        newest = (int(number[0]), int(number[1]))
+        # Binary code runs on its own generation, from its number up; PTX on all that come later.
+        if newest <= (major, minor) and (kind == "compute" or newest[0] == major):
+            return
+    raise ConfigError(
+        f"--device: found {torch.cuda.get_device_name(index)} (sm_{major}{minor}), wanted a GPU that this torch has "
+        f"kernels for ({', '.join(torch.cuda.get_arch_list())}); sm_50 to sm_70 need the wheel of "
+        "https://download.pytorch.org/whl/cu126"
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -119,11 +161,14 @@ def set_up_kernels(device: torch.device, use_tf32: bool, deterministic: bool) ->
     """
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.type == "cuda":
+        torch.cuda.set_device(device)  # else what is not said to be for this GPU, such as NCCL's, goes to the first
     torch.set_float32_matmul_precision("high" if use_tf32 else "highest")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for to be reproducible
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # else the compiler chooses kernels by timing them
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
 def keep_freed_memory() -> None:
@@ -141,8 +186,8 @@ def keep_freed_memory() -> None:
 def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> Iterator[None]:
     """Join the other processes: NCCL for CUDA, gloo otherwise; `watchdog` watches them from then on.
 
-    The group is left on a clean exit only: after an error the other ranks may never answer, and leaving would wait
-    for them. A collective that fails becomes a PeerError that says what became of whom.
+    The group is left on a clean exit and where all ranks agreed to stop: after an error the others may never answer,
+    and leaving would wait for them. A collective that fails becomes a PeerError that says what became of whom.
     """
     if launch.world_size == 1:
         yield
@@ -150,6 +195,9 @@ def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> I
     try:
         _join(launch, device, watchdog)
         yield
+    except StopRequestedError:
+        _leave()
+        raise
     except BaseException as error:
         # gloo's errors are plain RuntimeErrors that name it; torch's own for NCCL and the store are DistErrors.
         is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
@@ -158,6 +206,10 @@ def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> I
         with suppress(RuntimeError):  # nobody may be left to tell
             watchdog.report(error, traceback.format_exc())
         raise
+    _leave()
+
+
+def _leave() -> None:
     # The last reference to the process group destroys it, which joins its threads. If DDP held that reference, its
     # destructor would join them while holding the GIL, which a thread may need in order to finish: a deadlock. Kept
     # here, the group is destroyed at interpreter exit, where the GIL is released first.
@@ -167,9 +219,7 @@ def process_group(launch: Launch, device: torch.device, watchdog: Watchdog) -> I
 
 def _join(launch: Launch, device: torch.device, watchdog: Watchdog) -> None:
     is_cuda = device.type == "cuda"
-    if is_cuda:
-        torch.cuda.set_device(device)
-    elif launch.local_world_size == launch.world_size:
+    if not is_cuda and launch.local_world_size == launch.world_size:
         # All ranks are on this machine, so nobody else needs to reach them.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     shared, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))

@@ -1,13 +1,15 @@
 """Next-token cross-entropy, plain and memory-lean, and the objective that training compiles and distributes."""
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.engine.costs import LOSS_CHUNK_ROWS
+from harness.engine.costs import loss_chunk_rows
 
 VOCAB_MULTIPLE = 64
 
@@ -22,50 +24,105 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of every token in nats, float32 (B, T), for logits (B, T, V) and targets (B, T)."""
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view_as(targets)
+    """Return the cross-entropy of every token in nats, float32 (B, T), for logits (B, T, V) and targets (B, T).
 
-
-class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """The loss of a linear head, and its gradients, computed a chunk of rows at a time.
-
-    A chunk's logits live only until their gradient has been used, in the forward pass already: the loss is a scalar,
-    so the backward pass has nothing left to do but to scale. Gradients are kept before the division by the number of
-    rows and the multiplication with the incoming gradient, which would underflow in float16.
-
-    The vocabulary is padded with ids of no probability, so that all three products have sides that tensor cores like.
+    A chunk of rows at a time, because its float32 copy and softmax are larger than the logits themselves.
     """
+    size = loss_chunk_rows(logits.device.type)
+    chunks = zip(torch.split(logits.flatten(0, 1), size), torch.split(targets.flatten(), size), strict=True)
+    return torch.cat([F.cross_entropy(rows.float(), ids, reduction="none") for rows, ids in chunks]).view_as(targets)
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the mean loss for hidden (N, C), weight (V, C) and targets (N,); products are of type `dtype`."""
-        rows, vocab_size = hidden.to(dtype), len(weight)  # (N, C)
-        narrow = F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % VOCAB_MULTIPLE))  # (V', C)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_gradient = torch.empty_like(rows)
-        weight_gradient = torch.zeros_like(narrow, dtype=torch.float32)
-        for start in range(0, len(rows), LOSS_CHUNK_ROWS):
-            chunk, wanted = rows[start : start + LOSS_CHUNK_ROWS], targets[start : start + LOSS_CHUNK_ROWS, None]
-            logits = (chunk @ narrow.t()).float()  # (n, V')
-            logits[:, vocab_size:] = -math.inf
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            total += (normaliser - logits.gather(-1, wanted)).sum()
-            probabilities = logits.sub_(normaliser).exp_()  # in place: this is what takes the memory
-            gradient = probabilities.scatter_add_(-1, wanted, -torch.ones_like(normaliser)).to(dtype)
-            hidden_gradient[start : start + LOSS_CHUNK_ROWS] = gradient @ narrow
-            weight_gradient += gradient.t() @ chunk
-        ctx.save_for_backward(hidden_gradient, weight_gradient[:vocab_size])
-        ctx.types = hidden.dtype, weight.dtype
-        return total / len(rows)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Return the gradients of hidden and weight, scaled by the gradient of the loss."""
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        hidden_type, weight_type = ctx.types
-        scale = gradients[0] / len(hidden_gradient)
-        return (hidden_gradient * scale).to(hidden_type), (weight_gradient * scale).to(weight_type), None, None
+def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of logits (n, V) in float32, and its gradient (n, V) in the logits' type."""
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    wanted = log_probabilities.gather(-1, targets.unsqueeze(-1))  # (n, 1)
+    gradient = log_probabilities.exp_().to(logits.dtype)  # in place: this is what takes the memory
+    gradient.scatter_(-1, targets.unsqueeze(-1), wanted.exp().sub_(1).to(logits.dtype))
+    return -wanted.sum(), gradient
+
+
+@cache
+def compiled_softmax_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return `softmax_gradient` compiled: the logits are read twice and the gradient is written, nothing else."""
+    return torch.compile(softmax_gradient, fullgraph=True, dynamic=False)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a float32 matrix; the product is rounded to half precision before only on a CPU or MPS."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, is_compiled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean loss of a linear head, and its gradients, computed a chunk of rows at a time.
+
+    hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`. A chunk's logits live only until their
+    gradient has been used, in the forward pass already: the loss is a scalar, so the backward pass has nothing left
+    to do but to scale. The gradients of hidden (in `dtype`) and of weight (float32) are those of the sum over rows:
+    divided by their number and multiplied with the incoming gradient, they would underflow in float16.
+
+    `is_compiled` compiles what happens between the products. The vocabulary is padded with ids of no probability, so
+    that all three products have sides that tensor cores like.
+    """
+    vocab_size, width = weight.shape
+    rows = hidden.to(dtype)  # (N, C)
+    narrow = weight.new_empty(vocab_size + -vocab_size % VOCAB_MULTIPLE, width, dtype=dtype)  # (V', C)
+    narrow[:vocab_size], narrow[vocab_size:] = weight, 0.0
+    gradient_of = compiled_softmax_gradient() if is_compiled else softmax_gradient
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    hidden_gradient = torch.empty_like(rows)
+    weight_gradient = torch.zeros_like(narrow, dtype=torch.float32)
+    # Chunks of equal size, but for the last: compiled code is made for at most two sizes.
+    size = math.ceil(len(rows) / math.ceil(len(rows) / loss_chunk_rows(hidden.device.type)))
+    for chunk, chunk_targets, chunk_gradient in zip(
+        *(torch.split(tensor, size) for tensor in (rows, targets, hidden_gradient)), strict=True
+    ):
+        logits = chunk @ narrow.t()  # (n, V')
+        logits[:, vocab_size:] = -math.inf
+        loss, gradient = gradient_of(logits, chunk_targets)
+        del logits
+        total += loss
+        torch.mm(gradient, narrow, out=chunk_gradient)
+        add_product(weight_gradient, gradient.t(), chunk)
+    return total / len(rows), hidden_gradient, weight_gradient[:vocab_size]
+
+
+def _empty_loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, is_compiled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = hidden.new_empty((), dtype=torch.float32)
+    return loss, torch.empty_like(hidden, dtype=dtype), torch.empty_like(weight, dtype=torch.float32)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, *_ = inputs
+    _, hidden_gradient, weight_gradient = output
+    ctx.set_materialize_grads(False)  # no zeros for the two outputs that nobody differentiates
+    ctx.save_for_backward(hidden_gradient, weight_gradient)
+    ctx.types = hidden.dtype, weight.dtype
+
+
+def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None, None]:
+    hidden_gradient, weight_gradient = ctx.saved_tensors
+    hidden_type, weight_type = ctx.types
+    scale = loss_gradient / len(hidden_gradient)
+    # Cast before they are scaled, or the loss scale would overflow in float16.
+    return hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type), None, None, None
+
+
+# An operator of its own, so that the compiler does not look inside: unrolled, all chunks would live at once.
+chunked_linear_cross_entropy = torch.library.custom_op(
+    "harness::chunked_linear_cross_entropy", loss_and_gradients, mutates_args=()
+)
+chunked_linear_cross_entropy.register_fake(_empty_loss_and_gradients)
+chunked_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
 def chunked_next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -77,7 +134,9 @@ def chunked_next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Te
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        loss = ChunkedLinearCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten(), dtype)  # type: ignore[no-untyped-call]
+        loss, _, _ = chunked_linear_cross_entropy(
+            hidden.flatten(0, 1), head, targets.flatten(), dtype, torch.compiler.is_compiling()
+        )
     return cast(Tensor, loss)
 
 

@@ -10,15 +10,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from types import FrameType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from harness.run.errors import HarnessError, PeerError, StopRequestedError, fit_to_print
 
 HEARTBEAT_SECONDS = 0.5
+# A rank that is silent for so long when this one has been told to stop is why it was told: torchrun ends the others
+# when one has died, and kills them 30 seconds later.
+SILENT_SECONDS_WHEN_STOPPING = 10.0
+# Before the collectives' own timeout (distributed.COLLECTIVE_TIMEOUT), at which NCCL ends a process without a word.
+STUCK_SECONDS = 570.0
 # An orphaned worker may take this long to save its state before it leaves without.
 ORPHAN_SECONDS = 8.0
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -42,6 +49,9 @@ class StopRequest:
 
     A handler only sets a flag: it may run at any moment, so it must neither wait nor speak to other ranks. Until
     `listen` a signal does what it always does; the end of the `with` block puts that back.
+
+    Python runs no handler while the main thread waits inside CUDA, perhaps for a rank that died. So the system also
+    writes every signal into a pipe, where another thread finds it (`has_arrived`).
     """
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -49,6 +59,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._former: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._has_arrived = False
 
     def __enter__(self) -> Self:
         return self
@@ -56,6 +68,10 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            for end in self._pipe:
+                os.close(end)
 
     def request(self) -> None:
         """Ask the loop to stop at the end of the step."""
@@ -63,9 +79,20 @@ class StopRequest:
 
     def listen(self) -> None:
         """Begin to listen; what is ignored, as SIGHUP is under nohup, stays ignored."""
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in self.signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._former[number] = signal.signal(number, self._remember)
+
+    def has_arrived(self) -> bool:
+        """Say whether a signal has come, even if no handler could run yet; for one thread beside the main one."""
+        if self._pipe is not None and not self._has_arrived:
+            with suppress(BlockingIOError):
+                self._has_arrived = any(number in self.signals for number in os.read(self._pipe[0], 512))
+        return self._has_arrived
 
     def _remember(self, _: int, frame: FrameType | None) -> None:
         self.request()
@@ -78,8 +105,9 @@ class Watchdog:
     """Shows the other ranks that this one lives, notices when one of them does not, or when the launcher is gone.
 
     Every rank counts up in the store twice a second; a count that stands still belongs to a rank that died, was
-    stopped, or cannot be reached. After `timeout_seconds` of that, `give_up` is told
-    and the process ends, whatever it is waiting in: a collective may never return. When the launcher dies,
+    stopped, or cannot be reached. After `timeout_seconds` of that, or less where this rank has been told to stop,
+    `give_up` is told and the process ends, whatever it is waiting in: a collective may never return. So it does where
+    all ranks live but training has not got on for nearly as long as a collective may take. When the launcher dies,
     `stop.requested` is set, and a process that has not ended a few seconds later is ended. `launcher` is its process
     number; without one there is nothing to watch.
     """
@@ -101,6 +129,7 @@ class Watchdog:
         self._launcher = launcher
         self._store: Store | None = None
         self._step: int | None = None
+        self._got_on_at = 0.0
         self._heartbeats = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -125,7 +154,14 @@ class Watchdog:
 
     def reached(self, step: int) -> None:
         """Note the global step that this rank is at."""
+        self._got_on_at = time.monotonic()
         self._step = step
+
+    def watching(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield `items`, each a sign that this rank gets on, for work between two steps that may take long."""
+        for item in items:
+            self._got_on_at = time.monotonic()
+            yield item
 
     def report(self, error: BaseException, details: str) -> None:
         """Store why this rank fails, for the other ranks to report."""
@@ -179,9 +215,17 @@ class Watchdog:
             for rank, heartbeat in heartbeats.items():
                 if heard.get(rank, ("", 0.0))[0] != heartbeat:
                     heard[rank] = (heartbeat, now)
-            lost = [rank for rank, (_, since) in heard.items() if now - since > self._timeout_seconds]
+            patience = self._timeout_seconds
+            if self._stop.has_arrived():
+                patience = min(patience, SILENT_SECONDS_WHEN_STOPPING)
+            lost = [rank for rank, (_, since) in heard.items() if now - since > patience]
             if lost:
-                self._end(self._loss(lost, f"gave no sign of life for {self._timeout_seconds:g} seconds"))
+                self._end(self._loss(lost, f"gave no sign of life for {patience:g} seconds"))
+            if self._others and self._step is not None and now - self._got_on_at > STUCK_SECONDS:
+                stuck = (
+                    f"stuck for {STUCK_SECONDS:g} seconds {self._place()}, though all ranks live: one of them hangs"
+                )
+                self._end(PeerError(f"rank {self._rank}: {stuck}"))
 
     def _heartbeat(self) -> str:
         self._heartbeats += 1

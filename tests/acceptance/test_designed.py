@@ -114,7 +114,7 @@ def test_a_stack_that_adds_up_and_one_that_does_not(
     best = found["stack v best part drop"]
     assert best["difference"] == pytest.approx(-0.05 + 0.12, abs=0.005)
     assert best["verdict"] == "HURTS"
-    assert best["p_holm"] == pytest.approx(3 * best["p"])  # the best of three parts was picked
+    assert best["low"] > 0
 
 
 def test_a_plan_is_judged_on_the_seeds_that_are_done(
@@ -123,8 +123,9 @@ def test_a_plan_is_judged_on_the_seeds_that_are_done(
     plan = planned(2, "--seeds", "1,2,3")
     shutil.rmtree(plan.parent.parent / "study-bias-s3" / "evals")
     done = call(experiment.main, "compare", "--experiment", plan, "--format", "json")
-    assert [arm["n"] for arm in json.loads(done.stdout)["arms"]] == [2, 2]
-    assert "seeds 3" in call(experiment.main, "compare", "--experiment", plan).stdout
+    arms = json.loads(done.stdout)["arms"]
+    assert [(arm["recipe"], arm["n"], arm["noise"]["df"]) for arm in arms] == [("drop", 3, 2), ("bias", 2, 1)]
+    assert "Not every arm is scored yet on seeds 3" in call(experiment.main, "compare", "--experiment", plan).stdout
 
 
 def test_leaving_one_out_is_judged_against_the_stack(
@@ -136,7 +137,7 @@ def test_leaving_one_out_is_judged_against_the_stack(
     arms = {arm["recipe"]: arm for arm in judged["arms"]}
     assert arms["without-drop"]["difference"] == pytest.approx(0.1, abs=0.004)
     assert arms["without-drop"]["verdict"] == "HURTS"  # leaving it out hurts: it helps in the stack
-    assert judged["noise"]["unpaired"]["sd"] > 3 * judged["noise"]["sd"]
+    assert arms["without-drop"]["noise"]["sd"] < 0.005  # the seeds' own luck, 0.03, cancels
 
 
 def test_a_plan_says_what_it_costs_and_sees(tmp_path: Path, call: Callable[..., Called]) -> None:

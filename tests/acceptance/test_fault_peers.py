@@ -7,11 +7,13 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from harness.engine import distributed, watchdog
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
@@ -198,3 +200,22 @@ def test_a_real_launcher_gives_up_restarting(tmp_path: Path, datasets_dir: Path)
     assert launcher.returncode == 1
     assert status(folder)["exit_code"] == 8
     assert len(RunRecord.read(folder / "run.json").starts) == 5
+
+
+def lose_patience_soon() -> None:
+    """Take a rank for stuck after two seconds."""
+    watchdog.STUCK_SECONDS = 2.0
+
+
+@pytest.mark.fault("F30")
+def test_a_hang_in_which_all_ranks_live_comes_to_an_end(tmp_path: Path, datasets_dir: Path) -> None:
+    folder = write_demanding(tmp_path / "runs" / "stuck")
+    options: dict[str, Any] = {"before": lose_patience_soon, "fault": "step.start@7#1:sleep:60"}
+    with workers(folder, datasets_dir, count=2, **options) as (first, _):
+        assert first.wait(30) == 8
+    assert status(folder)["exit_code"] == 8
+    assert "stuck for 2 seconds at global step 7, though all ranks live" in status(folder)["reason"]
+
+
+def test_a_hang_is_reported_before_nccl_ends_the_process() -> None:
+    assert distributed.COLLECTIVE_TIMEOUT.total_seconds() > watchdog.STUCK_SECONDS

@@ -1,11 +1,16 @@
 """Asked to stop, a run stops: saved, on all ranks, and once."""
 
+import ctypes
+import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from harness.engine import watchdog
 from harness.engine.opening import open_checkpoint
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
@@ -167,3 +172,54 @@ def test_a_survivor_that_is_told_to_stop_does_not_wait_for_the_dead(
         assert time.monotonic() - told < 100  # a collective would wait for the peer timeout, 5 minutes
     train_in_fork(folder, datasets_dir, count=2)
     assert_same_run(folder, whole_by_two)
+
+
+def wait_in_c(step: int) -> None:
+    """Let rank 0 wait as in NCCL from global step `step` on: Python runs no signal handler there."""
+    watchdog.SILENT_SECONDS_WHEN_STOPPING = 2.0
+    reached = watchdog.Watchdog.reached
+
+    def reached_and_blocked(self: watchdog.Watchdog, at: int) -> None:
+        reached(self, at)
+        if at == step and os.environ["RANK"] == "0":
+            mutex, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)
+            libc.pthread_mutex_lock(mutex)
+            libc.pthread_mutex_lock(mutex)  # which is locked: no signal ends this wait
+
+    watchdog.Watchdog.reached = reached_and_blocked  # type: ignore[method-assign]
+
+
+@pytest.mark.fault("F29")
+def test_a_survivor_that_waits_inside_the_driver_leaves_and_says_why(
+    whole_by_two: Path, tmp_path: Path, datasets_dir: Path
+) -> None:
+    folder = write_demanding(tmp_path / "runs" / "survivor")
+    options: dict[str, Any] = {"before": wait_in_c, "arguments": (7,), "fault": "step.start@7#1:kill9"}
+    with workers(folder, datasets_dir, count=2, **options) as (survivor, dead):
+        assert dead.wait() == -signal.SIGKILL
+        wait_for(lambda: len(RunFolder(folder).metrics.read()) >= 6)  # it listens
+        survivor.send(signal.SIGTERM)
+        assert survivor.wait(20) == 8
+    assert (status(folder)["state"], status(folder)["exit_code"]) == ("failed", 8)
+    assert status(folder)["reason"].startswith("lost rank 1 at global step 7")
+    train_in_fork(folder, datasets_dir, count=2)
+    assert_same_run(folder, whole_by_two)
+
+
+def tell_when_the_group_is_left() -> None:
+    """Print a line when the process group is destroyed."""
+    destroy = dist.destroy_process_group
+
+    def told() -> None:
+        print("left the group")
+        destroy()
+
+    dist.destroy_process_group = told  # type: ignore[assignment]
+
+
+@pytest.mark.fault("F25")
+def test_ranks_that_agreed_to_stop_leave_their_group(tmp_path: Path, datasets_dir: Path) -> None:
+    folder = write_demanding(tmp_path / "runs" / "stopped")
+    options: dict[str, Any] = {"before": tell_when_the_group_is_left, "fault": "step.start@5#1:term"}
+    ranks = train_in_fork(folder, datasets_dir, count=2, check=75, **options)
+    assert all("left the group" in rank.stdout for rank in ranks)

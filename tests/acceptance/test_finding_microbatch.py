@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 import ddp_train
 from harness.engine import distributed
@@ -65,6 +66,24 @@ def test_a_trial_tells_too_large_from_fitting(make_run: Callable[..., Path], dat
     assert trials.succeeds([*trial, "1"], environment)
     assert not trials.succeeds([*trial, "2000"], environment)
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_trial_validates_if_the_run_does(
+    make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of all positions may take more memory than training."""
+    sizes: list[int] = []
+
+    def losses(_: object, batches: list[tuple[Tensor, Tensor]], __: object) -> None:
+        sizes.extend(len(tokens) for tokens, _ in batches)
+
+    monkeypatch.setattr(trials, "sequence_losses", losses)
+    monkeypatch.setattr(trials, "limit_memory", lambda _: None)
+    for name, train in (("plain", {}), ("validates", {"validation_interval": 5, "validation_batches": 2})):
+        folder = make_run(name, train=train)
+        place = (folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu")
+        assert call(ddp_train.main, *place, "--try-microbatch-size", 3).status == 0
+    assert sizes == [3]
 
 
 def test_a_trial_that_fails_for_another_reason_is_no_answer(

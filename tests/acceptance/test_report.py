@@ -84,19 +84,21 @@ class Text(HTMLParser):
             self.words += data + " "
 
 
-def test_replicates_are_found_and_judged_as_blocks(runs_dir: Path, call: Callable[..., Called]) -> None:
+def test_replicates_are_found_and_judged_in_pairs(runs_dir: Path, call: Callable[..., Called]) -> None:
     words = ("--baseline", "plain-s1", "better-s1", "same-s2", "--runs-dir", runs_dir, "--format", "json")
     done = call(experiment.main, "compare", *words)
     assert done.status == 0, done.stderr
     judged = json.loads(done.stdout)
-    assert judged["method"] == "blocks"
+    assert {arm["method"] for arm in judged["arms"]} == {"pairs"}
     assert judged["baseline"]["n"] == 3
     verdicts = {arm["recipe"]: arm["verdict"] for arm in judged["arms"]}
     assert verdicts == {"better": "HELPS", "same": "NO DIFFERENCE LARGER THAN 0.01"}
     (better,) = (arm for arm in judged["arms"] if arm["recipe"] == "better")
     assert better["changes"] == "drop_rate 0.1→0"
     assert better["se"] > better["se_training"] > 0
-    assert better["tokens_factor"] > 1
+    assert 1 < better["tokens_factor"]["low"] < better["tokens_factor"]["factor"] < better["tokens_factor"]["high"]
+    (same,) = (arm for arm in judged["arms"] if arm["recipe"] == "same")
+    assert same["tokens_factor"] is None  # what is not told is worth nothing
 
 
 def test_a_report_shows_everything_and_needs_nothing(
@@ -152,11 +154,14 @@ def test_noise_is_learned_and_borrowed(runs_dir: Path, call: Callable[..., Calle
     losses = [4.0 + 0.02 * seed + 0.001 * ((seed * 7 + 5) % 3) for seed in SEEDS]
     assert plain["sd"] == pytest.approx(np.std(losses, ddof=1))
     assert (plain["df"], plain["component"], plain["runs"]) == (2, "all", ["plain-s1", "plain-s2", "plain-s3"])
-    assert "the ledger, from 3 runs of this recipe" in call(experiment.main, "compare", *alone).stdout
-    other = ("--baseline", "better-s1", "plain-s1", "--only-named", "--runs-dir", runs_dir)
-    ledger["entries"] = [plain]
-    (runs_dir / "noise-ledger.json").write_text(json.dumps(ledger))
-    assert "borrowed from another recipe (plain)" in call(experiment.main, "compare", *other).stdout
+    # What was learned from a run that is being judged is no prior of it.
+    assert "noise unknown" in call(experiment.main, "compare", *alone).stdout
+    for name, model, loss in (("plain-s9", {}, 4.0), ("better-s9", {"drop_rate": 0.0}, 3.9)):
+        write_scored_run(runs_dir / name, loss, 9, model)
+    later = ("--baseline", "plain-s9", "better-s9", "--only-named", "--runs-dir", runs_dir)
+    lent = call(experiment.main, "compare", *later)
+    assert "3 earlier runs of plain in the noise ledger" in lent.stdout
+    assert "noise unknown" in call(experiment.main, "compare", *later, "--prior", "none").stdout
 
 
 def test_a_diverged_run_is_reported_never_dropped(runs_dir: Path, call: Callable[..., Called]) -> None:
@@ -165,7 +170,14 @@ def test_a_diverged_run_is_reported_never_dropped(runs_dir: Path, call: Callable
     (folder / "status.json").write_text(json.dumps({"state": "failed", "step": 30, "exit_code": 7}))
     done = call(experiment.main, "compare", "--baseline", "plain-s1", "better-s1", "--runs-dir", runs_dir)
     assert done.status == 0, done.stderr
-    assert "CANNOT TELL: diverged: better-s2" in done.stdout
+    assert "Diverged: 1 of 3 runs, of the baseline 0 of 3 (Fisher p 1, Holm p 1)." in done.stdout
+    for seed in SEEDS:
+        folder = runs_dir / f"better-s{seed}"
+        shutil.rmtree(folder / "evals", ignore_errors=True)
+        (folder / "status.json").write_text(json.dumps({"state": "failed", "step": 30, "exit_code": 7}))
+    done = call(experiment.main, "compare", "--baseline", "better-s1", "plain-s1", "--runs-dir", runs_dir)
+    assert "CANNOT TELL: every run of better diverged" in done.stdout
+    assert "better: 3 of 3 runs diverged and have no loss: better-s1, better-s2, better-s3." in done.stdout
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Chromium browser")
@@ -201,4 +213,4 @@ def test_the_published_table_makes_a_page(call: Callable[..., Called], tmp_path:
     )
     assert done.status == 0, done.stderr
     words = Text((tmp_path / "out.html").read_text()).words
-    assert words.count("HURTS") >= 2
+    assert words.count("LEANS WORSE") >= 2

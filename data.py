@@ -4,6 +4,7 @@ Every micro-batch is read from disk when it is needed, so memory does not grow w
 at a step is a pure function of the plan and the seeds, so there is no iterator state to save or restore.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from torch import Tensor
 from harness.engine.failpoints import failpoint
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import DataError, hub_errors
-from harness.run.plan import Plan, make_plan, validation_sequences
+from harness.run.plan import Plan, epoch_sequences, make_plan, validation_sequences
 from harness.tokens.randomness import Permutation, order_permutation
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, require_room, tokenizer_of_tokens
@@ -129,24 +130,43 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
 
 @dataclass(frozen=True)
 class TrainData:
-    """The train split cut into sequences: sequence s is tokens [start + s*T, start + s*T + T + 1)."""
+    """The train split cut into sequences: sequence s is tokens [start + s*T, start + s*T + T + 1).
+
+    The run takes them one after the other, and after the last begins a new epoch, where they are shuffled in an order
+    of its own.
+    """
 
     file: TokenFile
     start_token: int
     plan: Plan
-    order: Permutation | None
-    """Of the sequences, if they are shuffled."""
+    order_seed: int | None
+    """Of the orders of the epochs; None reads the file in order."""
+
+    @functools.cached_property
+    def sequences(self) -> int:
+        """Whole sequences in the split from start_token on, which are one epoch."""
+        return epoch_sequences(self.file.length - self.start_token, self.plan.context_length)
+
+    def place_of(self, number: int) -> int:
+        """Return the place in the file of the run's sequence `number`."""
+        epoch, place = divmod(number, self.sequences)
+        return place if self.order_seed is None else self._order(epoch)[place]
+
+    def _order(self, epoch: int) -> Permutation:
+        assert self.order_seed is not None
+        return order_permutation(self.order_seed, epoch, self.sequences)
 
     def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
         """Return tokens and targets of one rank's micro-batch, each (B, T) int64 on the CPU."""
         size, length = self.plan.microbatch_size, self.plan.context_length
         first = self.plan.microbatch_index(global_step, accumulation_step, rank) * size
-        if self.order is None:
+        if self.order_seed is None and first % self.sequences + size <= self.sequences:
+            first %= self.sequences
             tokens = self.file.read(self.start_token + first * length, size * length + 1)
             return as_sequences(tokens, length)
         rows = [
-            self.file.read(self.start_token + self.order[sequence] * length, length + 1)
-            for sequence in range(first, first + size)
+            self.file.read(self.start_token + self.place_of(number) * length, length + 1)
+            for number in range(first, first + size)
         ]
         block = torch.from_numpy(np.stack(rows))  # (B, T + 1)
         return block[:, :-1], block[:, 1:]
@@ -185,9 +205,7 @@ def as_sequences(tokens: NDArray[np.int64], context_length: int) -> tuple[Tensor
 
 def train_data(file: TokenFile, config: TrainConfig, plan: Plan) -> TrainData:
     """Return a plan's train data; `shuffle` permutes all complete sequences from start_train_token on."""
-    sequences = (file.length - config.start_train_token - 1) // plan.context_length
-    order = order_permutation(config.seed_of("order"), 0, sequences) if config.shuffle else None
-    return TrainData(file, config.start_train_token, plan, order)
+    return TrainData(file, config.start_train_token, plan, config.seed_of("order") if config.shuffle else None)
 
 
 @dataclass(frozen=True)
@@ -226,7 +244,7 @@ def open_splits(
     """
     file = open_split(datasets_dir, config.dataset, "train")
     plan = make_plan(model, config, world_size, file.length - config.start_train_token)
-    used = [(file, config.start_train_token, plan.tokens_needed)]
+    used = [(file, config.start_train_token, min(plan.tokens_needed, file.length - config.start_train_token))]
     validation = None
     if config.validation_batches is not None:
         validation = open_split(datasets_dir, config.dataset, "validation")

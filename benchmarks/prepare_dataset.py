@@ -4,10 +4,10 @@
 
 The corpus is Python's own `pydoc` topics, English prose, so many times over as a .jsonl file. All ways take turns on
 it, round after round, so that what else the machine does hits all alike: a plain tiktoken loop in one process, and
-prepare_dataset.py with one worker, with all, and with each kind of tokenizer. Time is from start to end of each process,
-imports included. The median of the rounds, their ratio and the largest resident memory go to
-benchmarks/results/prepare_dataset.json. Seconds of CPU go there too: they tell what the work costs where the machine is
-busy with other things.
+prepare_dataset.py with one worker, with all, and with each kind of tokenizer. Time is from start to end of each
+process, imports included. The median of the rounds, their ratio and the largest resident memory go to
+benchmarks/results/prepare_dataset.json. Seconds of CPU go there too: they tell what the work costs where the machine
+is busy with other things.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def measure(folder: Path, copies: int, rounds: int) -> dict[str, object]:
         "load_before": load,
         "cores": cores,
         "platform": platform.platform(),
-        "versions": {name: version(name) for name in ("tiktoken", "tokenizers", "numpy")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("tiktoken", "tokenizers", "numpy")}
+        | {"python": platform.python_version()},
     }
 
 

@@ -2,7 +2,7 @@
 
 from harness.engine.checkpoint import save_tensors
 from harness.engine.costs import cost_of, describe
-from harness.run.plan import make_plan
+from harness.run.plan import epoch_sequences, make_plan
 from harness.tokens.token_files import open_split, split_files
 from model import fingerprint
 from training.arguments import RunRequest
@@ -18,6 +18,9 @@ def dry_run(request: RunRequest, world_size: int) -> None:
         available = open_split(datasets_dir, config.dataset, "train").length - config.start_train_token
     plan = make_plan(model_config, config, world_size, available)
     rows = describe(cost_of(model_config, config, plan), config)
+    if available is not None:
+        times = plan.train_tokens / (epoch_sequences(available, plan.context_length) * plan.context_length)
+        rows.insert(2, ("Epochs", f"{times:,.2f}, of at most {config.epochs}: so often is a token trained on"))
     rows.append(("Dataset", f"{config.dataset}, {'there' if is_there else 'to be downloaded by the first start'}"))
     rows.append(("Initial weights", f"SHA-256 {fingerprint(untrained_model(request))}"))
     width = max(len(label) for label, _ in rows)

@@ -4,12 +4,9 @@ Every micro-batch is read from disk when it is needed, so memory does not grow w
 at a step is a pure function of the plan and the seeds, so there is no iterator state to save or restore.
 """
 
-import functools
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,72 +20,12 @@ from harness.engine.failpoints import failpoint
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import DataError, hub_errors
 from harness.run.plan import Plan, epoch_sequences, make_plan, validation_sequences
+from harness.tokens.checked_tokens import CheckedTokens, TokenCheck, check_tokens
 from harness.tokens.randomness import Permutation, order_permutation
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, require_room, tokenizer_of_tokens
 
-CHECK_CHUNK_TOKENS = 2**24
 FINGERPRINT_TOKENS = 2**20
-
-
-@dataclass(frozen=True)
-class TokenCheck:
-    """What one pass over tokens [start, start + count) of a split found."""
-
-    start: int
-    count: int
-    highest_id: int
-    sha256: str
-    """Over the file's type, and the tokens as little-endian uint32."""
-
-
-def check_tokens(file: TokenFile, start: int, count: int, vocab_size: int) -> TokenCheck:
-    """Check that every id in [start, start + count) is in [0, vocab_size), and hash those tokens.
-
-    The result is cached beside the file until its size or time changes, so that resuming does not read gigabytes
-    again. Raises DataError with the index of the first id that is out of range.
-    """
-    size, mtime_ns = file.size_and_time()
-    cache = file.path.with_name(f".{file.path.stem}-{start}-{count}.check.json")
-    key = {"size": size, "mtime_ns": mtime_ns}
-    result = _cached_check(cache, key)
-    if result is None or result.highest_id >= vocab_size:
-        result = _read_and_check(file, start, count, vocab_size)
-        try:
-            temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({**key, **asdict(result)}))
-            temporary.replace(cache)
-        except OSError:
-            pass  # a read-only dataset folder costs another pass at the next start, nothing else
-    return result
-
-
-def _cached_check(path: Path, key: dict[str, int]) -> TokenCheck | None:
-    try:
-        cached = json.loads(path.read_text())
-        if all(cached[name] == value for name, value in key.items()):
-            return TokenCheck(
-                int(cached["start"]), int(cached["count"]), int(cached["highest_id"]), str(cached["sha256"])
-            )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
-
-
-def _read_and_check(file: TokenFile, start: int, count: int, vocab_size: int) -> TokenCheck:
-    digest = hashlib.sha256(file.dtype.encode())
-    highest = 0
-    for chunk_start in range(start, start + count, CHECK_CHUNK_TOKENS):
-        tokens = file.read(chunk_start, min(CHECK_CHUNK_TOKENS, start + count - chunk_start))
-        wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
-        if wrong.size:
-            raise DataError(
-                f"{file.path}: found id {tokens[wrong[0]]} at token {chunk_start + int(wrong[0]):,}, "
-                f"wanted ids from 0 to {vocab_size - 1} (model.json: vocab_size)"
-            )
-        highest = max(highest, int(tokens.max()))
-        digest.update(tokens.astype("<u4").tobytes())
-    return TokenCheck(start, count, highest, digest.hexdigest())
 
 
 def ensure_dataset(datasets_dir: Path, config: TrainConfig) -> None:
@@ -136,16 +73,13 @@ class TrainData:
     of its own.
     """
 
-    file: TokenFile
+    file: TokenFile | CheckedTokens
     start_token: int
     plan: Plan
+    sequences: int
+    """Of an epoch: all whole ones in the split from start_token on."""
     order_seed: int | None
     """Of the orders of the epochs; None reads the file in order."""
-
-    @functools.cached_property
-    def sequences(self) -> int:
-        """Whole sequences in the split from start_token on, which are one epoch."""
-        return epoch_sequences(self.file.length - self.start_token, self.plan.context_length)
 
     def place_of(self, number: int) -> int:
         """Return the place in the file of the run's sequence `number`."""
@@ -171,16 +105,17 @@ class TrainData:
         block = torch.from_numpy(np.stack(rows))  # (B, T + 1)
         return block[:, :-1], block[:, 1:]
 
-    def fingerprint(self) -> str:
-        """Return a SHA-256 (hex) that is cheap to compute and prevents a run from resuming on other data.
 
-        It covers the file's length and type, start_token, and up to 2^20 tokens from there and at the file's end.
-        """
-        digest = hashlib.sha256(f"{self.file.dtype} {self.file.length} {self.start_token}".encode())
-        count = min(FINGERPRINT_TOKENS, self.file.length - self.start_token)
-        for start in (self.start_token, self.file.length - count):
-            digest.update(self.file.read(start, count).astype("<u4").tobytes())
-        return digest.hexdigest()
+def fingerprint(file: TokenFile, start_token: int) -> str:
+    """Return a SHA-256 (hex) that is cheap to compute and prevents a run from resuming on other data.
+
+    It covers the file's length and type, start_token, and up to 2^20 tokens from there and at the file's end.
+    """
+    digest = hashlib.sha256(f"{file.dtype} {file.length} {start_token}".encode())
+    count = min(FINGERPRINT_TOKENS, file.length - start_token)
+    for start in (start_token, file.length - count):
+        digest.update(file.read(start, count).astype("<u4").tobytes())
+    return digest.hexdigest()
 
 
 class SyntheticData:
@@ -205,7 +140,9 @@ def as_sequences(tokens: NDArray[np.int64], context_length: int) -> tuple[Tensor
 
 def train_data(file: TokenFile, config: TrainConfig, plan: Plan) -> TrainData:
     """Return a plan's train data; `shuffle` permutes all complete sequences from start_train_token on."""
-    return TrainData(file, config.start_train_token, plan, config.seed_of("order") if config.shuffle else None)
+    sequences = epoch_sequences(file.length - config.start_train_token, plan.context_length)
+    order_seed = config.seed_of("order") if config.shuffle else None
+    return TrainData(file, config.start_train_token, plan, sequences, order_seed)
 
 
 @dataclass(frozen=True)
@@ -214,17 +151,24 @@ class Splits:
 
     plan: Plan
     train: TrainData | SyntheticData
-    validation: TokenFile | None
+    validation: TokenFile | CheckedTokens | None
     tokenizer: Tokenizer | None
     """With which the tokens were made; None where that is not known."""
     checks: list[TokenCheck]
     """Of the splits in order; empty in a process that did not check."""
     fingerprint: str
-    """Of the train data; see TrainData.fingerprint."""
+    """Of the train data; see `fingerprint`."""
 
     def describe(self) -> list[dict[str, object]]:
         """Return the checks as run.json holds them."""
-        return [asdict(check) for check in self.checks]
+        return [check.describe() for check in self.checks]
+
+    def bound_to(self, checks: list[TokenCheck]) -> "Splits":
+        """Return the same data, of which no token is read that one process's checks did not see."""
+        assert isinstance(self.train, TrainData)
+        files = [file for file in (self.train.file, self.validation) if isinstance(file, TokenFile)]
+        train, *validation = [CheckedTokens(file, check) for file, check in zip(files, checks, strict=True)]
+        return replace(self, train=replace(self.train, file=train), validation=next(iter(validation), None))
 
     def checked(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens that this process checked, by split and range."""
@@ -244,7 +188,10 @@ def open_splits(
     """
     file = open_split(datasets_dir, config.dataset, "train")
     plan = make_plan(model, config, world_size, file.length - config.start_train_token)
-    used = [(file, config.start_train_token, min(plan.tokens_needed, file.length - config.start_train_token))]
+    train = train_data(file, config, plan)
+    # A shuffled run draws its sequences from the whole split, and one of several epochs comes to its end.
+    sequences = train.sequences if config.shuffle else min(train.sequences, plan.train_tokens // plan.context_length)
+    used = [(file, config.start_train_token, sequences * plan.context_length + 1)]
     validation = None
     if config.validation_batches is not None:
         validation = open_split(datasets_dir, config.dataset, "validation")
@@ -258,12 +205,11 @@ def open_splits(
     if (tokenizer := tokenizer_of_tokens(file)) is not None:
         require_room(tokenizer, model.vocab_size)
     checks = [check_tokens(*span, model.vocab_size) for span in used] if reads_through else []
-    train = train_data(file, config, plan)
-    return Splits(plan, train, validation, tokenizer, checks, train.fingerprint())
+    return Splits(plan, train, validation, tokenizer, checks, fingerprint(file, config.start_train_token))
 
 
 def evaluation_batches(
-    file: TokenFile, start_token: int, sequences: range, context_length: int, batch_size: int
+    file: TokenFile | CheckedTokens, start_token: int, sequences: range, context_length: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield tokens and targets, each (up to batch_size, T), of `sequences` counted from start_token."""
     for first in range(sequences.start, sequences.stop, batch_size):

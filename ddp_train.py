@@ -58,6 +58,7 @@ from harness.tokens.randomness import seed_dropout
 from training.checkpointing import choose_resume_point, keep_tokenizer, require_equal_runs, save_checkpoint
 from training.context import TrainContext, build, compile_and_build_buckets, wrap
 from training.dry_run import dry_run, dump_initial_weights
+from training.reading import ReadAhead, require_data
 from training.report import report_devices, report_end, report_nothing_to_do
 from training.trials import find_max_microbatch_size, try_microbatch_size
 from training.validation import validate_and_sample, warn_of_first_loss
@@ -102,6 +103,7 @@ def main() -> None:
 
         stack.enter_context(distributed.process_group(launch, device, watchdog))
         stop_step = min(arguments.max_steps or plan.global_steps, plan.global_steps)
+        splits = splits.bound_to(distributed.run_on_rank0(launch, lambda: splits.checks))
         identity = identity_of(model_config, config, plan, splits.fingerprint, splits.checked())
         require_equal_runs(request, launch, identity, stop_step)
         keep_tokenizer(request, launch, splits.tokenizer)
@@ -128,6 +130,7 @@ def main() -> None:
             model_config=model_config,
             config=config,
             splits=splits,
+            reader=ReadAhead(splits.train, launch.rank, plan, range(point.state.next_step, stop_step)),
             model=model,
             optimizer=optimizer,
             scaler=scaler,
@@ -166,7 +169,7 @@ def did_without_training(request: RunRequest, launch: Launch) -> bool:
 def train(context: TrainContext, observers: Observers) -> None:
     """Train until context.stop_step; one pass of the loop is one global step.
 
-    Raises StopRequestedError after saving where a rank was asked to stop, and NonFiniteError.
+    Raises StopRequestedError after saving where a rank was asked to stop, DataError likewise, and NonFiniteError.
     """
     config, plan, state, launch = context.config, context.plan, context.state, context.launch
     context.stop.listen()
@@ -184,7 +187,8 @@ def train(context: TrainContext, observers: Observers) -> None:
                 config.clipping_max_norm,
                 keep_gradients=launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
             )
-            wants_to_stop = context.stop.requested or context.checkpoint_writer.has_failed
+            cannot_go_on = context.checkpoint_writer.has_failed or context.reader.failure is not None
+            wants_to_stop = context.stop.requested or cannot_go_on
             pending = PendingMetrics(launch, losses, outcome.grad_norm, outcome.is_finite, wants_to_stop)
             log.submit(step, pending, learning_rate)
 
@@ -205,6 +209,8 @@ def train(context: TrainContext, observers: Observers) -> None:
                 log.settle()
                 save_checkpoint(context, is_scheduled, validation, waits=is_last)
                 log.restart_clock()
+            if is_last:
+                require_data(launch, context.reader, step)
             if log.stop_agreed and step < context.stop_step - 1:
                 reason = f"asked to stop: saved after global step {step:,}; run the same command to go on"
                 raise StopRequestedError(*([reason] if launch.is_main else []))
@@ -234,8 +240,7 @@ def accumulate_gradients(context: TrainContext, step: int) -> Tensor:
     """
     steps = context.plan.accumulation_steps
     losses = []
-    for accumulation_step in range(steps):
-        tokens, targets = context.splits.train.microbatch(step, accumulation_step, context.launch.rank)
+    for accumulation_step, (tokens, targets) in enumerate(context.reader.take(step)):
         if context.model_config.drop_rate:
             seed_dropout(context.config.seed_of("dropout"), step, accumulation_step, context.launch.rank)
         with distributed.gradient_sync(context.objective, enabled=accumulation_step == steps - 1):

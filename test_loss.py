@@ -34,7 +34,8 @@ from harness.run.errors import ConfigError, DataError, StorageError, exit_status
 from harness.run.files import json_number, utc_now
 from harness.run.run_folder import run_of_model_file
 from harness.run.score import Score, describe_model, perplexity_of, score_path
-from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.tokens.checked_tokens import CHECK_CHUNK_TOKENS, CheckedTokens, check_tokens
+from harness.tokens.token_files import SPLITS, open_split, split_files
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of_model, tokenizer_of_tokens
 from model import model_of
 
@@ -67,11 +68,10 @@ class ScoreArguments:
 class TestTokens:
     """Checked tokens to score a model on: whole sequences from `start_token` on."""
 
-    file: TokenFile
+    file: CheckedTokens
     dataset: str
     start_token: int
     sequences: int
-    check: data.TokenCheck
     tokenizer: Tokenizer | None
     """Of the tokens; None where it is not known, and then neither are bytes and documents."""
 
@@ -108,7 +108,7 @@ def main() -> None:
         start_token=test.start_token,
         tokens=sequences * length,
         sequences=sequences,
-        tokens_sha256=test.check.sha256,
+        tokens_sha256=test.file.check.sha256,
         loss=json_number(loss),
         perplexity=perplexity_of(loss),
         bits_per_byte=bits_per_byte,
@@ -206,8 +206,8 @@ def open_test_tokens(
             f"(--batches {batches} x {SEQUENCES_PER_BATCH} sequences x {model.context_length} tokens + 1); "
             "choose --start-token and --batches"
         )
-    check = data.check_tokens(file, start, needed, model.vocab_size)
-    return TestTokens(file, dataset, start, batches * SEQUENCES_PER_BATCH, check, of_tokens)
+    checked = CheckedTokens(file, check_tokens(file, start, needed, model.vocab_size))
+    return TestTokens(checked, dataset, start, batches * SEQUENCES_PER_BATCH, of_tokens)
 
 
 def tally_losses(
@@ -238,9 +238,9 @@ def target_bytes(test: TestTokens) -> int | None:
     if test.tokenizer is None:
         return None
     lengths, total = test.tokenizer.byte_lengths(), 0
-    start, end = test.start_token + 1, test.start_token + test.check.count
-    for first in range(start, end, data.CHECK_CHUNK_TOKENS):
-        tokens = test.file.read(first, min(data.CHECK_CHUNK_TOKENS, end - first))
+    start, end = test.start_token + 1, test.start_token + test.file.check.count
+    for first in range(start, end, CHECK_CHUNK_TOKENS):
+        tokens = test.file.read(first, min(CHECK_CHUNK_TOKENS, end - first))
         if tokens.max() >= len(lengths):
             return None
         total += int(lengths[tokens].sum())
@@ -256,8 +256,8 @@ def first_documents(test: TestTokens, length: int) -> NDArray[np.int64] | None:
     if test.tokenizer is None:
         return None
     ends: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    for first in range(0, test.sequences * length, data.CHECK_CHUNK_TOKENS):
-        count = min(data.CHECK_CHUNK_TOKENS, test.sequences * length - first)
+    for first in range(0, test.sequences * length, CHECK_CHUNK_TOKENS):
+        count = min(CHECK_CHUNK_TOKENS, test.sequences * length - first)
         tokens = test.file.read(test.start_token + first, count)
         ends.append(np.flatnonzero(tokens == test.tokenizer.end_of_text_id) + first)
     return np.searchsorted(np.concatenate(ends), np.arange(test.sequences) * length).astype(np.int64)
@@ -271,9 +271,9 @@ def by_frequency(
         return None
     file = open_split(datasets_dir, test.dataset, "train")
     count = np.zeros(vocab_size, dtype=np.int64)
-    for first in range(0, min(file.length, FREQUENCY_TOKENS), data.CHECK_CHUNK_TOKENS):
-        tokens = file.read(first, min(data.CHECK_CHUNK_TOKENS, file.length - first))
-        count += np.bincount(tokens[tokens < vocab_size], minlength=vocab_size)
+    for first in range(0, min(file.length, FREQUENCY_TOKENS), CHECK_CHUNK_TOKENS):
+        tokens = file.read(first, min(CHECK_CHUNK_TOKENS, file.length - first))
+        count += np.bincount(tokens[(tokens >= 0) & (tokens < vocab_size)], minlength=vocab_size)
     return described(tally.by_frequency(count))
 
 

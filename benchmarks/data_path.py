@@ -102,7 +102,7 @@ def read(datasets_dir: Path, rank: int, processes: int, shuffled: bool, microbat
     file = open_split(datasets_dir, "sparse", "train")
     steps = (FILE_TOKENS - 1) // (SIZE * LENGTH * processes)
     plan = Plan(processes, SIZE, 1, LENGTH, steps)
-    train = TrainData(file, 0, plan, 1 if shuffled else None)
+    train = TrainData(file, 0, plan, (FILE_TOKENS - 1) // LENGTH, 1 if shuffled else None)
     seconds = []
     before = 0.0
     for number in range(microbatches):

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-import data
-from data import TokenFile, as_sequences, check_tokens, evaluation_batches, open_split, open_splits, train_data
+from data import TokenFile, as_sequences, evaluation_batches, open_split, open_splits, train_data
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import DataError
 from harness.run.plan import Plan, make_plan
+from harness.tokens import checked_tokens
+from harness.tokens.checked_tokens import check_tokens
 
 LENGTH = 8  # tokens in a sequence
 MODEL = ModelConfig(
@@ -183,7 +184,8 @@ def test_ids_outside_the_used_span_are_not_looked_at(tmp_path: Path, save: Calla
 
 
 def test_check_covers_every_chunk(tmp_path: Path, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CHECK_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(checked_tokens, "CHECK_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(checked_tokens, "STRETCH_TOKENS", 64)
     tokens = np.arange(1000, dtype=np.uint16) % 97
     for place in (63, 64, 127, 128, 960, 999):
         wrong = tokens.copy()
@@ -205,7 +207,8 @@ def test_fingerprint_follows_the_tokens_used(
     assert check_tokens(one, 0, 1000, 97).sha256 != check_tokens(other, 0, 1000, 97).sha256
     assert check_tokens(one, 0, 500, 97).sha256 == check_tokens(other, 0, 500, 97).sha256
     whole = check_tokens(one, 0, 999, 97).sha256
-    monkeypatch.setattr(data, "CHECK_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(checked_tokens, "CHECK_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(checked_tokens, "STRETCH_TOKENS", 64)
     (tmp_path / "mine" / ".train-0-999.check.json").unlink()
     assert check_tokens(one, 0, 999, 97).sha256 == whole  # how the file is cut does not matter
 
@@ -220,14 +223,16 @@ def rewrite(path: Path, place: int, value: int, keep_time: bool) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + change))
 
 
-def test_kept_check_is_used_again_until_the_file_changes(tmp_path: Path, save: Callable[..., Path]) -> None:
+def test_kept_check_is_used_again_until_the_file_changes(
+    tmp_path: Path, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save(tokens=np.arange(1000, dtype=np.uint16) % 97)
     file = open_split(tmp_path, "mine", "train")
     first = check_tokens(file, 0, 1000, 97)
-    # A change that nobody could notice without reading shows that the second check does not read.
-    rewrite(path, -2, 500, keep_time=True)
-    assert check_tokens(file, 0, 1000, 97) == first
-    rewrite(path, -2, 500, keep_time=False)
+    with monkeypatch.context() as patch:
+        patch.delattr(TokenFile, "read")  # the second check does not read
+        assert check_tokens(file, 0, 1000, 97) == first
+    rewrite(path, -2, 500, keep_time=True)  # as what restores a backup does
     with pytest.raises(DataError, match="found id 500 at token 999"):
         check_tokens(file, 0, 1000, 97)
     rewrite(path, -2, 1, keep_time=False)

@@ -8,9 +8,10 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from data import check_tokens, ensure_dataset, open_splits
+from data import ensure_dataset, open_splits
 from harness.run.config import load_run_configs
 from harness.run.errors import DataError
+from harness.tokens.checked_tokens import check_tokens
 from harness.tokens.token_files import TokenFile, open_split
 from tests.helpers import TINY_MODEL
 

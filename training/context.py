@@ -28,6 +28,7 @@ from harness.run.train_state import TrainState
 from harness.tokens.tokenizer import Tokenizer, tokenizer_of_model
 from model import GPTModel, initialise, load_weights, uninitialized_model
 from training.arguments import RunRequest
+from training.reading import ReadAhead
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class TrainContext:
     model_config: ModelConfig
     config: TrainConfig
     splits: data.Splits
+    reader: ReadAhead
+    """Of the train split."""
     model: GPTModel
     """The model without wrappers."""
     optimizer: Optimizer
@@ -162,13 +165,15 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
     launch, stop, identity = Launch(), StopRequest(), ResumeIdentity({})
     point = from_the_beginning(identity)
     model, optimizer, scaler = build(request, launch, device, point)
+    source = data.SyntheticData(plan, request.model_config.vocab_size)
     context = TrainContext(
         launch=launch,
         device=device,
         folder=RunFolder(Path(os.devnull)),
         model_config=request.model_config,
         config=request.config,
-        splits=data.Splits(plan, data.SyntheticData(plan, request.model_config.vocab_size), None, None, [], ""),
+        splits=data.Splits(plan, source, None, None, [], ""),
+        reader=ReadAhead(source, 0, plan, range(0)),
         model=model,
         optimizer=optimizer,
         scaler=scaler,

@@ -1,5 +1,6 @@
 """Measure what goes into metrics besides training: validation loss, a sample, and whether the first loss is sane."""
 
+import math
 import sys
 from contextlib import suppress
 
@@ -12,7 +13,7 @@ from harness.engine.failpoints import failpoint
 from harness.engine.loss import first_loss_warning
 from harness.engine.metrics import StepLog
 from harness.engine.sampling import SampleSettings, continue_text
-from harness.run.errors import CheckpointError
+from harness.run.errors import CheckpointError, DataError
 from harness.run.files import json_number
 from harness.run.plan import validation_sequences
 from harness.tokens.randomness import stream_seed
@@ -40,7 +41,10 @@ def validate_and_sample(context: TrainContext, is_scheduled: bool) -> tuple[floa
 
 
 def validation_loss(context: TrainContext) -> float:
-    """Return the mean loss over the first validation_batches global batches of that split, on every rank."""
+    """Return the mean loss over the first validation_batches global batches of that split, on every rank.
+
+    It is NaN where a rank could not read its share; the run then stops at the next global step.
+    """
     assert context.splits.validation is not None
     launch, plan = context.launch, context.plan
     sequences = validation_sequences(context.config, plan)
@@ -48,9 +52,12 @@ def validation_loss(context: TrainContext) -> float:
     batches = data.evaluation_batches(
         context.splits.validation, context.config.start_val_token, share, plan.context_length, plan.microbatch_size
     )
-    with context.autocast():
-        losses = sequence_losses(context.model, context.watchdog.watching(batches), context.device)
-    total = torch.tensor([losses.sum()], dtype=torch.float32, device=context.device)
+    try:
+        with context.autocast():
+            own = sequence_losses(context.model, context.watchdog.watching(batches), context.device).sum()
+    except DataError as error:  # the others are waiting for this rank's share: they get one that is no number
+        context.reader.failure, own = error, math.nan
+    total = torch.tensor([own], dtype=torch.float32, device=context.device)
     return float(distributed.gather(launch, total).cpu().double().sum()) / sequences  # MPS has no float64
 
 

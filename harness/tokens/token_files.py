@@ -5,10 +5,12 @@
     DATASET/*_train_000001.bin    DATASET/*_val_000000.bin          llm.c: shards, each with a header of 256 int32
 
 The first that exists is used. A raw file has no header to recognise it by, so its ids are checked against the
-vocabulary before use, as for every split. Files are not kept open or mapped between reads, so memory stays flat.
+vocabulary before use, as for every split. Files are not kept open or mapped: memory stays flat, and a file that is
+cut or lies on a bad disk is an error and no signal.
 """
 
 import itertools
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from harness.run.errors import DataError
+from harness.run.files import open_regular
 
 SPLITS = ("train", "validation")
 TENSOR = "tokens"
-DTYPES = ("U16", "I32", "U32")
+DTYPES = {"U16": "<u2", "I32": "<i4", "U32": "<u4"}
 BIN_NAMES = {"train": ("train",), "validation": ("val", "validation")}
 
 # The header of llm.c's dev/data/data_common.py: 256 int32, of which the first three are a magic number, the version
@@ -34,7 +37,7 @@ LLMC_HEADER_BYTES = 4 * 256
 
 @dataclass(frozen=True)
 class Shard:
-    """uint16 tokens in a file, from byte `offset` to its end; `length` in tokens."""
+    """Tokens in a file from byte `offset` on; `length` in tokens."""
 
     path: Path
     offset: int
@@ -43,13 +46,22 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split on disk; `length` in tokens. `path` is the first shard if there are several."""
+    """One split on disk, in one file or several; `length` in tokens."""
 
-    path: Path
-    length: int
     dtype: str
+    """As safetensors names it: a key of DTYPES."""
     metadata: dict[str, str]
-    shards: tuple[Shard, ...] = ()
+    shards: tuple[Shard, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file, the first of them where there are several."""
+        return self.shards[0].path
+
+    @property
+    def length(self) -> int:
+        """Tokens in the split."""
+        return sum(shard.length for shard in self.shards)
 
     @property
     def is_llmc(self) -> bool:
@@ -57,29 +69,28 @@ class TokenFile:
         return any(shard.offset for shard in self.shards)
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Read tokens [start, start + count) as int64, (count,); fewer at the end of the split."""
-        end = min(start + count, self.length)
-        if self.shards:
-            return self._read_shards(start, end)
-        with safe_open(self.path, framework="numpy") as file:
-            tokens: NDArray[np.generic] = file.get_slice(TENSOR)[start:end]
-        return tokens.astype(np.int64)
-
-    def _read_shards(self, start: int, end: int) -> NDArray[np.int64]:
+        """Read tokens [start, start + count) as int64, (count,); fewer at the end of the split. Raises OSError."""
+        dtype = np.dtype(DTYPES[self.dtype])
         parts = [np.empty(0, dtype=np.int64)]
         first = 0  # index in the split of the shard's first token
         for shard in self.shards:
-            low, high = max(start, first), min(end, first + shard.length)
+            low, high = max(start, first), min(start + count, first + shard.length)
             if low < high:
-                offset = shard.offset + 2 * (low - first)
-                parts.append(np.fromfile(shard.path, "<u2", high - low, offset=offset).astype(np.int64))
+                offset = shard.offset + dtype.itemsize * (low - first)
+                parts.append(np.fromfile(shard.path, dtype, high - low, offset=offset).astype(np.int64))
             first += shard.length
         return np.concatenate(parts)
 
-    def size_and_time(self) -> tuple[int, int]:
-        """Return bytes on disk and newest modification time (nanoseconds) over all files of the split."""
-        stats = [path.stat() for path in ([shard.path for shard in self.shards] or [self.path])]
-        return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+    def size_and_times(self) -> tuple[int, int, int]:
+        """Return bytes on disk, and the newest times (ns) at which content and inode of the split's files changed."""
+        stats = [shard.path.stat() for shard in self.shards]
+        newest = max(stat.st_mtime_ns for stat in stats), max(stat.st_ctime_ns for stat in stats)
+        return sum(stat.st_size for stat in stats), *newest
+
+    def on_disk(self) -> list[tuple[int, int, int, int, int]]:
+        """Return what changes when a file is replaced or written to: device, number, size, times. Raises OSError."""
+        stats = [shard.path.stat() for shard in self.shards]
+        return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -101,8 +112,7 @@ def open_split(datasets_dir: Path, dataset: str, split: str) -> TokenFile:
     if paths[0].suffix == ".safetensors":
         return _open_safetensors(paths[0])
     _check_shard_names(paths)
-    shards = tuple(map(_open_bin, paths))
-    return TokenFile(paths[0], sum(shard.length for shard in shards), "U16", {}, shards)
+    return TokenFile("U16", {}, tuple(map(_open_bin, paths)))
 
 
 def _open_safetensors(path: Path) -> TokenFile:
@@ -114,13 +124,16 @@ def _open_safetensors(path: Path) -> TokenFile:
             tensor = file.get_slice(TENSOR)
             dtype, shape = tensor.get_dtype(), tensor.get_shape()
             metadata = file.metadata() or {}
+        with open_regular(path) as raw:
+            header_bytes = int.from_bytes(raw.read(8), "little")
+            offset = 8 + header_bytes + json.loads(raw.read(header_bytes))[TENSOR]["data_offsets"][0]
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: cannot be read as safetensors ({error})") from None
     if dtype not in DTYPES:
         raise DataError(f"{path}: found tokens of type {dtype}, wanted U16, I32 or U32")
     if len(shape) != 1 or shape[0] == 0:
         raise DataError(f"{path}: found tokens of shape {shape}, wanted one dimension and at least one token")
-    return TokenFile(path, shape[0], dtype, metadata)
+    return TokenFile(dtype, metadata, (Shard(path, offset, shape[0]),))
 
 
 def _check_shard_names(paths: list[Path]) -> None:

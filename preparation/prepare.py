@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -33,17 +33,15 @@ from preparation.partial_dataset import (
     locked,
     move_into_place,
 )
+from preparation.python_docs import EMBEDDED
 from preparation.readers import Batch, read_batches
 from preparation.selection import PreparationSettings
-from preparation.sources import SourceFile, check_space, local_files
+from preparation.sources import Kind, SourceFile, check_space, local_files
 from preparation.token_writer import CHUNK_TOKENS, sha256_of
 from preparation.tokenizer_choice import known_tokenizer, learn_tokenizer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-PYTHON_DOCS = "python-docs"
-PYTHON_DOCS_BYTES = 18_000_000  # about; for the progress bar and the estimate of disk space
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def is_prepared(settings: PreparationSettings, out_dir: Path) -> bool:
             raise ConfigError(f"{file.path}: already there and not made by prepare_dataset.py, {hint}")
         if difference := settings.difference(found):
             raise ConfigError(f"{file.path}: made with other options ({difference}), {hint}")
-        if settings.source != PYTHON_DOCS and not settings.source.startswith(PREFIX):
+        if settings.source not in EMBEDDED and not settings.source.startswith(PREFIX):
             sources = local_files(settings.source, out_dir)
             newest = max(source.mtime_ns for source in sources)
             if file.metadata.get("files_sha256") != fingerprint(sources) or newest > file.path.stat().st_mtime_ns:
@@ -146,8 +144,9 @@ def find_commit(settings: PreparationSettings) -> str | None:
 
 def find_sources(settings: PreparationSettings, commit: str | None, out_dir: Path) -> Sequence[SourceFile]:
     """List the files of the source in the order in which they are read."""
-    if settings.source == PYTHON_DOCS:
-        return [SourceFile(f"Python {sys.version.split()[0]}", "python-docs", PYTHON_DOCS_BYTES, Path(sys.prefix))]
+    if settings.source in EMBEDDED:
+        kind, size = cast(Kind, settings.source), EMBEDDED[settings.source].size
+        return [SourceFile(f"Python {sys.version.split()[0]}", kind, size, Path(sys.prefix))]
     return hub_files(settings.source, commit) if commit else local_files(settings.source, out_dir)
 
 

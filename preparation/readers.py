@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from harness.run.errors import ConfigError, DataError, first_line
-from preparation.python_docs import python_docs
+from preparation.python_docs import EMBEDDED
 from preparation.selection import PreparationSettings, content_digest
 from preparation.sources import SourceFile, kind_of
 
@@ -82,7 +82,7 @@ def read_batches(file: SourceFile, settings: PreparationSettings, first_item: in
     elif file.kind == "parquet":
         items = _rows(file, settings.text_field, position, scratch)
     else:
-        items = _python_docs(position)
+        items = _embedded(file, position)
     yield from _batches(file, itertools.islice(items, first_item, None), first_item, position)
 
 
@@ -216,8 +216,8 @@ def _check_column(file: SourceFile, schema: Any, text_field: str) -> None:
         raise DataError(f"{file.shown}: found column {text_field} of type {kind}, wanted strings")
 
 
-def _python_docs(position: Position) -> Iterator[str]:
-    for text in python_docs():
+def _embedded(file: SourceFile, position: Position) -> Iterator[str]:
+    for text in EMBEDDED[file.kind].read():
         position.bytes += len(text)
         yield text
 

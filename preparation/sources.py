@@ -12,7 +12,7 @@ from typing import Literal
 
 from harness.run.errors import ConfigError, DataError, StorageError
 
-Kind = Literal["text", "jsonl", "parquet", "python-docs"]
+Kind = Literal["text", "jsonl", "parquet", "python-docs", "python-reference"]
 KINDS: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".xz", ".zst")
 PARTIAL_FOLDER = ".partial"

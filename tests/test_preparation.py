@@ -22,6 +22,7 @@ from tiktoken_ext import openai_public
 import prepare_dataset
 from harness.tokens import gpt2
 from preparation import readers, sources
+from preparation.python_docs import EMBEDDED, EmbeddedText
 from preparation.selection import SeenDocuments
 from preparation.token_writer import TokenWriter
 from tests.conftest import Called
@@ -492,7 +493,9 @@ def test_commands_of_the_page_work(call: Call, tmp_path: Path, monkeypatch: pyte
     commands = commands_of("data.md")
     assert len(commands) == 5
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("preparation.readers.python_docs", lambda: iter(TEXTS))  # these are tested by themselves
+    monkeypatch.setitem(
+        EMBEDDED, "python-docs", EmbeddedText(lambda: iter(TEXTS), 18_000_000)
+    )  # these are tested by themselves
     monkeypatch.setattr("preparation.prepare.commit_of", lambda *_: "1" * 40)
     monkeypatch.setattr("preparation.prepare.hub_files", lambda *_: sources.local_files("corpus", tmp_path))
     for words in commands:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from exchange.exporting import ExportRequest, export
 from exchange.importing import ImportRequest, import_weights
+from exchange.published_runs import import_all
 from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, whole_number
 from harness.run.config import ModelConfig
 from harness.run.errors import exit_status_of
@@ -40,11 +41,14 @@ def import_verb(words: list[str]) -> None:
 
     SOURCE is hf:OWNER/NAME (a GPT-2 on the Hugging Face Hub), a folder with
     config.json and model.safetensors, or another harness's model.safetensors.
-    The run can be scored, sampled, exported, and trained on.
+    The run can be scored, sampled, exported, and trained on. --all brings in
+    all run folders of the published harness with their checkpoints and losses.
     """
     parser = parser_of(import_verb.__doc__, "convert.py import")
-    parser.add_argument("source", metavar="SOURCE", help="hf:OWNER/NAME, a folder, or a .safetensors file")
-    parser.add_argument("run", metavar="RUN", help="name of the run folder to make")
+    parser.usage = "convert.py import SOURCE RUN [options]\n       convert.py import --all DIR [--runs-dir DIR]"
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="hf:OWNER/NAME, a folder, or a .safetensors file")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="name of the run folder to make")
+    parser.add_argument("--all", dest="all_of", type=Path, metavar="DIR", help="the published harness's runs folder")
     add_runs_dir(parser)
     parser.add_argument("--revision", help="commit, branch or tag of an hf: source (default: the newest)")
     parser.add_argument(
@@ -54,6 +58,11 @@ def import_verb(words: list[str]) -> None:
         "--vocab-size", type=whole_number(), metavar="N", help="keep the first N ids: the rest is padding"
     )
     request = parse_into(ImportRequest, parser, words)
+    if (request.all_of is None) == (request.run is None) or (request.all_of and request.source):
+        parser.error("wanted SOURCE and RUN, or --all DIR")
+    if request.all_of is not None:
+        import_all(request.all_of, request.runs_dir, build_model)
+        return
     if request.revision and not request.source.startswith("hf:"):
         parser.error("--revision goes with a source hf:OWNER/NAME")
     if request.n_heads and not request.source.endswith(".safetensors"):

@@ -21,7 +21,8 @@ from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import DataError, hub_errors
 from harness.run.plan import Plan, epoch_sequences, make_plan, validation_sequences
 from harness.tokens.checked_tokens import CheckedTokens, TokenCheck, check_tokens
-from harness.tokens.randomness import Permutation, order_permutation
+from harness.tokens.mixture import Mixture
+from harness.tokens.randomness import order_permutation
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, require_room, tokenizer_of_tokens
 
@@ -29,13 +30,15 @@ FINGERPRINT_TOKENS = 2**20
 
 
 def ensure_dataset(datasets_dir: Path, config: TrainConfig) -> None:
-    """Download a run's two files from the Hub if they are not on disk; raises DataError.
+    """Download a run's files from the Hub if they are not on disk; raises DataError.
 
     Must be called before the process group exists, because collectives waiting for a download would time out.
     """
-    # A local folder needs no validation split unless the run validates.
-    is_local = bool(split_files(datasets_dir / config.dataset, "train")) and config.validation_interval is None
-    download_missing(datasets_dir, config.dataset, config.dataset_revision, SPLITS[:1] if is_local else SPLITS)
+    for part in config.datasets:
+        # A local folder needs no validation split unless the run validates.
+        is_local = bool(split_files(datasets_dir / part.name, "train")) and config.validation_interval is None
+        is_enough = is_local or part.name != config.scored_dataset
+        download_missing(datasets_dir, part.name, part.revision, SPLITS[:1] if is_enough else SPLITS)
 
 
 def download_missing(datasets_dir: Path, dataset: str, revision: str | None, splits: Sequence[str]) -> None:
@@ -66,44 +69,37 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
 
 
 @dataclass(frozen=True)
-class TrainData:
-    """The train split cut into sequences: sequence s is tokens [start + s*T, start + s*T + T + 1).
+class SequenceFile:
+    """A dataset's train split cut into sequences: sequence s is tokens [start + s*T, start + s*T + T + 1).
 
-    The run takes them one after the other, and after the last begins a new epoch, where they are shuffled in an order
-    of its own.
+    After the last one begins a new epoch, in which shuffled sequences have an order of their own.
     """
 
     file: TokenFile | CheckedTokens
     start_token: int
-    plan: Plan
+    length: int
+    """T, of a sequence in tokens."""
     sequences: int
-    """Of an epoch: all whole ones in the split from start_token on."""
+    """Of an epoch."""
     order_seed: int | None
     """Of the orders of the epochs; None reads the file in order."""
 
-    def place_of(self, number: int) -> int:
-        """Return the place in the file of the run's sequence `number`."""
-        epoch, place = divmod(number, self.sequences)
-        return place if self.order_seed is None else self._order(epoch)[place]
+    def read(self, index: int) -> NDArray[np.int64]:
+        """Return the tokens of one of all epochs' sequences, (T + 1,)."""
+        epoch, sequence = divmod(index, self.sequences)
+        if self.order_seed is not None:
+            sequence = order_permutation(self.order_seed, epoch, self.sequences)[sequence]
+        return self.file.read(self.start_token + sequence * self.length, self.length + 1)
 
-    def _order(self, epoch: int) -> Permutation:
-        assert self.order_seed is not None
-        return order_permutation(self.order_seed, epoch, self.sequences)
+    def holds(self, first: int, count: int) -> bool:
+        """Return whether sequences [first, first + count) are consecutive in the file."""
+        return self.order_seed is None and first % self.sequences + count <= self.sequences
 
-    def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
-        """Return tokens and targets of one rank's micro-batch, each (B, T) int64 on the CPU."""
-        size, length = self.plan.microbatch_size, self.plan.context_length
-        first = self.plan.microbatch_index(global_step, accumulation_step, rank) * size
-        if self.order_seed is None and first % self.sequences + size <= self.sequences:
-            first %= self.sequences
-            tokens = self.file.read(self.start_token + first * length, size * length + 1)
-            return as_sequences(tokens, length)
-        rows = [
-            self.file.read(self.start_token + self.place_of(number) * length, length + 1)
-            for number in range(first, first + size)
-        ]
-        block = torch.from_numpy(np.stack(rows))  # (B, T + 1)
-        return block[:, :-1], block[:, 1:]
+
+def fingerprint_of(files: Sequence[TokenFile], start_token: int) -> str:
+    """Return the fingerprint of a run's only train split, or a SHA-256 (hex) over those of all."""
+    each = [fingerprint(file, start_token) for file in files]
+    return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
 
 def fingerprint(file: TokenFile, start_token: int) -> str:
@@ -116,6 +112,41 @@ def fingerprint(file: TokenFile, start_token: int) -> str:
     for start in (start_token, file.length - count):
         digest.update(file.read(start, count).astype("<u4").tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The train splits of a run's datasets, mixed by weight."""
+
+    parts: tuple[SequenceFile, ...]
+    mixture: Mixture
+    plan: Plan
+
+    def microbatch(self, global_step: int, accumulation_step: int, rank: int) -> tuple[Tensor, Tensor]:
+        """Return tokens and targets of one rank's micro-batch, each (B, T) int64 on the CPU."""
+        size, length = self.plan.microbatch_size, self.plan.context_length
+        first = self.plan.microbatch_index(global_step, accumulation_step, rank) * size
+        if len(self.parts) == 1 and self.parts[0].holds(first, size):  # consecutive on disk too
+            (part,) = self.parts
+            first %= part.sequences
+            return as_sequences(part.file.read(part.start_token + first * length, size * length + 1), length)
+        places = map(self.mixture.place, range(first, first + size))
+        block = torch.from_numpy(np.stack([self.parts[part].read(index) for part, index in places]))  # (B, T + 1)
+        return block[:, :-1], block[:, 1:]
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Return the first token and the number of tokens that the plan may read of each file.
+
+        A shuffled run draws its sequences from the whole split, and one of several epochs comes to its end.
+        """
+        counts = self.mixture.counts(self.plan.global_steps * self.plan.global_batch)
+        return [
+            (
+                part.start_token,
+                (min(count, part.sequences) if part.order_seed is None else part.sequences) * part.length + 1,
+            )
+            for part, count in zip(self.parts, counts, strict=True)
+        ]
 
 
 class SyntheticData:
@@ -138,11 +169,41 @@ def as_sequences(tokens: NDArray[np.int64], context_length: int) -> tuple[Tensor
     return flat[:-1].view(-1, context_length), flat[1:].view(-1, context_length)
 
 
-def train_data(file: TokenFile, config: TrainConfig, plan: Plan) -> TrainData:
-    """Return a plan's train data; `shuffle` permutes all complete sequences from start_train_token on."""
-    sequences = epoch_sequences(file.length - config.start_train_token, plan.context_length)
-    order_seed = config.seed_of("order") if config.shuffle else None
-    return TrainData(file, config.start_train_token, plan, sequences, order_seed)
+def open_train_files(datasets_dir: Path, config: TrainConfig) -> list[TokenFile]:
+    """Open the train splits of a run's datasets; raises DataError, also where their tokenizers are not one."""
+    files = [open_split(datasets_dir, part.name, "train") for part in config.datasets]
+    for file in files[1:]:
+        first, other = (
+            found.metadata.get("tokenizer_sha256", found.metadata.get("tokenizer", "no tokenizer"))
+            for found in (files[0], file)
+        )
+        if other != first:
+            raise DataError(f"{file.path}: found {other} in its metadata, wanted {first} as in {files[0].path}")
+    return files
+
+
+def tokens_available(files: Sequence[TokenFile], model: ModelConfig, config: TrainConfig) -> int:
+    """Return the tokens from start_train_token on, of a mixture until one of its datasets is used up."""
+    lengths = [file.length - config.start_train_token for file in files]
+    if len(lengths) == 1:
+        return lengths[0]
+    sequences = [epoch_sequences(length, model.context_length) for length in lengths]
+    return _mixture(config).fitting(sequences) * model.context_length + 1
+
+
+def _mixture(config: TrainConfig) -> Mixture:
+    return Mixture.of([part.weight for part in config.datasets])
+
+
+def train_data(files: Sequence[TokenFile], config: TrainConfig, plan: Plan) -> TrainData:
+    """Return a plan's train data; `shuffle` permutes all complete sequences of a file from start_train_token on."""
+
+    def cut(file: TokenFile) -> SequenceFile:
+        start, length = config.start_train_token, plan.context_length
+        order_seed = config.seed_of("order") if config.shuffle else None
+        return SequenceFile(file, start, length, epoch_sequences(file.length - start, length), order_seed)
+
+    return TrainData(tuple(map(cut, files)), _mixture(config), plan)
 
 
 @dataclass(frozen=True)
@@ -154,28 +215,33 @@ class Splits:
     validation: TokenFile | CheckedTokens | None
     tokenizer: Tokenizer | None
     """With which the tokens were made; None where that is not known."""
-    checks: list[TokenCheck]
-    """Of the splits in order; empty in a process that did not check."""
+    checks: dict[str, TokenCheck]
+    """Of the train split of each dataset and then the validation split, by name; empty in a process that did not
+    check."""
     fingerprint: str
-    """Of the train data; see `fingerprint`."""
+    """Of the train data; see `fingerprint_of`."""
 
     def describe(self) -> list[dict[str, object]]:
         """Return the checks as run.json holds them."""
-        return [check.describe() for check in self.checks]
+        return [check.describe() for check in self.checks.values()]
 
-    def bound_to(self, checks: list[TokenCheck]) -> "Splits":
+    def bound_to(self, checks: dict[str, TokenCheck]) -> "Splits":
         """Return the same data, of which no token is read that one process's checks did not see."""
         assert isinstance(self.train, TrainData)
-        files = [file for file in (self.train.file, self.validation) if isinstance(file, TokenFile)]
-        train, *validation = [CheckedTokens(file, check) for file, check in zip(files, checks, strict=True)]
-        return replace(self, train=replace(self.train, file=train), validation=next(iter(validation), None))
+        files = [file for file in (*(part.file for part in self.train.parts), self.validation) if file is not None]
+        bound = [
+            CheckedTokens(file, check)
+            for file, check in zip(files, checks.values(), strict=True)
+            if isinstance(file, TokenFile)
+        ]
+        parts = tuple(replace(part, file=bound.pop(0)) for part in self.train.parts)
+        return replace(self, train=replace(self.train, parts=parts), validation=bound.pop() if bound else None)
 
     def checked(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens that this process checked, by split and range."""
-        names = ("train", "validation")
         return {
             f"{name} tokens {check.start} to {check.start + check.count}": check.sha256
-            for name, check in zip(names, self.checks, strict=False)
+            for name, check in self.checks.items()
         }
 
 
@@ -186,26 +252,25 @@ def open_splits(
 
     With `reads_through`, every token that will be used is checked; one process per machine should do so.
     """
-    file = open_split(datasets_dir, config.dataset, "train")
-    plan = make_plan(model, config, world_size, file.length - config.start_train_token)
-    train = train_data(file, config, plan)
-    # A shuffled run draws its sequences from the whole split, and one of several epochs comes to its end.
-    sequences = train.sequences if config.shuffle else min(train.sequences, plan.train_tokens // plan.context_length)
-    used = [(file, config.start_train_token, sequences * plan.context_length + 1)]
+    files = open_train_files(datasets_dir, config)
+    plan = make_plan(model, config, world_size, tokens_available(files, model, config))
+    train = train_data(files, config, plan)
+    names = ["train"] if len(files) == 1 else [f"train {part.name}" for part in config.datasets]
+    used = {name: (file, *span) for name, file, span in zip(names, files, train.spans(), strict=True)}
     validation = None
     if config.validation_batches is not None:
-        validation = open_split(datasets_dir, config.dataset, "validation")
+        validation = open_split(datasets_dir, config.scored_dataset, "validation")
         needed = validation_sequences(config, plan) * plan.context_length + 1
         if validation.length - config.start_val_token < needed:
             raise DataError(
                 f"{validation.path}: found {validation.length:,} tokens, wanted {needed:,} from token "
                 f"{config.start_val_token:,} on (validation_batches x global batch x context_length + 1)"
             )
-        used.append((validation, config.start_val_token, needed))
-    if (tokenizer := tokenizer_of_tokens(file)) is not None:
+        used["validation"] = (validation, config.start_val_token, needed)
+    if (tokenizer := tokenizer_of_tokens(files[0])) is not None:
         require_room(tokenizer, model.vocab_size)
-    checks = [check_tokens(*span, model.vocab_size) for span in used] if reads_through else []
-    return Splits(plan, train, validation, tokenizer, checks, fingerprint(file, config.start_train_token))
+    checks = {name: check_tokens(*span, model.vocab_size) for name, span in used.items()} if reads_through else {}
+    return Splits(plan, train, validation, tokenizer, checks, fingerprint_of(files, config.start_train_token))
 
 
 def evaluation_batches(

@@ -47,7 +47,7 @@ from harness.engine.gpu_peaks import peak_flops_per_second
 from harness.engine.identity import identity_of
 from harness.engine.metrics import PendingMetrics, StepLog
 from harness.engine.schedules import learning_rate_at
-from harness.engine.step import guarded_step
+from harness.engine.step import StepOutcome, guarded_step
 from harness.engine.watchdog import StopRequest, Watchdog
 from harness.observers.observers import Observers
 from harness.run.console import ignore_output_errors
@@ -100,7 +100,6 @@ def main() -> None:
             arguments.datasets_dir, model_config, config, launch.world_size, reads_through=launch.local_rank == 0
         )
         plan = splits.plan
-
         stack.enter_context(distributed.process_group(launch, device, watchdog))
         stop_step = min(arguments.max_steps or plan.global_steps, plan.global_steps)
         splits = splits.bound_to(distributed.run_on_rank0(launch, lambda: splits.checks))
@@ -122,7 +121,7 @@ def main() -> None:
             Status("running", start.from_step - 1 if start.from_step else None).write(folder.status_json)
 
         distributed.run_on_rank0(launch, record)
-        model, optimizer, scaler = build(request, launch, device, point)
+        model, optimizer, scaler, average = build(request, launch, device, point)
         context = TrainContext(
             launch=launch,
             device=device,
@@ -134,6 +133,7 @@ def main() -> None:
             model=model,
             optimizer=optimizer,
             scaler=scaler,
+            average=average,
             objective=wrap(model, config, launch, device),
             state=point.state,
             identity=identity,
@@ -180,13 +180,7 @@ def train(context: TrainContext, observers: Observers) -> None:
             learning_rate = learning_rate_at(config, step, plan.global_steps)
             losses = accumulate_gradients(context, step)
             failpoint("step.opt", step)
-            outcome = guarded_step(
-                context.optimizer,
-                context.scaler,
-                learning_rate,
-                config.clipping_max_norm,
-                keep_gradients=launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
-            )
+            outcome = change_weights(context, step, learning_rate)
             cannot_go_on = context.checkpoint_writer.has_failed or context.reader.failure is not None
             wants_to_stop = context.stop.requested or cannot_go_on
             pending = PendingMetrics(launch, losses, outcome.grad_norm, outcome.is_finite, wants_to_stop)
@@ -215,6 +209,20 @@ def train(context: TrainContext, observers: Observers) -> None:
                 reason = f"asked to stop: saved after global step {step:,}; run the same command to go on"
                 raise StopRequestedError(*([reason] if launch.is_main else []))
             observers.after_step()
+
+
+def change_weights(context: TrainContext, step: int, learning_rate: float) -> StepOutcome:
+    """Step the weights and then their average, or leave both where the gradients are not finite; nothing waits."""
+    outcome = guarded_step(
+        context.optimizer,
+        context.scaler,
+        learning_rate,
+        context.config.clipping_max_norm,
+        keep_gradients=context.launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
+    )
+    if context.average is not None:
+        context.average.update(step, outcome.is_finite)
+    return outcome
 
 
 def step_log(context: TrainContext) -> StepLog:

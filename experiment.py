@@ -11,6 +11,7 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, positive, whole_number
 from harness.run.errors import ConfigError, exit_status_of
@@ -129,7 +130,9 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "--prior", choices=PRIORS, default="auto",
         help="noise known beforehand: the ledger's, and public runs' where these are like them (auto) or always",
     )  # fmt: skip
-    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of all runs (default last)")
+    parser.add_argument(
+        "--checkpoint", choices=get_args(CheckpointRule), default="last", help="of all runs (default last)"
+    )
     add_runs_dir(parser)
 
 
@@ -212,7 +215,9 @@ def noise_verb(words: list[str]) -> None:
     parser = parser_of(noise_verb.__doc__, "experiment.py noise")
     parser.add_argument("--baseline", metavar="RUN", help="whose replicates, runs of other seeds, to learn from")
     parser.add_argument("--experiment", metavar="EXPERIMENT", help="whose arms on shared seeds to learn from")
-    parser.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of all runs (default last)")
+    parser.add_argument(
+        "--checkpoint", choices=get_args(CheckpointRule), default="last", help="of all runs (default last)"
+    )
     add_runs_dir(parser)
     arguments = parser.parse_args(words)
     if arguments.experiment is not None:

@@ -2,13 +2,15 @@
 
   python prepare_dataset.py "books/*.txt" datasets/books --tokenizer train:4096
 
-SOURCE is a file, folder or glob of .txt, .md, .jsonl and .parquet files (also
-.gz, .xz, .zst), a Hub dataset hf:OWNER/NAME[/sub/folder], or one of two
-texts inside this Python installation, which need no network: python-reference
-(the language reference, 0.4 MB) and python-docs (all docstrings, 18 MB).
+SOURCE is a file, folder or glob of .txt, .md, .rst, source code, .html, .jsonl,
+.json, .csv, .tsv and .parquet (also .gz, .xz, .zst), a Hub dataset
+hf:OWNER/NAME[/sub/folder], or a text inside this Python installation, which needs
+no network: python-reference (0.4 MB of prose) or python-docs (18 MB).
 After an interruption the same command resumes and gives the same bytes.
 """
 
+import argparse
+import codecs
 import os
 import sys
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from harness.run.arguments import fraction, parse_into, parser_of, whole_number
 from harness.run.errors import exit_status_of
 from preparation.prepare import PreparationResult, prepare, verify
 from preparation.selection import PreparationSettings
+from preparation.sources import describe_skipped
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class PrepareArguments:
     out_dir: Path
     tokenizer: str
     text_field: str
+    encoding: str
+    skip_bad: bool
     revision: str | None
     validation: Literal["random", "last"]
     validation_fraction: float
@@ -51,11 +56,13 @@ def main() -> None:
         source=arguments.source,
         revision=arguments.revision,
         text_field=arguments.text_field,
+        encoding=arguments.encoding,
+        skip_bad=arguments.skip_bad,
+        tokenizer=arguments.tokenizer,
         validation=arguments.validation,
         validation_fraction=arguments.validation_fraction,
         seed=arguments.seed,
         drop_duplicates=arguments.drop_duplicates,
-        tokenizer=arguments.tokenizer,
     )
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "true"
@@ -70,23 +77,43 @@ def print_result(result: PreparationResult) -> None:
         print("Already prepared from this source with these options")
     for file in result.splits:
         print(f"{file.path}: {int(file.metadata['documents']):,} documents, {file.length:,} tokens")
-    if result.progress is not None and result.progress.empty_documents:
-        print(f"Empty documents skipped: {result.progress.empty_documents:,}")
-    if result.progress is not None and result.progress.duplicates:
-        print(f"Duplicate documents dropped: {result.progress.duplicates:,}")
+    progress = result.progress
+    if progress is None:
+        return
+    if result.skipped:
+        print(f"Files skipped: {describe_skipped(result.skipped)}")
+    if progress.bad_documents:
+        print(
+            f"Documents skipped because they cannot be read: {progress.bad_documents:,}, first {progress.first_bad}"
+        )
+    if progress.empty_documents:
+        print(f"Empty documents skipped: {progress.empty_documents:,}")
+    if progress.duplicates:
+        print(f"Duplicate documents dropped: {progress.duplicates:,}")
+
+
+def text_encoding(name: str) -> str:
+    """Return the codec's own name of an encoding; an argparse type."""
+    try:
+        "a".encode(name).decode(name)
+        return codecs.lookup(name).name
+    except (LookupError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"found {name}, wanted a text encoding such as utf-8, cp1252 or utf-16"
+        ) from None
 
 
 def parse_arguments() -> PrepareArguments:
     """Read the command line; bad usage exits with status 2."""
     parser = parser_of(__doc__)
     parser.usage = "prepare_dataset.py SOURCE OUT_DIR [options]\n       prepare_dataset.py --verify DATASET"
-    parser.add_argument(
-        "source", metavar="SOURCE", nargs="?", help="files, hf:OWNER/NAME, python-reference or python-docs"
-    )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="files, hf:OWNER/NAME or python-docs")
     parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", type=Path, help="for example datasets/books")
     parser.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2 (default), bytes, train:N (learned "
                         "from SOURCE, N ids), a tokenizer.json or hf:OWNER/NAME")  # fmt: skip
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="of .jsonl and .parquet (default text)")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="column of tables (default text)")
+    parser.add_argument("--encoding", type=text_encoding, default="utf-8", metavar="NAME", help="(default utf-8)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")
     parser.add_argument("--revision", metavar="REF", help="Hub commit, tag or branch (default: the newest commit)")
     choices = ("random", "last")
     parser.add_argument("--validation", choices=choices, default="random", help="documents held out (default random)")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ from harness.run.config import ModelConfig, load_model_config
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError, StorageError, exit_status_of
 from harness.run.files import json_number, utc_now
-from harness.run.run_folder import run_of_model_file
-from harness.run.score import Score, describe_model, perplexity_of, score_path
+from harness.run.run_folder import AVERAGED_FILE, run_of_model_file
+from harness.run.score import Score, describe_model, perplexity_of, score_path, scored_name
 from harness.tokens.checked_tokens import CHECK_CHUNK_TOKENS, CheckedTokens, check_tokens
 from harness.tokens.token_files import SPLITS, open_split, split_files
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of_model, tokenizer_of_tokens
@@ -62,6 +63,7 @@ class ScoreArguments:
     device: str
     dtype: str
     output: Path | None
+    weights: Literal["last", "averaged"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def main() -> None:
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
-    model_json, weights_file = find_model(arguments)
-    config, weights = load_model_config(model_json), open_weights(weights_file)
+    model_json, file = find_model(arguments)
+    config, weights = load_model_config(model_json), open_weights(file)
     scored = describe_model(weights.path, weights.sha256)  # now: a live run may delete the checkpoint meanwhile
     test = open_test_tokens(
         arguments, config, weights.path, tokenizer_of_model(model_json.with_name(TOKENIZER_FILE), config.vocab_size)
@@ -158,6 +160,9 @@ def parse_arguments() -> ScoreArguments:
     add_device(parser)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON result goes (and .npz beside it)")
+    parser.add_argument(
+        "--weights", choices=["last", "averaged"], default="last", help=f"averaged: {AVERAGED_FILE} beside the model"
+    )
     arguments = parse_into(ScoreArguments, parser)
     if (arguments.run is None) == (arguments.model_safetensors is None) or (arguments.run and arguments.model_json):
         parser.error("found neither or both, wanted MODEL_JSON MODEL_SAFETENSORS, or --run RUN")
@@ -165,13 +170,20 @@ def parse_arguments() -> ScoreArguments:
 
 
 def find_model(arguments: ScoreArguments) -> tuple[Path, Path]:
-    """Return the files of the model and of its weights; raises ConfigError or CheckpointError."""
+    """Return the files of the model and of its weights; raises ConfigError, also where there is no average."""
     if arguments.run is not None:
         folder, step = find_weights(arguments.runs_dir, arguments.run)
-        return folder.model_json, folder.weights(step)
-    assert arguments.model_json is not None
-    assert arguments.model_safetensors is not None
-    return arguments.model_json, arguments.model_safetensors
+        model_json, last = folder.model_json, folder.weights(step)
+    else:
+        assert arguments.model_json is not None
+        assert arguments.model_safetensors is not None
+        model_json, last = arguments.model_json, arguments.model_safetensors
+    path = last if arguments.weights == "last" else last.with_name(AVERAGED_FILE)
+    if path != last and last.exists() and not path.exists():
+        raise ConfigError(
+            f"--weights: found no {path}, wanted a run that keeps one (train.json: weight_average_decay)"
+        )
+    return model_json, path
 
 
 def open_test_tokens(
@@ -186,9 +198,9 @@ def open_test_tokens(
     revision = None
     owner = run_of_model_file(weights)
     train = owner[0].read_configs()[1] if owner and arguments.dataset is None else None
-    is_own = train is not None and train.dataset != dataset
+    is_own = train is not None and train.scored_dataset != dataset
     if train is not None and is_own:
-        dataset, revision, start = train.dataset, train.dataset_revision, train.start_val_token
+        dataset, revision, start = train.scored_dataset, train.datasets[0].revision, train.start_val_token
     dataset = arguments.dataset or dataset
     start = start if arguments.start_token is None else arguments.start_token
     data.download_missing(arguments.datasets_dir, dataset, revision, [arguments.split])
@@ -293,9 +305,10 @@ def output_file(arguments: ScoreArguments, test: TestTokens, length: int, weight
     path = arguments.output
     if path is None:
         owner = run_of_model_file(weights)
+        owner = run_of_model_file(weights)
         place = owner[0].evals if owner else weights.parent / "evals"
-        model = owner[0].checkpoint(owner[1]).name if owner else weights.stem
-        path = score_path(place, arguments.split, test.start_token, test.sequences * length, model)
+        tokens = test.sequences * length
+        path = score_path(place, arguments.split, test.start_token, tokens, scored_name(weights))
     elif path.suffix != ".json" or path.is_dir():
         raise ConfigError(f"--output: found {path}, wanted the name of a .json file")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 import ddp_train
 from data import SyntheticData
 from harness.engine import distributed
-from harness.engine.key_value_cache import KeyValueCache
 from harness.engine.loss import Objective, next_token_loss
 from harness.engine.optimizers import make_optimizer
 from harness.engine.step import guarded_step
@@ -56,8 +55,8 @@ class Shape:
 class NaiveAttention(Attention):
     """Attention as the textbook writes it: all scores, a mask, softmax, dropout, and a weighted sum."""
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Let every position of x (B, T, C) attend to itself and those before it; returns (B, T, C)."""
+    def forward(self, x: Tensor, *_: None) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # of GPT-2 alone
+        """Let every position of x (B, T, C) attend to itself and those before it; return what the model's does."""
         length = x.shape[1]
         query, key, value = (
             projection(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
@@ -67,8 +66,7 @@ class NaiveAttention(Attention):
         later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         weights = torch.softmax(scores.masked_fill(later, -math.inf) / math.sqrt(key.shape[-1]), dim=-1)
         weights = F.dropout(weights, self.drop_rate, self.training)
-        joined: Tensor = self.out_proj((weights @ value).transpose(1, 2).flatten(2))
-        return joined
+        return self.out_proj((weights @ value).transpose(1, 2).flatten(2)), value
 
 
 class PlainLayerNorm(LayerNorm):

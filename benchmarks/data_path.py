@@ -19,9 +19,10 @@ from statistics import median
 
 import torch
 
-from data import TrainData
+from data import SequenceFile, TrainData
 from harness.run.files import write_json
 from harness.run.plan import Plan
+from harness.tokens.mixture import Mixture
 from harness.tokens.token_files import open_split
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,7 +103,8 @@ def read(datasets_dir: Path, rank: int, processes: int, shuffled: bool, microbat
     file = open_split(datasets_dir, "sparse", "train")
     steps = (FILE_TOKENS - 1) // (SIZE * LENGTH * processes)
     plan = Plan(processes, SIZE, 1, LENGTH, steps)
-    train = TrainData(file, 0, plan, (FILE_TOKENS - 1) // LENGTH, 1 if shuffled else None)
+    part = SequenceFile(file, 0, LENGTH, (FILE_TOKENS - 1) // LENGTH, 1 if shuffled else None)
+    train = TrainData((part,), Mixture.of([1]), plan)
     seconds = []
     before = 0.0
     for number in range(microbatches):

@@ -61,21 +61,39 @@ class Flash(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+class FusedRMSNorm(torch.autograd.Function):
+    """What CUDA's RMS norm saves, which elsewhere is put together from parts: its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None) -> Tensor:
+        """Return a tensor like x (..., C)."""
+        ctx.save_for_backward(x, scale, x.new_empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return tensors like x and the scale."""
+        x, scale, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if scale is None else torch.empty_like(scale)
+
+
 class LeanLoss(torch.autograd.Function):
     """The memory-lean loss, looked into: as an operator it would be counted from outside alone."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         """Return the loss of hidden (N, C), weight (V, C) and targets (N,)."""
-        loss, *gradients = loss_and_gradients(hidden, weight, targets, HALF, is_compiled=False)
+        loss, *gradients = loss_and_gradients(
+            hidden, weight, targets, (softcap or math.inf, 0.0), HALF, is_compiled=False
+        )
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Return the scaled gradients of hidden and weight."""
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient.float() * scale[0], weight_gradient * scale[0], None
+        return hidden_gradient.float() * scale[0], weight_gradient * scale[0], None, None
 
 
 class CudaAutocast(TorchFunctionMode):
@@ -89,6 +107,9 @@ class CudaAutocast(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return Flash.apply(*(self._cast(value) for value in args[:3]))
+        if function is F.rms_norm:
+            scale = args[2] if len(args) > 2 else None
+            return FusedRMSNorm.apply(args[0] if scale is None else args[0].float(), scale)
         if function in PRODUCTS:
             args, kwargs = tree_map(self._cast, (args, kwargs))
         elif function in IN_FLOAT32:
@@ -217,7 +238,9 @@ def _plain_loss(model: GPTModel, tokens: Tensor) -> Tensor:
 def _lean_loss(model: GPTModel, tokens: Tensor) -> Tensor:
     hidden = model.hidden_states(tokens)
     with torch._C.DisableTorchFunction():
-        loss: Tensor = LeanLoss.apply(hidden.flatten(0, 1), model.head_weight(), tokens.flatten())  # type: ignore[no-untyped-call]
+        loss: Tensor = LeanLoss.apply(  # type: ignore[no-untyped-call]
+            hidden.flatten(0, 1), model.head_weight(), tokens.flatten(), model.logit_softcap
+        )
     return loss
 
 

@@ -69,6 +69,8 @@ class ImportRequest:
 
     source: str
     run: str
+    all_of: Path | None
+    """A folder of run folders, in place of the other two."""
     runs_dir: Path
     revision: str | None
     n_heads: int | None

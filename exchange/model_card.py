@@ -72,12 +72,12 @@ def model_card(
 
 def _front_matter(folder: RunFolder, publication: Publication) -> str:
     """Return the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
-    dataset, source = _ran(folder).get("dataset"), _source(folder)
+    source = _source(folder)
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
     if publication.licence:
         fields["license"] = publication.licence
-    if _was_trained(folder) and isinstance(dataset, str) and "/" in dataset:
-        fields["datasets"] = [dataset]
+    if _was_trained(folder) and (on_hub := [name for name, _ in _datasets(_ran(folder)) if "/" in name]):
+        fields["datasets"] = on_hub
     if source.startswith("hf:"):
         fields["base_model"] = source.removeprefix("hf:")
     lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
@@ -113,6 +113,21 @@ def _ran(folder: RunFolder) -> dict[str, Any]:
     return {key: value for key, value in written.items() if value is not None and key not in unused}
 
 
+def _datasets(ran: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the names of the datasets in a train.json, with weight and revision in words."""
+    dataset = ran.get("dataset", [])
+    single = {"name": dataset, "revision": ran.get("dataset_revision")}
+    parts: list[dict[str, Any]] = [single] if isinstance(dataset, str) else dataset
+    return [
+        (
+            part["name"],
+            (f" at `{part['revision']}`" if part.get("revision") else "")
+            + (f" with weight {part['weight']:g}" if "weight" in part else ""),
+        )
+        for part in parts
+    ]
+
+
 def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
     """Return the rows (label, value) about how a checkpoint was trained; none for imported weights."""
     if not _was_trained(folder):
@@ -120,11 +135,14 @@ def _training(folder: RunFolder, step: int) -> list[tuple[str, str]]:
     run, ran = RunRecord.read(folder.run_json), _ran(folder)
     state, plan = read_json(folder.state_json(step)).get("train_state", {}), run.plan
     line: dict[str, Any] = next((line for line in folder.metrics.read() if line.get("step") == step), {})
-    revision = f" at `{ran['dataset_revision']}`" if "dataset_revision" in ran else ""
-    rows = [("Data", f"`{ran['dataset']}`{revision}" if "dataset" in ran else "")]
+    names = _datasets(ran)
+    rows = [("Data", ", ".join(f"`{name}`{described}" for name, described in names))]
     rows += [
-        ("Train split", f"{check['count']:,} tokens from token {check['start']:,}, SHA-256 `{check['sha256']}`")
-        for check in run.dataset[:1]
+        (
+            "Train split" if len(names) == 1 else f"Train split of {name}",
+            f"{check['count']:,} tokens from token {check['start']:,}, SHA-256 `{check['sha256']}`",
+        )
+        for (name, _), check in zip(names, run.dataset, strict=False)
     ]
     if state:
         batch = f" of {plan['global_batch']:,} sequences" if "global_batch" in plan else ""

@@ -1,14 +1,14 @@
 """Turns a batch of raw items into tokens. Worker threads call it, so nothing here keeps state."""
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.run.errors import DataError
 from harness.tokens.tokenizer import Tokenizer
+from preparation.opening import BadDocumentError
 from preparation.readers import Batch
+from preparation.records import Item, document_in
 from preparation.selection import PreparationSettings, content_digest
 
 
@@ -25,12 +25,15 @@ class EncodedBatch:
     content_digests: list[bytes]
     """One for each document; empty unless duplicates are dropped."""
     empty_documents: int
+    bad_documents: list[str]
+    """Why each document that was skipped could not be read."""
 
 
 def encode_batch(batch: Batch, settings: PreparationSettings, tokenizer: Tokenizer) -> EncodedBatch:
-    """Tokenise a batch; raises DataError naming the first line or row that is not a document."""
-    texts = texts_of(batch, settings)
-    empty = sum(1 for item in batch.items if not _is_blank(batch, item)) - len(texts)
+    """Tokenise a batch; raises BadDocumentError for the first item that is no document, unless they are skipped."""
+    texts, bad = texts_of(batch, settings)
+    empty = texts.count("") - sum(_is_blank(batch, item) for item in batch.items)
+    texts = [text for text in texts if text]
     raw = [text.encode() for text in texts]
     encoded = tokenizer.encode_batch(texts)
     if batch.long:
@@ -48,47 +51,37 @@ def encode_batch(batch: Batch, settings: PreparationSettings, tokenizer: Tokeniz
         np.array(keys, dtype=np.uint64),
         digests,
         empty,
+        bad,
     )
 
 
-def texts_of(batch: Batch, settings: PreparationSettings) -> list[str]:
-    """Return the texts of a batch that are not empty; raises DataError as `encode_batch`."""
-    return [text for number, item in enumerate(batch.items) if (text := _text_of(batch, number, item, settings))]
+def texts_of(batch: Batch, settings: PreparationSettings) -> tuple[list[str], list[str]]:
+    """Return the texts of a batch, "" for what is empty, and why others could not be read, where they are skipped.
+
+    Raises BadDocumentError where they are not.
+    """
+    texts, bad = [], []
+    for number, item in enumerate(batch.items):
+        try:
+            texts.append(_text_of(batch, number, item, settings.text_field))
+        except BadDocumentError as error:
+            if not settings.skip_bad:
+                raise
+            bad.append(error.lines[0])
+    return texts, bad
 
 
-def without_surrogates(text: str) -> str:
-    """Return the text with each unpaired surrogate, which JSON can hold but UTF-8 cannot, as U+FFFD (as tiktoken)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _is_blank(batch: Batch, item: bytes | str | None) -> bool:
+def _is_blank(batch: Batch, item: Item) -> bool:
     """Return whether an item is a blank line between the lines of a .jsonl, and so not a document."""
     return batch.file.kind == "jsonl" and isinstance(item, bytes) and not item.strip()
 
 
-def _text_of(batch: Batch, number: int, item: bytes | str | None, settings: PreparationSettings) -> str:
-    """Return an item's text, "" where it is empty or null; raises DataError."""
-    if not isinstance(item, bytes):
-        return item or ""
+def _text_of(batch: Batch, number: int, item: Item, text_field: str) -> str:
+    """Return an item's text, "" where it is empty or null; raises BadDocumentError."""
+    if isinstance(item, BadDocumentError):
+        raise item
     if _is_blank(batch, item):
         return ""
-    place = f"{batch.file.shown}:{batch.first_item + number + 1}"
-    try:
-        value = json.loads(item.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: found a byte that is not UTF-8 at {error.start} of the line") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: found no JSON ({error}), wanted an object in each line") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: found {type(value).__name__}, wanted an object with the key {settings.text_field}")
-    if settings.text_field not in value:
-        keys = ", ".join(map(str, value))[:200]
-        raise DataError(f"{place}: found keys {keys}, wanted {settings.text_field} (--text-field)")
-    text = value[settings.text_field]
-    if not isinstance(text, str | None):
-        raise DataError(f"{place}: found {settings.text_field} of type {type(text).__name__}, wanted a string")
-    return without_surrogates(text or "")
+    if isinstance(item, bytes):
+        return document_in(item, f"{batch.file.shown}:{batch.first_item + number + 1}", text_field)
+    return item or ""

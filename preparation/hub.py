@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
 from harness.run.errors import ConfigError, DataError, hub_errors
-from preparation.sources import WANTED, SourceFile, kind_of
+from preparation.sources import WANTED, SourceFile, is_hidden, kind_of, suffix_of
 
 PREFIX = "hf:"
 
@@ -31,10 +32,11 @@ def commit_of(source: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(dataset, revision=revision).sha)
 
 
-def hub_files(source: str, commit: str) -> list[SourceFile]:
-    """List the files of a dataset, or of a folder or file in it, sorted by name; raises DataError.
+def hub_files(source: str, commit: str) -> tuple[list[SourceFile], Counter[str]]:
+    """List the files of a dataset, or of a folder or file in it, sorted by name, and count the others by suffix.
 
-    README.md is left out: it is the dataset's card, not a document.
+    Left out are hidden files and those about the dataset: its card, its description and its loading script. Raises
+    DataError.
     """
     dataset, place = dataset_of(source)
     is_file = place is not None and kind_of(place)[0] is not None
@@ -47,16 +49,18 @@ def hub_files(source: str, commit: str) -> list[SourceFile]:
             revision=commit,
             repo_type="dataset",
         )
-        found = [entry for entry in entries if isinstance(entry, RepoFile)]
-    files = [
-        SourceFile(entry.path, kind, entry.size)
-        for entry in found
-        if (kind := kind_of(entry.path)[0])
-        and (entry.path == place if is_file else PurePosixPath(entry.path).name != "README.md")
+        names = {PurePosixPath(entry.path): entry.size for entry in entries if isinstance(entry, RepoFile)}
+    about = {"README.md", "dataset_infos.json", f"{dataset.split('/')[1]}.py"}
+    found = [
+        name
+        for name in sorted(names)
+        if (name == PurePosixPath(place or ""))
+        or not (is_file or name.name in about or any(map(is_hidden, name.parts)))
     ]
+    files = [SourceFile(str(name), kind, names[name]) for name in found if (kind := kind_of(name.name)[0])]
     if not files:
         raise DataError(f"SOURCE: found no file in {source} at {commit}, wanted {WANTED}")
-    return sorted(files, key=lambda file: PurePosixPath(file.name))
+    return files, Counter(suffix_of(name.name) for name in found if kind_of(name.name)[0] is None)
 
 
 @contextmanager

@@ -47,6 +47,9 @@ class PreparationProgress:
     digests: int = 0
     """Digests of different documents in the file `digests`."""
     empty_documents: int = 0
+    bad_documents: int = 0
+    first_bad: str = ""
+    """Why the first of them could not be read."""
     duplicates: int = 0
     keeps_long: bool = True
     """Whether the long document that is being read is kept, not dropped as a duplicate."""
@@ -84,7 +87,7 @@ class PartialDataset:
             self.progress.digests = self.seen.count
         done = self.sources[: self.progress.files + (self.progress.items > 0)]
         sources = [[file.name, file.size, file.mtime_ns] for file in done]
-        value = {"layout": LAYOUT, "settings": asdict(self.settings), "sources": sources, **asdict(self.progress)}
+        value = {"layout": LAYOUT, "settings": self.settings.stored(), "sources": sources, **asdict(self.progress)}
         write_json(self.folder / "progress.json", value)
         self._saved_at = time.monotonic()
 

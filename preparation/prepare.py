@@ -4,14 +4,15 @@ One thread reads and writes. Workers are threads, because tokenising releases th
 each. Results are written in the order of reading, so the bytes do not depend on the number of workers.
 """
 
+import functools
 import hashlib
 import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +36,7 @@ from preparation.partial_dataset import (
 )
 from preparation.python_docs import EMBEDDED
 from preparation.readers import Batch, read_batches
-from preparation.selection import PreparationSettings
+from preparation.selection import PreparationSettings, without_place
 from preparation.sources import Kind, SourceFile, check_space, local_files
 from preparation.token_writer import CHUNK_TOKENS, sha256_of
 from preparation.tokenizer_choice import known_tokenizer, learn_tokenizer
@@ -51,6 +52,8 @@ class PreparationResult:
     progress: PreparationProgress | None
     """None if the dataset was there already."""
     splits: tuple[TokenFile, TokenFile]
+    skipped: Counter[str]
+    """Files of the source that cannot be read, by suffix."""
 
 
 def prepare(
@@ -65,9 +68,9 @@ def prepare(
     with locked(out_dir) as folder:
         earlier = None if is_fresh else load_progress(folder, settings)
         if earlier is None and not is_fresh and is_prepared(settings, out_dir):
-            return PreparationResult(None, open_both(out_dir))
+            return PreparationResult(None, open_both(out_dir), Counter())
         progress = earlier or PreparationProgress(commit=find_commit(settings))
-        sources = find_sources(settings, progress.commit, out_dir)
+        sources, skipped = find_sources(settings, progress.commit, out_dir)
         if earlier:
             check_sources(folder, sources)
         else:
@@ -78,7 +81,7 @@ def prepare(
                 check_space(folder, sources, progress.train.tokens + progress.validation.tokens, tokenizer.vocab_size)
             read_and_divide(PartialDataset(folder, settings, progress, tokenizer), sources, workers)
         move_into_place(folder, progress, out_dir, metadata_of(settings, progress.commit, sources), tokenizer)
-        return PreparationResult(progress, open_both(out_dir))
+        return PreparationResult(progress, open_both(out_dir), skipped)
 
 
 def trained_tokenizer(
@@ -130,7 +133,7 @@ def is_prepared(settings: PreparationSettings, out_dir: Path) -> bool:
         if difference := settings.difference(found):
             raise ConfigError(f"{file.path}: made with other options ({difference}), {hint}")
         if settings.source not in EMBEDDED and not settings.source.startswith(PREFIX):
-            sources = local_files(settings.source, out_dir)
+            sources, _ = local_files(settings.source, out_dir)
             newest = max(source.mtime_ns for source in sources)
             if file.metadata.get("files_sha256") != fingerprint(sources) or newest > file.path.stat().st_mtime_ns:
                 raise ConfigError(f"{file.path}: made before SOURCE changed, {hint}")
@@ -142,11 +145,13 @@ def find_commit(settings: PreparationSettings) -> str | None:
     return commit_of(settings.source, settings.revision) if settings.source.startswith(PREFIX) else None
 
 
-def find_sources(settings: PreparationSettings, commit: str | None, out_dir: Path) -> Sequence[SourceFile]:
-    """List the files of the source in the order in which they are read."""
+def find_sources(
+    settings: PreparationSettings, commit: str | None, out_dir: Path
+) -> tuple[list[SourceFile], Counter[str]]:
+    """List the files of the source in the order in which they are read, and count those that cannot be, by suffix."""
     if settings.source in EMBEDDED:
         kind, size = cast(Kind, settings.source), EMBEDDED[settings.source].size
-        return [SourceFile(f"Python {sys.version.split()[0]}", kind, size, Path(sys.prefix))]
+        return [SourceFile(f"Python {sys.version.split()[0]}", kind, size, Path(sys.prefix))], Counter()
     return hub_files(settings.source, commit) if commit else local_files(settings.source, out_dir)
 
 
@@ -161,8 +166,12 @@ def fingerprint(sources: Sequence[SourceFile]) -> str:
 def metadata_of(settings: PreparationSettings, commit: str | None, sources: Sequence[SourceFile]) -> dict[str, str]:
     """Return the metadata of both files that says where their tokens come from."""
     revision = {"revision": commit} if commit else {}
-    own = {"settings": json.dumps(asdict(settings)), "files": str(len(sources)), "files_sha256": fingerprint(sources)}
-    return {"source": settings.source, **revision, **own}
+    own = {
+        "settings": json.dumps(settings.stored()),
+        "files": str(len(sources)),
+        "files_sha256": fingerprint(sources),
+    }
+    return {"source": without_place(settings.source), **revision, **own}
 
 
 def read_and_divide(partial: PartialDataset, sources: Sequence[SourceFile], workers: int) -> None:
@@ -237,6 +246,9 @@ def write_batch(partial: PartialDataset, encoded: EncodedBatch) -> None:
                 progress.duplicates += not progress.keeps_long
             keep[:] = progress.keeps_long
     progress.empty_documents += encoded.empty_documents
+    if encoded.bad_documents:
+        progress.first_bad = progress.first_bad or encoded.bad_documents[0]
+        progress.bad_documents += len(encoded.bad_documents)
     held_out = np.zeros_like(keep)
     if settings.validation == "random":
         held_out = np.array([settings.is_held_out(int(key)) for key in encoded.split_keys], dtype=bool)
@@ -255,7 +267,8 @@ def divide(partial: PartialDataset) -> None:
     train, validation, fraction = partial.train, partial.validation, partial.settings.validation_fraction
     documents = train.counts.documents + validation.counts.documents
     if documents == 0:
-        raise DataError("SOURCE: found no document, wanted at least one that is not empty")
+        bad = f" ({partial.progress.first_bad})" if partial.progress.first_bad else ""
+        raise DataError(f"SOURCE: found no document, wanted at least one that is not empty{bad}")
     if train.counts.documents == 0:
         validation.copy_tail(validation.start_of_last(1), 1, train)
         partial.save()  # the copy must be durable before the original is cut off

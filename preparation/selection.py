@@ -4,14 +4,15 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Literal
 
 import numpy as np
 
+from preparation.sources import GLOB
+
 DIGEST_BYTES = 16
 RECENT = 2**18
-DEFAULTS_SINCE = {"tokenizer": "gpt2"}  # of settings that datasets of earlier versions do not name
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class PreparationSettings:
     source: str
     revision: str | None = None
     text_field: str = "text"
+    encoding: str = "utf-8"
+    """Of text files; the codec's own name."""
+    skip_bad: bool = False
     validation: Literal["random", "last"] = "random"
     validation_fraction: float = 0.01
     seed: int = 0
@@ -28,11 +32,19 @@ class PreparationSettings:
     tokenizer: str = "gpt2"
     """"gpt2", "bytes", "train:N", or the SHA-256 of a tokenizer.json."""
 
+    def stored(self) -> dict[str, object]:
+        """Return the settings as they are stored: nothing in them says where on this machine the source was."""
+        return {**asdict(self), "source": without_place(self.source)}
+
     def difference(self, other: dict[str, object]) -> str | None:
-        """Name the first setting in which `other` differs, as `seed 1 there, 0 now`; None if there is none."""
-        for name, value in asdict(self).items():
-            if other.get(name, DEFAULTS_SINCE.get(name)) != value:
-                return f"{name} {other.get(name)} there, {value} now"
+        """Name the first setting in which stored ones differ, as `seed 1 there, 0 now`; None if there is none."""
+        defaults = asdict(PreparationSettings(""))
+        for name, value in self.stored().items():
+            found = other.get(name, defaults[name])  # the setting may be younger than what was stored
+            if name == "source":
+                found = without_place(str(found))
+            if found != value:
+                return f"{name} {found} there, {value} now"
         return None
 
     def is_held_out(self, split_key: int) -> bool:
@@ -49,6 +61,15 @@ class PreparationSettings:
         for piece in pieces:
             digest.update(piece)
         return int.from_bytes(digest.digest(), "little")
+
+
+def without_place(source: str) -> str:
+    """Return a source without the folders above it if its path is absolute: its last part, or those of its glob."""
+    path = PurePath(source)
+    if not path.is_absolute():
+        return source
+    first = next((number for number, part in enumerate(path.parts) if GLOB.search(part)), len(path.parts))
+    return str(PurePath(*path.parts[max(1, first - 1) :]))
 
 
 def content_digest(pieces: Iterable[bytes]) -> bytes:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,29 @@ from typing import Literal
 
 from harness.run.errors import ConfigError, DataError, StorageError
 
-Kind = Literal["text", "jsonl", "parquet", "python-docs", "python-reference"]
-KINDS: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+Kind = Literal["text", "html", "jsonl", "json", "csv", "parquet", "python-docs", "python-reference"]
+TEXT = (
+    "txt md rst tex py pyi ipy c h cc cpp cxx hpp cu cuh cs css go hs java js jsx jl kt lua m ml php pl ps1 r rb rs "
+    "scala sh sql swift ts tsx zig"
+)
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys([f".{suffix}" for suffix in TEXT.split()], "text"),
+    ".html": "html",
+    ".htm": "html",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 COMPRESSIONS = (".gz", ".xz", ".zst")
+GLOB = re.compile(r"[*?\[]")
 PARTIAL_FOLDER = ".partial"
-WANTED = f"{', '.join(KINDS)} (each also {', '.join(COMPRESSIONS)})"
+OWN_FILES = ("train.safetensors", "validation.safetensors", "tokenizer.json")
+"""What a prepared dataset holds, and so is no source of one."""
+WANTED = (
+    f".txt, .md, .rst, source code, .html, .jsonl, .json, .csv, .tsv, .parquet (each also {', '.join(COMPRESSIONS)})"
+)
 
 # Bytes of text per byte on disk, measured on English web text. Parquet compresses about as .gz does, but a file also
 # holds other columns.
@@ -51,28 +70,51 @@ def kind_of(name: str) -> tuple[Kind | None, str]:
     return KINDS.get(suffix), ""
 
 
-def local_files(source: str, out_dir: Path) -> list[SourceFile]:
-    """Find the files of a folder (at any depth), a glob or a path, sorted by name; raises HarnessError.
+def local_files(source: str, out_dir: Path) -> tuple[list[SourceFile], Counter[str]]:
+    """Find the files of a folder (at any depth), a glob or a path, sorted by name, and count the others by suffix.
 
-    Unfinished work in `out_dir` is left out, so that OUT_DIR may be inside the source or be the source.
+    Hidden files and folders are left out, and so is what a dataset in `out_dir` holds, which may be inside the source
+    or be the source. Raises HarnessError.
     """
     root = Path(source)
     if root.is_dir():
-        found = [path for path in _below(root) if kind_of(path.name)[0] and path.is_file()]
+        found = list(_below(root))
     elif root.is_file():
+        if kind_of(root.name)[0] is None:
+            raise ConfigError(f"SOURCE: found {root}, wanted {WANTED}")
         root, found = root.parent, [root]
     else:
-        root = Path(source[: match.start()]).parent if (match := re.search(r"[*?\[]", source)) else root.parent
-        found = [path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file()]
-    inside = (out_dir / PARTIAL_FOLDER).resolve()
-    paths = sorted(path for path in found if not path.resolve().is_relative_to(inside))
-    if not paths:
-        raise DataError(f"SOURCE: found no file in {source}, wanted {WANTED}")
-    return [_local_file(path, root) for path in paths]
+        root = Path(source[: match.start()]).parent if (match := GLOB.search(source)) else root.parent
+        found = [Path(path) for path in glob.glob(source, recursive=True)]
+    own = {(out_dir / name).resolve() for name in OWN_FILES}
+    paths = sorted(path for path in found if path.is_file() and path.resolve() not in own)
+    files = [_local_file(path, root, kind) for path in paths if (kind := kind_of(path.name)[0])]
+    skipped = Counter(suffix_of(path.name) for path in paths if kind_of(path.name)[0] is None)
+    if not files:
+        beside = f" but {describe_skipped(skipped)}" if skipped else ""
+        raise DataError(f"SOURCE: found no file in {source}{beside}, wanted {WANTED}")
+    return files, skipped
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix by which a file that cannot be read is counted."""
+    return Path(name).suffix.lower() or "without suffix"
+
+
+def describe_skipped(skipped: Counter[str]) -> str:
+    """Return counts of files by suffix in words, the most frequent first."""
+    return ", ".join(
+        f"{count:,} {suffix}" for suffix, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden by the dot before its name."""
+    return name.startswith(".")
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """Yield all paths below a folder, following links to folders; each folder is entered once."""
+    """Yield all files below a folder that are not hidden, following links to folders; each folder is entered once."""
     seen: set[Path] = set()
     for place, folders, names in os.walk(root, followlinks=True):
         real = Path(place).resolve()
@@ -80,14 +122,11 @@ def _below(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
-        yield from (Path(place, name) for name in names)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (Path(place, name) for name in names if not is_hidden(name))
 
 
-def _local_file(path: Path, root: Path) -> SourceFile:
-    kind, _ = kind_of(path.name)
-    if kind is None:
-        raise ConfigError(f"SOURCE: found {path}, wanted {WANTED}")
+def _local_file(path: Path, root: Path, kind: Kind) -> SourceFile:
     stat = path.stat()
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
     return SourceFile(name, kind, stat.st_size, path, stat.st_mtime_ns)
@@ -110,8 +149,8 @@ def token_bytes(files: Sequence[SourceFile], vocab_size: int) -> int:
         _, compression = kind_of(file.name)
         unpacked = file.size * TEXT_PER_DISK_BYTE.get(compression, 1.0)
         text = unpacked * (TEXT_PER_DISK_BYTE[".parquet"] if file.kind == "parquet" else 1.0)
-        total += text / text_bytes_per_token(vocab_size) * stored_bytes_per_token(vocab_size)
-    return round(total)
+        total += text
+    return round(total / text_bytes_per_token(vocab_size) * stored_bytes_per_token(vocab_size))
 
 
 def scratch_bytes(files: Sequence[SourceFile]) -> int:

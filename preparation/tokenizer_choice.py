@@ -96,7 +96,7 @@ def learn_tokenizer(
 def _train_texts(file: SourceFile, settings: PreparationSettings, scratch: Path) -> Iterator[str]:
     """Yield the texts of a file, or the pieces of a long one, that are not held out by their hash."""
     for batch in read_batches(file, settings, 0, scratch):
-        for text in texts_of(batch, settings):
+        for text in filter(None, texts_of(batch, settings)[0]):
             key = batch.long.split_key if batch.long else settings.split_key([text.encode()])
             if settings.validation != "random" or not settings.is_held_out(key):
                 yield text

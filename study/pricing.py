@@ -88,7 +88,7 @@ def refuse_incomparable(experiment: Experiment, runs_dir: Path, bill: Bill) -> N
     names = [arm.name for arm in experiment.arms]
     model, train = configs_of(experiment, runs_dir, first[names[0]])
     tokens = bill.arms[names[0]].plan.train_tokens
-    test_set = (train.dataset, train.dataset_revision, model.context_length, model.vocab_size)
+    test_set = (train.scored_dataset, train.datasets[0].revision, model.context_length, model.vocab_size)
     keys = ("dataset", "dataset_revision", "context_length", "vocab_size")
     problems = []
     for name in names[1:]:
@@ -99,7 +99,12 @@ def refuse_incomparable(experiment: Experiment, runs_dir: Path, bill: Bill) -> N
                 f"{name}: would train on {theirs:,} tokens and {names[0]} on {tokens:,}; wanted the same, so "
                 "that a difference is the change's"
             )
-        scored = (other_train.dataset, other_train.dataset_revision, other.context_length, other.vocab_size)
+        scored = (
+            other_train.scored_dataset,
+            other_train.datasets[0].revision,
+            other.context_length,
+            other.vocab_size,
+        )
         problems += [
             f"{name}: {key}: found {value}, wanted {names[0]}'s {wanted}, since all arms are scored on one test set"
             for key, value, wanted in zip(keys, scored, test_set, strict=True)

@@ -22,7 +22,7 @@ from harness.run.score import Score
 from harness.run.status import Status
 from study.experiment import Experiment
 
-CheckpointRule = Literal["last", "best"]
+CheckpointRule = Literal["last", "best", "averaged"]
 Floats = NDArray[np.float64]
 
 
@@ -100,16 +100,18 @@ class Group:
 def scores_of(folder: RunFolder, rule: CheckpointRule) -> dict[str, Score]:
     """Return the stored scores of the checkpoint that the rule names, by the SHA-256 of the test tokens.
 
-    `last` is the last step of the whole plan, `best` the checkpoint that looked best while training. Raises
-    ConfigError where there is no score.
+    `last` is the last step of the whole plan, `averaged` the average of the weights in that checkpoint, `best` the
+    checkpoint that looked best while training. Raises ConfigError where there is no score.
     """
     # An imported run that was never trained has no plan, and so step -1: that of its imported weights.
     step = (RunRecord.read(folder.run_json).global_steps or 0) - 1
     if rule == "best" and (match := STEP_FOLDER.fullmatch(_target(folder.checkpoints / "best"))):
         step = int(match[1])
-    scores = {score.tokens_sha256: score for score in Score.of_checkpoint(folder, step)}
+    scores = {score.tokens_sha256: score for score in Score.of_checkpoint(folder, step, rule == "averaged")}
     if not scores:
-        raise ConfigError(f"{folder.path}: found no score of its {rule} checkpoint, wanted one of test_loss.py")
+        what = "averaged weights" if rule == "averaged" else f"{rule} checkpoint"
+        command = "test_loss.py --weights averaged" if rule == "averaged" else "test_loss.py"
+        raise ConfigError(f"{folder.path}: found no score of its {what}, wanted one of {command}")
     return scores
 
 

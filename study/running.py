@@ -163,9 +163,9 @@ def check_test_set(experiment: Experiment, folder: RunFolder, datasets_dir: Path
     A dataset that is still to be downloaded cannot be checked yet.
     """
     model, train = folder.read_configs()
-    if not split_files(datasets_dir / train.dataset, "validation"):
+    if not split_files(datasets_dir / train.scored_dataset, "validation"):
         return
-    file = open_split(datasets_dir, train.dataset, "validation")
+    file = open_split(datasets_dir, train.scored_dataset, "validation")
     test_set = experiment.test_set
     wanted = test_set.start_token + test_set.sequences * model.context_length + 1
     if file.length < wanted:
@@ -186,7 +186,7 @@ def score(experiment: Experiment, run: PlannedRun, folder: RunFolder, datasets_d
     _, train = folder.read_configs()
     test_set = experiment.test_set
     script = [str(ROOT / "test_loss.py"), str(datasets_dir), str(folder.model_json)]
-    script += [str(folder.checkpoints / "latest" / MODEL_FILE), "--dataset", train.dataset]
+    script += [str(folder.checkpoints / "latest" / MODEL_FILE), "--dataset", train.scored_dataset]
     script += ["--start-token", str(test_set.start_token), "--batches", str(test_set.batches)]
     done = subprocess.run([sys.executable, *script])
     if done.returncode:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from benchmarks.arrangements import (
     build_default,
     replace_modules,
 )
+from harness.engine.costs import GIB, microbatch_gib
 from harness.engine.loss import Objective
-from harness.run.config import ModelConfig
+from harness.run.config import ModelConfig, TrainConfig
 from model import GPTModel, initialise, uninitialized_model
+from tests.helpers import REQUIRED_TRAIN
+from tests.test_model import INTERVENTIONS, STACKS
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(vocab_size=97, context_length=16, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
@@ -89,6 +93,16 @@ def test_memory_counted_reaches_the_goals() -> None:
     default = memory.count("default", memory.GPT2, FUSED, is_lean=True)
     assert default.fits[24] >= 53
     assert default.fits[40] >= 96
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("change", [{}, {"drop_rate": 0.1}, *INTERVENTIONS, *STACKS], ids=str)
+def test_the_plan_s_memory_is_the_memory_counted(change: dict[str, Any], is_recomputed: bool) -> None:
+    model = replace(memory.GPT2, n_layers=4, vocab_size=4096, **change)
+    batch = {"microbatch_size": 8, "activation_checkpointing": is_recomputed}
+    train = TrainConfig(**{**REQUIRED_TRAIN, **batch, "amp_dtype": "bfloat16", "use_amp": True, "compile": False})
+    counted = memory.peak_bytes(model, FUSED, 8, True, is_recomputed)
+    assert microbatch_gib(model, train) == pytest.approx(counted / GIB, rel=0.1)
 
 
 def test_a_byte_is_counted_while_it_lives() -> None:

@@ -288,3 +288,9 @@ def test_command_prints_each_error_on_a_line_and_exits_2(tmp_path: Path, capsys:
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 2
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("key", ["xyz", "moe", "start", "quantization", "self"])
+def test_no_key_is_suggested_without_likeness(tmp_path: Path, key: str) -> None:
+    (line,) = refused(load_train_config, write(tmp_path / "train.json", {**TRAIN, key: 1}))
+    assert line.endswith("wanted a known one (docs/configuration.md lists them)")

@@ -273,7 +273,7 @@ def counting_file(tmp_path: Path, save: Callable[..., Path], count: int) -> Toke
 
 def sequences_of_step(file: TokenFile, train: TrainConfig, plan: Plan, step: int) -> torch.Tensor:
     """The global batch of one step, all ranks and accumulation steps together; (global batch, T)."""
-    source = train_data(file, train, plan)
+    source = train_data([file], train, plan)
     return torch.cat(
         [
             source.microbatch(step, accumulation, rank)[0]
@@ -302,7 +302,7 @@ def test_ranks_together_read_the_file_in_order_exactly_once(
 def test_targets_are_one_token_later(tmp_path: Path, save: Callable[..., Path], shuffle: bool) -> None:
     train = replace(TRAIN, shuffle=shuffle, microbatch_size=3)
     file = counting_file(tmp_path, save, 9 * LENGTH + 1)
-    source = train_data(file, train, make_plan(MODEL, train, 1, file.length))
+    source = train_data([file], train, make_plan(MODEL, train, 1, file.length))
     for step in range(3):
         tokens, targets = source.microbatch(step, 0, 0)
         assert tokens.shape == targets.shape == (3, LENGTH)
@@ -436,6 +436,6 @@ def test_only_the_reading_process_checks_the_ids(tmp_path: Path, save: Callable[
     for name in ("train", "validation"):
         save(name, tokens=tokens + (100 if name == split else 0))
     model, train = replace(MODEL, vocab_size=97), replace(TRAIN, **VALIDATING)
-    assert open_splits(tmp_path, model, train, 1, reads_through=False).checks == []
+    assert open_splits(tmp_path, model, train, 1, reads_through=False).checks == {}
     with pytest.raises(DataError, match=rf"{split}\.safetensors: found id 100 at token 0"):
         open_splits(tmp_path, model, train, 1, reads_through=True)

@@ -25,7 +25,7 @@ train = TrainConfig(dataset="big", min_train_tokens=-1, start_train_token=0, sta
                     microbatch_size=2, checkpoint_interval=1, shuffle=sys.argv[2] == "shuffle")
 plan = Plan(world_size=1, microbatch_size=2, accumulation_steps=1, context_length=2**18,
             global_steps=(file.length - 1) // 2**19)
-source = train_data(file, train, plan)
+source = train_data([file], train, plan)
 for warm in range(3):
     source.microbatch(warm, 0, 0)
 before = peak_mib()

@@ -49,7 +49,7 @@ def small(tmp_path: Path) -> Path:
 def test_every_sequence_is_seen_once_an_epoch(small: Path, tmp_path: Path, shuffle: bool) -> None:
     folder = write_run(tmp_path / "runs" / "a", {}, {"epochs": 4, "min_train_tokens": -1, "shuffle": shuffle})
     train = opened(folder, small)
-    assert train.sequences == 37
+    assert train.parts[0].sequences == 37
     found = places(train, open_split(small, "toy", "train"))
     assert len(found) == 4 * 37 // train.plan.global_batch * train.plan.global_batch
     epochs = [found[start : start + 37] for start in range(0, len(found), 37)]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from harness.engine import evaluate, loss
 from harness.engine.evaluate import sequence_losses
-from harness.engine.loss import Objective, chunked_next_token_loss, next_token_loss
+from harness.engine.loss import Objective, capped, chunked_next_token_loss, next_token_loss
 from harness.run.config import load_model_config
 from model import GPTModel, initialise, uninitialized_model
 from tests.helpers import TINY_MODEL, write
@@ -23,16 +23,21 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "loss_chunk_rows", lambda _: 100)
 
 
-def both(amp_dtype: torch.dtype | None, loss_scale: float = 65536) -> tuple[Pair, Pair]:
+def both(amp_dtype: torch.dtype | None, loss_scale: float = 65536, softcap: float | None = None) -> tuple[Pair, Pair]:
     """Return loss and gradients of hidden states and head, scaled as a gradient scaler would, plain and lean."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(4, 64, 32, generator=generator, requires_grad=True)
     head = torch.randn(501, 32, generator=generator).mul_(0.3).requires_grad_()
     targets = torch.randint(0, 501, (4, 64), generator=generator)
     results = []
+
+    def plain() -> Tensor:
+        logits = F.linear(hidden, head)
+        return next_token_loss(logits if softcap is None else capped(logits.float(), softcap), targets)
+
     for function in (
-        lambda: next_token_loss(F.linear(hidden, head), targets),
-        lambda: chunked_next_token_loss(hidden, head, targets),
+        plain,
+        lambda: chunked_next_token_loss(hidden, head, targets, softcap),
     ):
         with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
             value = function()
@@ -44,9 +49,12 @@ def both(amp_dtype: torch.dtype | None, loss_scale: float = 65536) -> tuple[Pair
 @pytest.mark.parametrize(
     ("amp_dtype", "tolerance"), [(None, 2e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str
 )
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.usefixtures("few_rows")
-def test_loss_and_gradients_are_the_plain_ones(amp_dtype: torch.dtype | None, tolerance: float) -> None:
-    (plain, plain_gradients), (lean, lean_gradients) = both(amp_dtype)
+def test_loss_and_gradients_are_the_plain_ones(
+    amp_dtype: torch.dtype | None, tolerance: float, softcap: float | None
+) -> None:
+    (plain, plain_gradients), (lean, lean_gradients) = both(amp_dtype, softcap=softcap)
     assert lean.dtype == torch.float32
     torch.testing.assert_close(lean, plain, rtol=tolerance / 10, atol=0)
     for found, wanted in zip(lean_gradients, plain_gradients, strict=True):
@@ -65,6 +73,29 @@ def make_objective(tmp_path: Path, seed: int = 1) -> tuple[GPTModel, Objective]:
     model = uninitialized_model(load_model_config(write(tmp_path / "model.json", {**TINY_MODEL, "drop_rate": 0.0})))
     initialise(model, seed)
     return model, Objective(model)
+
+
+@pytest.mark.parametrize(
+    ("amp_dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str
+)
+@pytest.mark.usefixtures("few_rows")
+def test_z_loss_is_in_the_gradients_and_not_in_the_loss(amp_dtype: torch.dtype | None, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(4, 64, 32, generator=generator, requires_grad=True)
+    head = torch.randn(501, 32, generator=generator).mul_(0.3).requires_grad_()
+    targets = torch.randint(0, 501, (4, 64), generator=generator)
+    with torch.autocast("cpu", amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+        logits = F.linear(hidden, head)
+        plain = next_token_loss(logits, targets)
+        lean = chunked_next_token_loss(hidden, head, targets, z_loss=0.02)
+    torch.testing.assert_close(lean, plain, rtol=tolerance / 10, atol=0)
+    whole = plain + 0.02 * logits.float().logsumexp(dim=-1).square().mean()
+    for found, wanted, without in zip(
+        *(torch.autograd.grad(value, (hidden, head), retain_graph=True) for value in (lean, whole, plain)),
+        strict=True,
+    ):
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+        assert (without - wanted).abs().max() > 0.05 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -122,9 +153,9 @@ def test_compiler_sees_one_operator_and_compiles_at_most_two_chunks(monkeypatch:
         graphs.append(graph)
         return graph
 
-    def recorded(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def recorded(logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
         chunks.append(len(logits))
-        return loss.softmax_gradient(logits, targets)
+        return loss.softmax_gradient(logits, targets, softcap, z_loss)
 
     monkeypatch.setattr(loss, "compiled_softmax_gradient", lambda: recorded)
     compiled = torch.compile(chunked_next_token_loss, backend=keep, fullgraph=True)

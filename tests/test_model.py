@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.engine.key_value_cache import KeyValueCache
 from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError
 from model import GPTModel, fingerprint, initialise, load_model, load_weights, uninitialized_model
@@ -20,6 +21,27 @@ TINY = ModelConfig(vocab_size=61, context_length=12, emb_dim=24, n_heads=3, n_la
 TOGGLES: list[dict[str, Any]] = [
     {"qkv_bias": bias, "tie_weights": tie} for bias in (False, True) for tie in (False, True)
 ]
+
+INTERVENTIONS: list[dict[str, Any]] = [
+    {"positions": "rotary"},
+    {"norm": "rms"},
+    {"feed_forward": "relu_squared"},
+    {"feed_forward": "swiglu"},
+    {"qk_norm": True},
+    {"bias": False},
+    {"embedding_norm": True},
+    {"value_residual": True},
+    {"logit_softcap": 2.0},
+]
+# Two stacks that between them have everything, and one that has what is left beside rotary positions.
+STACKS: list[dict[str, Any]] = [
+    {
+        "positions": "rotary", "norm": "rms", "feed_forward": "relu_squared", "qk_norm": True, "bias": False,
+        "embedding_norm": True, "value_residual": True, "logit_softcap": 15.0, "init": "zero_projections",
+    },
+    {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "qkv_bias": True, "tie_weights": True},
+    {"embedding_norm": True, "value_residual": True, "bias": False, "init": "torch"},
+]  # fmt: skip
 
 
 def random_model(config: ModelConfig, seed: int = 0, **named: Any) -> GPTModel:
@@ -41,54 +63,87 @@ def random_tokens(config: ModelConfig, rows: int = 3, length: int | None = None,
 
 
 def textbook_logits(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor) -> Tensor:
-    """GPT-2 with loops over heads, an explicit mask, and no library layer; (B, T) to (B, T, V)."""
-    zero = torch.zeros(())
+    """The model with loops over heads, an explicit mask, and no library layer; (B, T) to (B, T, V)."""
+    weights = {name: value.double() for name, value in weights.items()}
+    zero = torch.zeros((), dtype=torch.float64)
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", zero)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        variance = (centred**2).mean(-1, keepdim=True)
-        return weights[f"{name}.scale"] * centred / torch.sqrt(variance + 1e-5) + weights[f"{name}.shift"]
+        if config.norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        normal = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5)
+        return normal * weights.get(f"{name}.scale", zero + 1) + weights.get(f"{name}.shift", zero)
 
-    def gelu(x: Tensor) -> Tensor:
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    def feed_forward(x: Tensor, name: str) -> Tensor:
+        hidden = linear(x, f"{name}.layers.0")
+        if config.feed_forward == "swiglu":
+            gate = linear(x, f"{name}.gate")
+            hidden = hidden * gate / (1 + torch.exp(-gate))
+        elif config.feed_forward == "relu_squared":
+            hidden = hidden.clamp(min=0) ** 2
+        else:
+            hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        return linear(hidden, f"{name}.layers.2")
 
-    def attention(x: Tensor, name: str) -> Tensor:
+    def turned(x: Tensor) -> Tensor:
+        """Multiply every pair of channels, as a complex number, by one whose angle grows with the position."""
+        half = size // 2
+        speeds = 10_000.0 ** (-2 * torch.arange(half, dtype=torch.float64) / size)
+        angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * speeds
+        pairs = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    def scored(x: Tensor) -> Tensor:
+        x = turned(x) if config.positions == "rotary" else x
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5) if config.qk_norm else x
+
+    def attention(x: Tensor, name: str, first: Tensor | None) -> tuple[Tensor, Tensor]:
         query, key, value = (linear(x, f"{name}.W_{part}") for part in ("query", "key", "value"))
-        size = config.emb_dim // config.n_heads
+        if config.value_residual and first is not None:
+            mix = weights[f"{name}.value_mix"]
+            value = (1 - mix) * value + mix * first
         future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
         heads = []
         for head in range(config.n_heads):
             part = slice(head * size, (head + 1) * size)
-            scores = query[..., part] @ key[..., part].transpose(1, 2) / math.sqrt(size)
+            scores = scored(query[..., part]) @ scored(key[..., part]).transpose(1, 2) / math.sqrt(size)
             scores = scores.masked_fill(future, float("-inf"))
             exponentials = torch.exp(scores - scores.max(-1, keepdim=True).values)
             heads.append(exponentials / exponentials.sum(-1, keepdim=True) @ value[..., part])
-        return linear(torch.cat(heads, -1), f"{name}.out_proj")
+        return linear(torch.cat(heads, -1), f"{name}.out_proj"), value
 
-    x = weights["tok_emb.weight"][tokens] + weights["pos_emb.weight"][: tokens.shape[1]]
+    size = config.emb_dim // config.n_heads
+    x = weights["tok_emb.weight"][tokens]
+    if config.positions == "learned":
+        x = x + weights["pos_emb.weight"][: tokens.shape[1]]
+    x = norm(x, "embedding") if config.embedding_norm else x
+    first = None
     for number in range(config.n_layers):
         block = f"trf_blocks.{number}"
-        x = x + attention(norm(x, f"{block}.norm1"), f"{block}.att")
-        hidden = gelu(linear(norm(x, f"{block}.norm2"), f"{block}.ff.layers.0"))
-        x = x + linear(hidden, f"{block}.ff.layers.2")
+        attended, values = attention(norm(x, f"{block}.norm1"), f"{block}.att", first)
+        first = values if first is None else first
+        x = x + attended
+        x = x + feed_forward(norm(x, f"{block}.norm2"), f"{block}.ff")
     head = weights["tok_emb.weight" if config.tie_weights else "out_head.weight"]
-    return norm(x, "final_norm") @ head.T
+    logits = norm(x, "final_norm") @ head.T
+    cap = config.logit_softcap
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
-@pytest.mark.parametrize("change", TOGGLES)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("change", [*TOGGLES, *INTERVENTIONS, *STACKS], ids=str)
 @torch.no_grad()
-def test_logits_equal_the_textbook(change: dict[str, Any], checkpointing: bool) -> None:
+def test_logits_equal_the_textbook(change: dict[str, Any]) -> None:
     config = replace(TINY, **change)
-    model = random_model(config, activation_checkpointing=checkpointing)
+    model = random_model(config)
     tokens = random_tokens(config)
-    logits = model(tokens)
+    logits, expected = model(tokens), textbook_logits(model.state_dict(), config, tokens)
     assert logits.shape == (3, 12, 61)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, textbook_logits(model.state_dict(), config, tokens), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits.double(), expected, atol=2e-5, rtol=2e-5)
+    tolerance = 1e-6 if config.positions == "rotary" else 1e-12  # angles are computed in float32
+    torch.testing.assert_close(model.double()(tokens), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("length", [1, 2, 11])
@@ -97,7 +152,7 @@ def test_shorter_sequences(length: int) -> None:
     model = random_model(TINY)
     tokens = random_tokens(TINY, length=length)
     expected = textbook_logits(model.state_dict(), TINY, tokens)
-    torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(tokens).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +163,7 @@ def test_other_shapes(change: dict[str, Any]) -> None:
     config = replace(TINY, **change)
     model, tokens = random_model(config), random_tokens(config)
     expected = textbook_logits(model.state_dict(), config, tokens)
-    torch.testing.assert_close(model(tokens), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(model(tokens).double(), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("change", TOGGLES)
@@ -178,6 +233,36 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
     torch.testing.assert_close(model(tokens), alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("change", [*INTERVENTIONS, *STACKS], ids=str)
+@torch.no_grad()
+def test_cached_logits_are_those_of_the_whole_text(change: dict[str, Any]) -> None:
+    """Three rows read 7, 5 and 3 tokens at first, padded to 7, and then one after the other."""
+    config = replace(TINY, **change)
+    model, tokens = random_model(config), random_tokens(config)
+    whole, cache, lengths = model(tokens), KeyValueCache(config.context_length), torch.tensor([7, 5, 3])
+    first = model(tokens[:, :7], cache.at(torch.arange(7).expand(3, 7)))
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(first[row, :length], whole[row, :length], atol=1e-5, rtol=1e-5)
+    for further in range(5):
+        places = (lengths + further).unsqueeze(1)
+        found = model(tokens.gather(1, places), cache.at(places))[:, 0]
+        torch.testing.assert_close(found, whole[torch.arange(3), places[:, 0]], atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_code_computes_the_same() -> None:
+    """Traced and differentiated as for a GPU, in one graph, but without making kernels."""
+    torch._dynamo.reset()
+    model = random_model(replace(TINY, **{**STACKS[0], "feed_forward": "swiglu"})).train()
+    tokens = random_tokens(TINY)
+    results = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        logits = forward(tokens)
+        logits.square().mean().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(results[0], results[1])
+
+
 # --- dropout and recomputation -------------------------------------------------------------------------------
 
 
@@ -209,9 +294,10 @@ def test_dropout_acts_in_each_place(silenced: tuple[str, ...]) -> None:
     assert not torch.equal(model(tokens), model(tokens))
 
 
+@pytest.mark.parametrize("change", [{}, *STACKS], ids=str)
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
-def test_activation_checkpointing_changes_no_bit(drop_rate: float) -> None:
-    config = replace(TINY, drop_rate=drop_rate)
+def test_activation_checkpointing_changes_no_bit(drop_rate: float, change: dict[str, Any]) -> None:
+    config = replace(TINY, drop_rate=drop_rate, **change)
     tokens = random_tokens(config)
     results = []
     for checkpointing in (False, True):
@@ -222,7 +308,7 @@ def test_activation_checkpointing_changes_no_bit(drop_rate: float) -> None:
     torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("change", TOGGLES)
+@pytest.mark.parametrize("change", [*TOGGLES, *INTERVENTIONS, *STACKS], ids=str)
 def test_every_parameter_gets_a_gradient(change: dict[str, Any]) -> None:
     model = random_model(replace(TINY, **change)).train()
     model(random_tokens(TINY)).logsumexp(-1).sum().backward()
@@ -238,16 +324,21 @@ def test_every_parameter_gets_a_gradient(change: dict[str, Any]) -> None:
 def documented_names(config: ModelConfig) -> set[str]:
     names = {"tok_emb.weight", "pos_emb.weight", "final_norm.scale", "final_norm.shift"}
     names |= set() if config.tie_weights else {"out_head.weight"}
+    names -= {"pos_emb.weight"} if config.positions == "rotary" else set()
     for block in (f"trf_blocks.{number}" for number in range(config.n_layers)):
         names |= {f"{block}.{norm}.{part}" for norm in ("norm1", "norm2") for part in ("scale", "shift")}
         layers = ("att.out_proj", "ff.layers.0", "ff.layers.2")
         names |= {f"{block}.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
         parts = ("weight", "bias") if config.qkv_bias else ("weight",)
         names |= {f"{block}.att.W_{which}.{part}" for which in ("query", "key", "value") for part in parts}
-    return names
+        names |= {f"{block}.ff.gate.{part}" for part in ("weight", "bias") if config.feed_forward == "swiglu"}
+        names |= {f"{block}.att.value_mix"} if config.value_residual and block != "trf_blocks.0" else set()
+    if config.norm == "rms" or not config.bias:
+        names = {name for name in names if not name.endswith(".shift")}
+    return names if config.bias else {name for name in names if not name.endswith(".bias")}
 
 
-@pytest.mark.parametrize("change", TOGGLES)
+@pytest.mark.parametrize("change", [*TOGGLES, *INTERVENTIONS, *STACKS], ids=str)
 def test_state_dict_has_the_documented_names_and_nothing_else(change: dict[str, Any]) -> None:
     config = replace(TINY, **change)
     model = GPTModel(config)

@@ -42,13 +42,13 @@ NEW_KEYS = (
 )
 # SGD with momentum: its name, and one row in the table.
 SGD = (
-    ("harness/run/config.py", 'Literal["adamw"]', 'Literal["adamw", "sgd"]'),
+    ("harness/run/config.py", 'Literal["adamw", "muon"]', 'Literal["adamw", "muon", "sgd"]'),
     (
         "harness/engine/optimizers.py",
         "OPTIMIZERS = {\n",
         "def _sgd(model, config, device):\n"
         "    from torch.optim import SGD\n\n"
-        "    return SGD(decayed_and_not(model, config.weight_decay), lr=config.learning_rate, momentum=0.9)\n\n\n"
+        "    return SGD(decayed_and_not(model.parameters(), config), lr=config.learning_rate, momentum=0.9)\n\n\n"
         "OPTIMIZERS = {\n"
         '    "sgd": OptimizerKind(_sgd, state_bytes=lambda parameters: 4 * parameters.total),\n',
     ),

@@ -15,6 +15,7 @@ from harness.run.model_size import count_parameters, flops_per_token
 from harness.run.plan import Plan, make_plan, validation_sequences
 from model import GPTModel
 from tests.key_table import MODEL_ROWS, TRAIN_ROWS
+from tests.test_model import STACKS
 
 GPT2_SMALL = ModelConfig(
     vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1, qkv_bias=False
@@ -149,7 +150,7 @@ def test_validation_is_in_batches_of_the_global_size() -> None:
 # --- size and cost -------------------------------------------------------------------------------------------
 
 
-MODEL_CHANGES = [{}, *({key: row.value} for key, row in MODEL_ROWS.items())]
+MODEL_CHANGES = [{}, *({key: row.value} for key, row in MODEL_ROWS.items()), *STACKS]
 
 
 @pytest.mark.parametrize("change", [*MODEL_CHANGES, {"qkv_bias": True, "tie_weights": True, "n_layers": 3}], ids=str)

@@ -74,7 +74,7 @@ def test_a_run_trains_on_a_nanogpt_folder(tmp_path: Path, make_run: Callable[...
     first = (3 * 4 + 2) * 2 * TINY_MODEL["context_length"]
     assert tokens.flatten().tolist() == TOKENS[first : first + 32].tolist()
     assert targets.flatten().tolist() == TOKENS[first + 1 : first + 33].tolist()
-    assert [check.highest_id for check in splits.checks] == [96, 96]
+    assert [check.highest_id for check in splits.checks.values()] == [96, 96]
 
 
 def test_safetensors_come_first(tmp_path: Path) -> None:

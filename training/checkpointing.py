@@ -81,7 +81,9 @@ def save_checkpoint(context: TrainContext, is_scheduled: bool, validation: float
 
     def begin() -> None:
         context.checkpoint_writer.finish()  # one at a time, in memory and on disk
-        taken = checkpoint.snapshot(context.model, context.optimizer, context.scaler, context.state, context.identity)
+        taken = checkpoint.snapshot(
+            context.model, context.optimizer, context.scaler, context.state, context.identity, context.average
+        )
         Status("running", taken.step).write(context.folder.status_json)
         keep = context.config.checkpoints_to_keep
         context.checkpoint_writer.start(lambda: checkpoint.save(context.folder, taken, keep, is_best))

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 import data
 from harness.engine import checkpoint, distributed
+from harness.engine.averaging import WeightAverage
 from harness.engine.background import BackgroundTask
 from harness.engine.distributed import Launch
 from harness.engine.identity import ResumeIdentity
@@ -33,7 +35,7 @@ from training.reading import ReadAhead
 
 @dataclass(frozen=True)
 class TrainContext:
-    """Everything that training needs; only model, optimizer, scaler and state change while it runs."""
+    """Everything that training needs; only model, optimizer, scaler, average and state change while it runs."""
 
     launch: Launch
     device: torch.device
@@ -47,6 +49,8 @@ class TrainContext:
     """The model without wrappers."""
     optimizer: Optimizer
     scaler: GradScaler
+    average: WeightAverage | None
+    """On rank 0, where the run keeps one."""
     objective: nn.Module
     """The model's loss, wrapped for compilation and for the other ranks."""
     state: TrainState
@@ -83,10 +87,11 @@ class TrainContext:
 
 def build(
     request: RunRequest, launch: Launch, device: torch.device, point: ResumePoint
-) -> tuple[GPTModel, Optimizer, GradScaler]:
+) -> tuple[GPTModel, Optimizer, GradScaler, WeightAverage | None]:
     """Make model, optimizer and scaler on the device, with the resume point's values on every rank.
 
-    Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder.
+    Rank 0 alone draws or reads them and hands them on, so that only one machine needs the run's folder. It alone has
+    the average of the weights, where the run keeps one.
     """
     config, found = request.config, point.checkpoint
     model = uninitialized_model(request.model_config, config.activation_checkpointing)
@@ -102,7 +107,12 @@ def build(
             scaler.load_state_dict(point.metadata.scaler)
         tensors += _optimizer_tensors_on_every_rank(launch, model, optimizer, point.metadata.optimizer_numbers)
     distributed.broadcast(launch, tensors)
-    return model, optimizer, scaler
+    average = None
+    if config.weight_average_decay is not None and launch.is_main:
+        average = WeightAverage(model, config.weight_average_decay)
+    if found is not None and config.weight_average_decay is not None:
+        distributed.run_on_rank0(launch, lambda: checkpoint.load_average(found, cast(WeightAverage, average)))
+    return model, optimizer, scaler, average
 
 
 def _optimizer_tensors_on_every_rank(
@@ -139,7 +149,7 @@ def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig
 
 def wrap(model: nn.Module, config: TrainConfig, launch: Launch, device: torch.device) -> nn.Module:
     """Make the objective and wrap it for the other ranks, then for the compiler, which sees through DDP's buckets."""
-    objective = distributed.wrap_ddp(Objective(model), launch, device)
+    objective = distributed.wrap_ddp(Objective(model, config.z_loss), launch, device)
     is_compiled = device.type == "cuda" if config.compile == "auto" else config.compile
     return torch.compile(objective) if is_compiled else objective  # type: ignore[return-value]
 
@@ -164,7 +174,7 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
     request = replace(request, config=replace(request.config, initial_weights=None))
     launch, stop, identity = Launch(), StopRequest(), ResumeIdentity({})
     point = from_the_beginning(identity)
-    model, optimizer, scaler = build(request, launch, device, point)
+    model, optimizer, scaler, average = build(request, launch, device, point)
     source = data.SyntheticData(plan, request.model_config.vocab_size)
     context = TrainContext(
         launch=launch,
@@ -172,11 +182,12 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
         folder=RunFolder(Path(os.devnull)),
         model_config=request.model_config,
         config=request.config,
-        splits=data.Splits(plan, source, None, None, [], ""),
+        splits=data.Splits(plan, source, None, None, {}, ""),
         reader=ReadAhead(source, 0, plan, range(0)),
         model=model,
         optimizer=optimizer,
         scaler=scaler,
+        average=average,
         objective=wrap(model, request.config, launch, device),
         state=point.state,
         identity=identity,

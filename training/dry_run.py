@@ -1,9 +1,10 @@
 """What a run would do, without doing it."""
 
+import data
 from harness.engine.checkpoint import save_tensors
 from harness.engine.costs import cost_of, describe
 from harness.run.plan import epoch_sequences, make_plan
-from harness.tokens.token_files import open_split, split_files
+from harness.tokens.token_files import split_files
 from model import fingerprint
 from training.arguments import RunRequest
 from training.context import untrained_model
@@ -13,15 +14,18 @@ def dry_run(request: RunRequest, world_size: int) -> None:
     """Print the plan; a dataset that is there must do for it, and min_train_tokens -1 needs it."""
     model_config, config, available = request.model_config, request.config, None
     datasets_dir = request.arguments.datasets_dir
-    is_there = bool(split_files(datasets_dir / config.dataset, "train"))
+    is_there = all(split_files(datasets_dir / part.name, "train") for part in config.datasets)
     if is_there or config.min_train_tokens == -1:
-        available = open_split(datasets_dir, config.dataset, "train").length - config.start_train_token
+        files = data.open_train_files(datasets_dir, config)
+        available = data.tokens_available(files, model_config, config)
     plan = make_plan(model_config, config, world_size, available)
     rows = describe(cost_of(model_config, config, plan), config)
     if available is not None:
         times = plan.train_tokens / (epoch_sequences(available, plan.context_length) * plan.context_length)
         rows.insert(2, ("Epochs", f"{times:,.2f}, of at most {config.epochs}: so often is a token trained on"))
-    rows.append(("Dataset", f"{config.dataset}, {'there' if is_there else 'to be downloaded by the first start'}"))
+    rows.append(
+        ("Dataset", f"{config.dataset_shares}, {'there' if is_there else 'to be downloaded by the first start'}")
+    )
     rows.append(("Initial weights", f"SHA-256 {fingerprint(untrained_model(request))}"))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:

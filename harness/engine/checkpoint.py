@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from harness.engine.averaging import WeightAverage
 from harness.engine.failpoints import failpoint
 from harness.engine.identity import ResumeIdentity
 from harness.engine.opening import (
-    FILES,
     MANIFEST_FILE,
     OPTIMIZER_FILE,
     CheckpointMetadata,
@@ -36,7 +36,7 @@ from harness.engine.opening import (
 from harness.engine.optimizer_state import named_state, restore_state
 from harness.run.errors import CheckpointError, NonFiniteError, StorageError
 from harness.run.files import file_sha256, fsync_folder, remove, replace_link, write_json
-from harness.run.run_folder import MODEL_FILE, TEMPORARY_PREFIX, RunFolder
+from harness.run.run_folder import AVERAGED_FILE, MODEL_FILE, STATE_FILE, TEMPORARY_PREFIX, RunFolder
 from harness.run.train_state import TrainState
 
 
@@ -60,7 +60,12 @@ class Snapshot:
 
 
 def snapshot(
-    model: nn.Module, optimizer: Optimizer, scaler: GradScaler, state: TrainState, identity: ResumeIdentity
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    state: TrainState,
+    identity: ResumeIdentity,
+    average: WeightAverage | None = None,
 ) -> Snapshot:
     """Copy what a checkpoint of the last completed global step holds; waits for the device.
 
@@ -68,10 +73,14 @@ def snapshot(
     """
     weights = model.state_dict()
     kept, numbers = named_state(optimizer, model)
-    require_finite({**weights, **kept}, state.next_step - 1)
+    averaged = average.tensors if average else {}
+    require_finite(
+        {**weights, **kept, **{f"average of {name}": value for name, value in averaged.items()}}, state.next_step - 1
+    )
     tensors = {
         MODEL_FILE: {name: _copied(tensor.float()) for name, tensor in weights.items()},
         OPTIMIZER_FILE: {name: _copied(tensor) for name, tensor in kept.items()},
+        **({AVERAGED_FILE: {name: _copied(tensor) for name, tensor in averaged.items()}} if average else {}),
     }
     return Snapshot(CheckpointMetadata(replace(state), scaler.state_dict(), identity, numbers), tensors)
 
@@ -168,7 +177,7 @@ def prune(folder: RunFolder, keep: int | None, state: TrainState) -> None:
 def _write_files(temporary: Path, taken: Snapshot) -> None:
     with ThreadPoolExecutor() as pool:  # one file is hashed while the next is written
         hashes = {}
-        for name in FILES:
+        for name in (*taken.tensors, STATE_FILE):
             if name in taken.tensors:
                 save_tensors(taken.tensors[name], temporary / name)
             else:
@@ -197,6 +206,16 @@ def load(found: VerifiedCheckpoint, model: nn.Module, optimizer: Optimizer) -> N
         restore_state(optimizer, model, kept, found.metadata.optimizer_numbers)
     except KeyError as error:
         raise CheckpointError(f"{found.path / OPTIMIZER_FILE}: {error.args[0]} does not fit this model") from None
+
+
+def load_average(found: VerifiedCheckpoint, average: WeightAverage) -> None:
+    """Copy the average in a checkpoint that fits the model into `average`; raises CheckpointError."""
+    if AVERAGED_FILE not in found.headers:
+        raise CheckpointError(
+            f"{found.path}: found no {AVERAGED_FILE}, wanted one (train.json: weight_average_decay)"
+        )
+    for name, value in read_tensors(found.path / AVERAGED_FILE).items():
+        average.tensors[name].copy_(value)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

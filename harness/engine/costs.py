@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from harness.engine.optimizers import OPTIMIZERS
 from harness.run.config import ModelConfig, TrainConfig
-from harness.run.model_size import ParameterCount, count_parameters, flops_per_token
+from harness.run.model_size import ParameterCount, count_parameters, feed_forward_width, flops_per_token
 from harness.run.plan import Plan
 
 GIB = 2**30
@@ -31,7 +31,7 @@ class RunCost:
     parameters: ParameterCount
     flops_per_token: int
     state_gib: float
-    """Weights, gradients and optimizer state, per GPU."""
+    """Weights, gradients, optimizer state and on rank 0 the average of the weights, per GPU."""
     microbatch_gib: float
     """Activations of a micro-batch at their peak, per GPU."""
     runtime_gib: float
@@ -64,14 +64,15 @@ def cost_of(model: ModelConfig, train: TrainConfig, plan: Plan, measured_speed: 
     parameters = count_parameters(model)
     state = OPTIMIZERS[train.optimizer].state_bytes(parameters)
     weights = FLOAT32_BYTES * parameters.total
+    average = 0 if train.weight_average_decay is None else weights
     return RunCost(
         plan=plan,
         parameters=parameters,
         flops_per_token=flops_per_token(model),
-        state_gib=(2 * weights + state) / GIB,  # gradients are as large as the weights
+        state_gib=(2 * weights + state + average) / GIB,  # gradients are as large as the weights
         microbatch_gib=microbatch_gib(model, train),
         runtime_gib=CONTEXT_GIB + (NCCL_GIB if plan.world_size > 1 else 0),
-        checkpoint_bytes=weights + state,
+        checkpoint_bytes=weights + state + average,
         tokens_per_second=measured_speed or train.expected_tokens_per_second,
         price_per_hour=train.price_per_hour,
         currency=train.currency or "",
@@ -82,24 +83,33 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     """Estimate the activations of one micro-batch in GiB, at their peak.
 
     A block keeps for its backward pass, per position and channel: the residual stream twice in float32; in the type
-    of the products two normalised inputs, query, key and value, the attention's output, and the hidden layer (four
-    channels for one) before and after GELU; and a byte for each of two dropout masks. With recomputation it keeps the
-    stream once, and one block everything. Half-precision copies of the blocks' weights are kept too. The loss holds a
-    chunk of logits and of their gradient (where it is not compiled, their float32 softmax besides), the head in half
-    precision and the head's gradient in float32. What generated code allocates: benchmarks/results/cuda-check.md.
+    of the products two normalised inputs, query, key and value, the attention's output, and the hidden layer before
+    and after its activation; and a byte for each of two dropout masks. Rotation, QK norm and the mixing of values keep
+    two more tensors each, gates one more hidden layer (where they are not compiled, two). With recomputation a block
+    keeps the stream once, and after the loss one block everything. Half-precision copies of the blocks' weights are kept too. The
+    loss holds a chunk of logits and of their gradient, the head in half precision and the head's gradient in float32;
+    where it is not compiled, float32 copies of the logits besides. Tested against `benchmarks/memory.py`.
     """
-    width, product = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES
-    per_block = (2 * FLOAT32_BYTES + 14 * product + 2 * (model.drop_rate > 0)) * width
-    per_token = model.n_layers * per_block
-    if train.activation_checkpointing:
-        per_token = model.n_layers * FLOAT32_BYTES * width + per_block
+    width, product, is_eager = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES, train.compile is False
+    pairs = (model.positions == "rotary") + model.qk_norm + model.value_residual
+    hidden_layers = 2 + (model.feed_forward == "swiglu") * (2 if is_eager else 1)
+    per_block = (2 * FLOAT32_BYTES + (6 + 2 * pairs) * product + 2 * (model.drop_rate > 0)) * width
+    per_block += hidden_layers * feed_forward_width(model) * product
     tokens = train.microbatch_size * model.context_length
     ends = (2 * FLOAT32_BYTES + 3 * product) * width  # embeddings and final norm; the loss's input and its gradient
     weights = product * count_parameters(model).without_embeddings if train.use_amp else 0
-    per_logit = 2 * product + (FLOAT32_BYTES if train.use_amp and train.compile is False else 0)
+    per_logit = 2 * product
+    if is_eager and train.use_amp:  # the softmax, and in bfloat16 its input
+        per_logit += FLOAT32_BYTES + (2 if train.amp_dtype == "bfloat16" and model.logit_softcap is None else 0)
+    if is_eager and model.logit_softcap is not None:  # the capped logits and their slope
+        per_logit += 2 * FLOAT32_BYTES
     logits = min(tokens, loss_chunk_rows("cuda")) * model.vocab_size * per_logit
     head = model.vocab_size * width * (product + FLOAT32_BYTES)
-    return (tokens * (per_token + ends) + weights + logits + head) / GIB
+    if train.activation_checkpointing:
+        blocks, at_once = model.n_layers * FLOAT32_BYTES * width, max(tokens * per_block, logits)
+    else:
+        blocks, at_once = model.n_layers * per_block, logits
+    return (tokens * (blocks + ends) + weights + head + at_once) / GIB
 
 
 def describe(cost: RunCost, train: TrainConfig) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ every function below works without one.
 import atexit
 import ctypes
 import json
+import math
 import os
 import re
 import sys
@@ -340,6 +341,24 @@ def gather(launch: Launch, row: Tensor) -> Tensor:
     rows = [torch.empty_like(row) for _ in range(launch.world_size)]
     dist.all_gather(rows, row)
     return torch.stack(rows)
+
+
+def in_shares(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """Return `function(stack)`, of which each rank computes its share of the first dimension; the same on every rank.
+
+    `function` treats each entry of (N, ...) by itself and keeps shape and type. Does not wait for the device.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return function(stack)
+    share = math.ceil(len(stack) / world_size)
+    mine = stack[dist.get_rank() * share :][:share]
+    padded = stack.new_zeros(share, *stack.shape[1:])
+    if len(mine):
+        padded[: len(mine)] = function(mine)
+    whole = stack.new_empty(world_size * share, *stack.shape[1:])
+    dist.all_gather_into_tensor(whole, padded)
+    return whole[: len(stack)]
 
 
 def wrap_ddp(objective: nn.Module, launch: Launch, device: torch.device) -> nn.Module:

@@ -54,7 +54,7 @@ def identity_of(
     model: ModelConfig, train: TrainConfig, plan: Plan, data_fingerprint: str, data: dict[str, str]
 ) -> ResumeIdentity:
     """Return a run's identity; the number of steps is in it only where the schedule depends on that."""
-    length = {"global_steps": plan.global_steps} if SCHEDULES[train.schedule_name].depends_on_length else {}
+    length = {"global_steps": plan.global_steps} if SCHEDULES[train.schedule_name] else {}
     kept: dict[str, Any] = {**must_match(model, train), "global_batch": plan.global_batch, **length}
     return ResumeIdentity({**kept, DATA_FINGERPRINT: data_fingerprint}, data, plan.batch_split())
 

@@ -1,7 +1,7 @@
 """Next-token cross-entropy, plain and memory-lean, and the objective that training compiles and distributes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -33,17 +33,39 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(rows.float(), ids, reduction="none") for rows, ids in chunks]).view_as(targets)
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of logits (n, V) in float32, and its gradient (n, V) in the logits' type."""
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Bound logits between -softcap and softcap (Gemma Team 2024, arXiv:2408.00118, section 2)."""
+    return softcap * torch.tanh(logits / softcap)
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of logits (n, V) in float32, and the gradient (n, V) in the logits' type.
+
+    With a finite softcap, it is that of the capped logits. A logit of -inf has no probability and no gradient. The
+    gradient is that of the cross-entropy plus z_loss x log(Z)^2, where Z normalises the softmax (Chowdhery et al.
+    2022, arXiv:2204.02311, section 5): probabilities count 1 + 2 x z_loss x log(Z) times.
+    """
+    ids, dtype, slope = targets.unsqueeze(-1), logits.dtype, None
+    if softcap < math.inf:
+        bounded = capped(logits.float(), softcap)
+        slope = 1 - (bounded / softcap).square_()
+        logits = bounded.masked_fill_(logits == -math.inf, -math.inf)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    wanted = log_probabilities.gather(-1, targets.unsqueeze(-1))  # (n, 1)
-    gradient = log_probabilities.exp_().to(logits.dtype)  # in place: this is what takes the memory
-    gradient.scatter_(-1, targets.unsqueeze(-1), wanted.exp().sub_(1).to(logits.dtype))
+    wanted = log_probabilities.gather(-1, ids)  # (n, 1)
+    gradient, of_target = log_probabilities.exp_(), wanted.exp()  # in place: this is what takes the memory
+    if z_loss:
+        factor = 1 + 2 * z_loss * (logits.gather(-1, ids).float() - wanted)
+        gradient, of_target = gradient.mul_(factor), of_target.mul_(factor)
+    of_target = of_target.sub_(1)
+    if slope is not None:
+        gradient, of_target = gradient.mul_(slope), of_target.mul_(slope.gather(-1, ids))
+    gradient = gradient.to(dtype)
+    gradient.scatter_(-1, ids, of_target.to(dtype))
     return -wanted.sum(), gradient
 
 
 @cache
-def compiled_softmax_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def compiled_softmax_gradient() -> Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]:
     """Return `softmax_gradient` compiled: the logits are read twice and the gradient is written, nothing else."""
     return torch.compile(softmax_gradient, fullgraph=True, dynamic=False)
 
@@ -59,17 +81,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, is_compiled: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, terms: Sequence[float], dtype: torch.dtype, is_compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of a linear head, and its gradients, computed a chunk of rows at a time.
 
     hidden (N, C), weight (V, C), targets (N,); products are of type `dtype`. A chunk's logits live only until their
     gradient has been used, in the forward pass already: the loss is a scalar, so the backward pass has nothing left
     to do but to scale. The gradients of hidden (in `dtype`) and of weight (float32) are those of the sum over rows:
-    divided by their number and multiplied with the incoming gradient, they would underflow in float16.
+    divided by their number and multiplied with the incoming gradient, they would underflow in float16. They are those
+    of the loss with the z-loss; the loss returned is without, so that it can be compared.
 
-    `is_compiled` compiles what happens between the products. The vocabulary is padded with ids of no probability, so
-    that all three products have sides that tensor cores like.
+    `terms` are a softcap (infinite for none) and the weight of the z-loss. `is_compiled` compiles what happens between
+    the products. The vocabulary is padded with ids of no probability, so that all three products have sides that
+    tensor cores like.
     """
     vocab_size, width = weight.shape
     rows = hidden.to(dtype)  # (N, C)
@@ -86,16 +110,17 @@ def loss_and_gradients(
     ):
         logits = chunk @ narrow.t()  # (n, V')
         logits[:, vocab_size:] = -math.inf
-        loss, gradient = gradient_of(logits, chunk_targets)
+        loss, gradient = gradient_of(logits, chunk_targets, *terms)
         del logits
         total += loss
         torch.mm(gradient, narrow, out=chunk_gradient)
         add_product(weight_gradient, gradient.t(), chunk)
+        del gradient  # or it would live beside the next chunk's logits
     return total / len(rows), hidden_gradient, weight_gradient[:vocab_size]
 
 
 def _empty_loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, is_compiled: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, terms: Sequence[float], dtype: torch.dtype, is_compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=torch.float32)
     return loss, torch.empty_like(hidden, dtype=dtype), torch.empty_like(weight, dtype=torch.float32)
@@ -109,12 +134,13 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.types = hidden.dtype, weight.dtype
 
 
-def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None, None]:
+def _scale_gradients(ctx: Any, loss_gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     hidden_gradient, weight_gradient = ctx.saved_tensors
     hidden_type, weight_type = ctx.types
     scale = loss_gradient / len(hidden_gradient)
     # Cast before they are scaled, or the loss scale would overflow in float16.
-    return hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type), None, None, None
+    of_hidden, of_weight = hidden_gradient.to(hidden_type) * scale, (weight_gradient * scale).to(weight_type)
+    return of_hidden, of_weight, None, None, None, None
 
 
 # An operator of its own, so that the compiler does not look inside: unrolled, all chunks would live at once.
@@ -125,23 +151,30 @@ chunked_linear_cross_entropy.register_fake(_empty_loss_and_gradients)
 chunked_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def chunked_next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def chunked_next_token_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None, z_loss: float = 0.0
+) -> Tensor:
     """Return `next_token_loss(hidden @ head.T, targets)` and its gradients without holding all logits at once.
 
-    hidden (B, T, C), head (V, C), targets (B, T). Under autocast the products are computed in its type, as the plain
-    loss's are; sums over rows are float32.
+    hidden (B, T, C), head (V, C), targets (B, T); with a softcap, the logits are `capped` before. The gradients alone
+    have the z-loss in them. Under autocast the products are computed in its type, as the plain loss's are; sums over
+    rows are float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    terms = (math.inf if softcap is None else softcap, z_loss)
     with torch.autocast(device, enabled=False):
         loss, _, _ = chunked_linear_cross_entropy(
-            hidden.flatten(0, 1), head, targets.flatten(), dtype, torch.compiler.is_compiling()
+            hidden.flatten(0, 1), head, targets.flatten(), terms, dtype, torch.compiler.is_compiling()
         )
     return cast(Tensor, loss)
 
 
 class LanguageModel(Protocol):
     """What the objective needs of a model besides logits."""
+
+    logit_softcap: float | None
+    """What bounds the logits that head and hidden states make."""
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Return the final hidden states (B, T, C) for tokens (B, T)."""
@@ -157,14 +190,16 @@ class Objective(nn.Module):
     of wrappers' prefixes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, z_loss: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.z_loss = z_loss
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of a micro-batch; tokens and targets (B, T)."""
+        """Return the mean cross-entropy of a micro-batch; tokens and targets (B, T)."""
         model = cast(LanguageModel, self.model)
-        return chunked_next_token_loss(model.hidden_states(tokens), model.head_weight(), targets)
+        hidden = model.hidden_states(tokens)
+        return chunked_next_token_loss(hidden, model.head_weight(), targets, model.logit_softcap, self.z_loss)
 
 
 def first_loss_warning(loss: float, model: nn.Module, vocab_size: int) -> str | None:

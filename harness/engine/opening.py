@@ -1,14 +1,15 @@
 """The one way to open a checkpoint, for every command: nothing of it is used that was not checked.
 
-A checkpoint is a folder of three files and a manifest with their sizes and SHA-256. It is opened as a whole: links,
-sizes, hashes, the types and relations of what state.json says, and the headers of the tensors, all of it before
-anything is loaded or moved. What cannot be read, for whatever reason, is damaged.
+A checkpoint is a folder of three files, or four with an average of the weights, and a manifest with their sizes and
+SHA-256. It is opened as a whole: links, sizes, hashes, the types and relations of what state.json says, and the
+headers of the tensors, all of it before anything is loaded or moved. What cannot be read, for whatever reason, is
+damaged.
 """
 
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,13 +25,22 @@ from harness.engine.identity import ResumeIdentity
 from harness.engine.optimizer_state import is_state_of
 from harness.run.errors import CheckpointError, ConfigError
 from harness.run.files import file_sha256, json_text, open_regular, sha256_of, write_json
-from harness.run.run_folder import IMPORTED_STEP, MODEL_FILE, STATE_FILE, STEP_FOLDER, RunFolder, run_of_model_file
+from harness.run.run_folder import (
+    AVERAGED_FILE,
+    IMPORTED_STEP,
+    MODEL_FILE,
+    STATE_FILE,
+    STEP_FOLDER,
+    RunFolder,
+    run_of_model_file,
+)
 from harness.run.strict_json import on_one_line, read_strict_json
 from harness.run.train_state import TrainState
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 MANIFEST_FILE = "manifest.json"
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+ALL_FILES = (*FILES, AVERAGED_FILE)
 MAX_STATE_BYTES = 2**20
 FLOATING = {"F64", "F32", "F16", "BF16"}
 SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
@@ -117,14 +127,15 @@ class VerifiedCheckpoint:
     """Of the files of tensors, by name."""
 
 
-def open_checkpoint(path: Path, reads: Collection[str] = FILES) -> VerifiedCheckpoint:
+def open_checkpoint(path: Path, reads: Collection[str] = ALL_FILES) -> VerifiedCheckpoint:
     """Check a checkpoint's folder; raises CheckpointError with the reason.
 
     Files in `reads` are read through and hashed; of the others only the sizes are compared, which takes no time.
     """
     with _unreadable_is_damaged(path):
-        _require_regular_files(path)
+        _require_regular_files(path, (MANIFEST_FILE, *FILES))
         step, files = _read_manifest(path)
+        _require_regular_files(path, files)
         for name, (size, sha256) in files.items():
             file = path / name
             found_size = file.stat().st_size
@@ -134,10 +145,10 @@ def open_checkpoint(path: Path, reads: Collection[str] = FILES) -> VerifiedCheck
                     f"{file}: found {found_size:,} bytes with SHA-256 {found}, wanted {size:,} with {sha256}"
                 )
         metadata = CheckpointMetadata.read(path, step)
-        headers = {name: _header(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        headers = {name: _header(path / name) for name in files if name != STATE_FILE}
     for name, header in headers.items():
         for tensor, (shape, dtype) in header.items():
-            if dtype not in FLOATING and (name == MODEL_FILE or shape):
+            if dtype not in FLOATING and (name != OPTIMIZER_FILE or shape):
                 raise CheckpointError(f"{path / name}: {tensor}: found type {dtype}, wanted floating point")
     return VerifiedCheckpoint(path, step, metadata, {name: sha256 for name, (_, sha256) in files.items()}, headers)
 
@@ -147,10 +158,11 @@ def require_fit(found: VerifiedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
 
     An optimizer's tensor belongs to a parameter, by its name "KIND.PARAMETER".
     """
-    weights = {name: shape for name, (shape, _) in found.headers[MODEL_FILE].items()}
-    different = [name for name in weights.keys() | shapes.keys() if weights.get(name) != shapes.get(name)]
-    if different:
-        raise CheckpointError(f"{found.path / MODEL_FILE}: {min(different)} does not fit this model")
+    for file in (MODEL_FILE, AVERAGED_FILE) if AVERAGED_FILE in found.headers else (MODEL_FILE,):
+        weights = {name: shape for name, (shape, _) in found.headers[file].items()}
+        different = [name for name in weights.keys() | shapes.keys() if weights.get(name) != shapes.get(name)]
+        if different:
+            raise CheckpointError(f"{found.path / file}: {min(different)} does not fit this model")
     kept = {name: shape for name, (shape, _) in found.headers[OPTIMIZER_FILE].items()}
     kept |= dict.fromkeys(found.metadata.optimizer_numbers, ())
     parameters = {key: shapes.get(key.partition(".")[2]) for key in kept}
@@ -231,12 +243,12 @@ def _require_named(path: Path, found: str, sha256: str) -> None:
         raise CheckpointError(f"{path}: found SHA-256 {found}, wanted {sha256} (train.json: initial_weights)")
 
 
-def _require_regular_files(path: Path) -> None:
+def _require_regular_files(path: Path, names: Iterable[str]) -> None:
     if path.is_symlink():
         raise CheckpointError(f"{path}: found a link, wanted a folder")
     if not os.path.lexists(path / MANIFEST_FILE):
         raise CheckpointError(f"{path}: found no {MANIFEST_FILE}, wanted a complete checkpoint")
-    for name in (MANIFEST_FILE, *FILES):
+    for name in names:
         if (path / name).is_symlink() or not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing, or not a regular file")
 
@@ -250,8 +262,8 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
         is_ours = manifest.keys() == {"step", "files"} and STEP_FOLDER.fullmatch(path.name)
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({str(error).removeprefix(f'{file}: ')})") from None
-    if set(files) != set(FILES):
-        raise CheckpointError(f"{file}: found files {sorted(files)}, wanted a checkpoint's three")
+    if not set(FILES) <= set(files) <= set(ALL_FILES):
+        raise CheckpointError(f"{file}: found files {sorted(files)}, wanted a checkpoint's three or four")
     if not is_ours or manifest["step"] != int(is_ours[1]):
         raise CheckpointError(f"{file}: found step {manifest.get('step')!r}, wanted that of the folder")
     if file.read_text(encoding="utf-8") != json_text(manifest):

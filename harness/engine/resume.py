@@ -56,12 +56,26 @@ def choose_resume_point(
     """
     if request.restart:
         request = ResumeRequest(restart=request.restart)  # what was asked for has been done: now it means to go on
-    old = (folder.checkpoints, folder.metrics.path, folder.evals, folder.run_json, folder.loggers)
+    old = (folder.checkpoints, folder.metrics.path, folder.evals, folder.run_json, folder.loggers, folder.page)
     if request.fresh and (aside := folder.set_aside(*old)):
         print(f"Starting over; what there was is in {aside}")
+    require_own(folder)
     point = _prepare(folder, request.name, identity, shapes)
     require_progress(folder, request.restart, point.state.next_step)
     return point
+
+
+def require_own(folder: RunFolder) -> None:
+    """Check that a folder holds no checkpoint or page of another harness; raises ConfigError."""
+    theirs = [path.parent for path in sorted(folder.checkpoints.glob("*/meta.json")) if not path.parent.is_symlink()]
+    was_never_ours = not folder.run_json.exists() and not any(folder.path.glob("aside-*"))
+    if was_never_ours and folder.page.exists():
+        theirs.append(folder.page)
+    if theirs:
+        raise ConfigError(
+            f"{folder.path}: found {theirs[0].name} of another harness, wanted a run of this one: python convert.py "
+            f"import --all {folder.path.parent} --runs-dir ELSEWHERE imports it, --fresh moves it aside"
+        )
 
 
 def from_the_beginning(identity: ResumeIdentity) -> ResumePoint:

@@ -34,8 +34,9 @@ def guarded_step(
 
     One decision for all parameters, taken on the device, and the same on every rank because gradients were
     averaged before. A skipped step leaves weights and optimizer state as they were. Nothing waits for the device
-    where the optimizer can skip by itself (fused AdamW); other optimizers wait for the decision once a step. With
-    `keep_gradients` they are set to zero and not freed, for a wrapper whose buckets they are.
+    where the optimizer can skip by itself (fused AdamW, Muon); others wait for the decision once a step. With
+    `keep_gradients` they are set to zero and not freed, for a wrapper whose buckets they are. A group with an
+    `lr_ratio` has that multiple of the learning rate.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler.unscale_(optimizer)
@@ -44,7 +45,7 @@ def guarded_step(
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
     if scaler.is_enabled():
         # The scaler looked at every gradient; a norm that overflowed is its business too.
         for found_inf in scaler._found_inf_per_device(optimizer).values():

@@ -17,12 +17,20 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 
 from harness.run.errors import ConfigError
-from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, Wanted, marks_of
+from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, Wanted, changes_nothing, marks_of
 from harness.run.strict_json import on_one_line, read_strict_json, shown
 
 MAX_PARAMETERS = 10**10
+LIKENESS = 0.6  # of difflib's ratio: below it a suggestion would be no likelier than another key
 DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
+DATASETS_WANTED = Wanted(
+    "NAME or OWNER/NAME, of letters, digits, '.', '_' and '-', "
+    'or a list of at least two different {"name": NAME, "weight": above 0}'
+)
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+# A strict class takes no JSON object, so here the fields are strict.
+NESTED = ConfigDict(**{**STRICT, "strict": False})
 
 Purpose = Literal["init", "order", "dropout"]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
@@ -40,6 +48,11 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError("each at most once")
     return names
+
+
+def _other_names(datasets: "tuple[WeightedDataset, ...]") -> "tuple[WeightedDataset, ...]":
+    _each_once(tuple(dataset.name for dataset in datasets))
+    return datasets
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -62,20 +75,54 @@ class ModelConfig:
     """Bias on the query, key and value projections."""
     tie_weights: Recipe[bool] = False
     """The output head shares the token embedding."""
+    positions: Later[Recipe[Literal["learned", "rotary"]]] = "learned"
+    """How attention knows where tokens stand: an embedding of every position, or a rotation of queries and keys."""
+    norm: Later[Recipe[Literal["layer", "rms"]]] = "layer"
+    """Normalisation before each branch and the output head: LayerNorm, or RMSNorm, which has no mean and no shift."""
+    feed_forward: Later[Recipe[Literal["gelu", "relu_squared", "swiglu"]]] = "gelu"
+    """Activation between the feed-forward layers; swiglu has a third layer and 2/3 of the width, as many weights."""
+    qk_norm: Later[Recipe[bool]] = False
+    """Divide each head's queries and keys by their root mean square, without learned scales."""
+    bias: Later[Recipe[bool]] = True
+    """Biases of the linear layers and shifts of the norms; false leaves out every one."""
+    embedding_norm: Later[Recipe[bool]] = False
+    """Normalise what enters the first block, without learned scales."""
+    value_residual: Later[Recipe[bool]] = False
+    """Mix the first block's attention values into those of every later block, in learned proportion."""
+    logit_softcap: Later[Recipe[float | None]] = Field(default=None, gt=0)
+    """Bound logits between minus this number and it, by a hyperbolic tangent; null does not."""
+    init: Later[Recipe[Literal["gpt2", "torch", "zero_projections"]]] = "gpt2"
+    """Initial weights: GPT-2's, PyTorch's defaults, or GPT-2's with what ends a branch, and the head, at zero."""
+
+
+@dataclass(config=NESTED, frozen=True, kw_only=True)
+class WeightedDataset:
+    """One of the datasets that a run mixes."""
+
+    name: str = Field(strict=True, pattern=DATASET_NAME, max_length=200)
+    """As the name of a single dataset."""
+    weight: float = Field(strict=True, gt=0, le=1e9)
+    """Its share of the sequences, relative to the other weights."""
+    revision: str | None = Field(default=None, strict=True, pattern=REVISION, max_length=200)
+    """Hub commit to pin."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
     """How a model is trained: data, batch, optimizer, precision, seeds and intervals."""
 
-    dataset: Recipe[Annotated[str, Wanted("NAME or OWNER/NAME, of letters, digits, '.', '_' and '-'")]] = Field(
-        pattern=DATASET_NAME, max_length=200
-    )
-    """Folder under DATASETS_DIR, and Hub dataset id to download when the folder is missing."""
+    dataset: Recipe[
+        Annotated[
+            Annotated[str, Field(pattern=DATASET_NAME, max_length=200)]
+            | Annotated[tuple[WeightedDataset, ...], Field(min_length=2, strict=False), AfterValidator(_other_names)],
+            DATASETS_WANTED,
+        ]
+    ] = Field()
+    """Folder under DATASETS_DIR, or else Hub dataset to download; or a list of {"name", "weight"} that are mixed."""
     dataset_revision: Recipe[Annotated[str | None, Wanted("a commit, branch or tag name")]] = Field(
-        default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200
+        default=None, pattern=REVISION, max_length=200
     )
-    """Hub commit to pin."""
+    """Hub commit to pin; in a list, each dataset's `revision`."""
     min_train_tokens: Execution[Annotated[int, AfterValidator(_not_zero)]] = Field(ge=-1, le=10**15)
     """Tokens to train on, rounded up to whole global batches; -1 takes all whole global batches that fit."""
     epochs: Later[Execution[int]] = Field(default=1, gt=0, le=2**20)
@@ -102,14 +149,33 @@ class TrainConfig:
     """Peak learning rate."""
     schedule_learning_rate: Recipe[bool] = False
     """The published spelling of the cosine schedule; false leaves the choice to schedule."""
-    schedule: Later[Recipe[Literal["constant", "cosine"] | None]] = None
-    """Learning rate over the run: constant, or cosine (linear warm-up, then decay to a tenth); null is constant."""
+    schedule: Later[Recipe[Literal["constant", "cosine", "linear", "wsd"] | None]] = None
+    """Learning rate over the run: constant; or after a linear warm-up a cosine, a straight line, or a constant rate
+    with a linear cooldown (warm-up, stable, decay: wsd); null is constant."""
     warmup_period_percent: Recipe[float] = Field(default=0.0, ge=0, lt=100)
     """Length of the warm-up, in percent of the global steps; a constant rate has none."""
-    optimizer: Later[Recipe[Literal["adamw"]]] = "adamw"
-    """What turns gradients into changes of the weights."""
+    cooldown_percent: Later[Recipe[float]] = Field(default=20.0, gt=0, le=100)
+    """Length of the cooldown of schedule wsd, in percent of the global steps."""
+    final_rate_fraction: Later[Recipe[float]] = Field(default=0.1, ge=0, le=1)
+    """Where a schedule's decay ends, as a fraction of the peak learning rate; a constant rate has none."""
+    optimizer: Later[Recipe[Literal["adamw", "muon"]]] = "adamw"
+    """What turns gradients into changes of the weights; muon is for the blocks' matrices, AdamW for the rest."""
+    muon_learning_rate: Later[Recipe[float]] = Field(default=0.02, gt=0, le=1)
+    """Peak learning rate of muon's matrices; learning_rate is that of the rest, and both follow the schedule."""
+    adam_beta1: Later[Recipe[float]] = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay rate of the mean of the gradients."""
+    adam_beta2: Later[Recipe[float]] = Field(default=0.999, ge=0, lt=1)
+    """AdamW's decay rate of the mean of the squared gradients."""
+    adam_epsilon: Later[Recipe[float]] = Field(default=1e-8, gt=0, le=1)
+    """What AdamW adds to the root of the mean square before it divides by it."""
     weight_decay: Recipe[float] = Field(default=0.1, ge=0, le=100)
-    """Weight decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
+    """Weight decay, times the learning rate, of matrices and embeddings; of biases and norms with decay_all only."""
+    decay_all: Later[Recipe[bool]] = False
+    """Decay every parameter, biases and norms too."""
+    z_loss: Later[Recipe[float]] = Field(default=0.0, ge=0, le=1)
+    """Weight of the mean squared log-normaliser of the softmax in what is minimised; reported losses are without."""
+    weight_average_decay: Later[Recipe[float | None]] = Field(default=None, gt=0, lt=1)
+    """Keep an exponential average of the weights, this much of it kept by each global step; null keeps none."""
     clipping_max_norm: Recipe[float | None] = Field(default=None, gt=0)
     """Largest L2 norm over all gradients; null does not clip."""
     use_amp: Recipe[bool] = True
@@ -159,6 +225,26 @@ class TrainConfig:
         if self.schedule in ("constant", "cosine"):
             object.__setattr__(self, "schedule_learning_rate", self.schedule == "cosine")
             object.__setattr__(self, "schedule", None)
+
+    @property
+    def datasets(self) -> tuple[WeightedDataset, ...]:
+        """The datasets that are trained on; a single one has the weight 1."""
+        if isinstance(self.dataset, str):
+            return (WeightedDataset(name=self.dataset, weight=1.0, revision=self.dataset_revision),)
+        return self.dataset
+
+    @property
+    def scored_dataset(self) -> str:
+        """The dataset that validation and test losses are measured on."""
+        return self.datasets[0].name
+
+    @property
+    def dataset_shares(self) -> str:
+        """The datasets in words, as `books` or `books (70%) + code (30%)`."""
+        if isinstance(self.dataset, str):
+            return self.dataset
+        total = sum(part.weight for part in self.dataset)
+        return " + ".join(f"{part.name} ({100 * part.weight / total:.3g}%)" for part in self.dataset)
 
     @property
     def schedule_name(self) -> str:
@@ -215,6 +301,11 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
         # pydantic reports an error for each member of a union; keep one for each key.
         wrong = {str(item["loc"][0]): dict(item) for item in error.errors(include_url=False)}
     problems += [_line_for(key, item, config_class) for key, item in wrong.items()]
+    if "checkpoint_interval" in wrong and "validation_interval" in known:
+        problems.append(
+            "validation_interval: found without checkpoint_interval, which took its place for saving "
+            "(python convert.py import --all brings runs of the published harness in)"
+        )
     problems += _conflicts({key: value for key, value in known.items() if key not in wrong})
     if problems:
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))
@@ -224,10 +315,11 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
 def _unknown_key(key: str, config_class: type) -> str:
     def likeness(name: str) -> float:
         initials = "".join(word[0] for word in name.split("_"))
-        return max(difflib.SequenceMatcher(None, key.lower(), other).ratio() for other in (name, initials))
+        return 1.0 if key == initials else difflib.SequenceMatcher(None, key.lower(), name).ratio()
 
     nearest = max((item.name for item in fields(config_class)), key=likeness)
-    return f"{on_one_line(key)}: found an unknown key, wanted a known one; the nearest is {nearest}"
+    hint = f"; the nearest is {nearest}" if likeness(nearest) >= LIKENESS else " (docs/configuration.md lists them)"
+    return f"{on_one_line(key)}: found an unknown key, wanted a known one{hint}"
 
 
 def _conflicts(data: dict[str, Any]) -> list[str]:
@@ -239,11 +331,29 @@ def _conflicts(data: dict[str, Any]) -> list[str]:
             return []
         return [f"{key}: found {value}, wanted a multiple of {of} ({divisor})"]
 
+    def only_with(key: str, choice: str, wanted: str) -> list[str]:
+        item = next(item for item in fields(TrainConfig) if item.name == key)
+        if key not in data or changes_nothing(TrainConfig, item, data[key]) or data.get(choice) == wanted:
+            return []
+        return [f"{key}: found {data[key]}, which acts only with {choice} {shown(wanted)}"]
+
     lines = multiple("emb_dim", "n_heads") + multiple("global_batch_size", "microbatch_size")
+    if data.get("qkv_bias") and data.get("bias") is False:
+        lines.append("qkv_bias: found true with bias false, wanted one of the two")
+    if data.get("positions") == "rotary":
+        width, heads = data.get("emb_dim"), data.get("n_heads")
+        if width and heads and width % heads == 0 and width // heads % 2:
+            lines.append(f"emb_dim: found {width // heads} channels a head, wanted an even number to rotate in pairs")
     if "gradient_accumulation_steps" in data and data.get("global_batch_size") is not None:
         lines.append("global_batch_size: found together with gradient_accumulation_steps, wanted one of the two")
     if data.get("schedule_learning_rate") and data.get("schedule") not in (None, "cosine"):
         lines.append(f"schedule: found {shown(data['schedule'])} with schedule_learning_rate, wanted one of the two")
+    lines += only_with("cooldown_percent", "schedule", "wsd") + only_with("muon_learning_rate", "optimizer", "muon")
+    together = data.get("warmup_period_percent", 0.0) + data.get("cooldown_percent", 20.0)
+    if data.get("schedule") == "wsd" and together > 100:
+        lines.append(f"cooldown_percent: found {together:g} percent with the warm-up, wanted at most 100")
+    if data.get("dataset_revision") is not None and not isinstance(data.get("dataset"), str | None):
+        lines.append("dataset_revision: found with a list of datasets, wanted a revision in each of them")
     pair = ("validation_interval", "validation_batches")
     for missing, given in (pair, pair[::-1]):
         if data.get(missing) is None and data.get(given) is not None:

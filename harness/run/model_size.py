@@ -11,18 +11,31 @@ class ParameterCount:
 
     total: int
     without_embeddings: int
+    block_matrices: int
+    """Weights in the matrices of all blocks."""
+
+
+def feed_forward_width(model: ModelConfig) -> int:
+    """Return the channels between the feed-forward layers.
+
+    4 x emb_dim, or for SwiGLU, which has three matrices in place of two, 2/3 of that (Shazeer 2020,
+    arXiv:2002.05202), rounded up to a multiple of 8, which tensor cores want.
+    """
+    return -(-8 * model.emb_dim // 24) * 8 if model.feed_forward == "swiglu" else 4 * model.emb_dim
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Count a model's parameters; a shared matrix counts once."""
-    width = model.emb_dim
-    attention = 4 * width * width + width + (3 * width if model.qkv_bias else 0)
-    feed_forward = 8 * width * width + 5 * width
-    block = attention + feed_forward + 4 * width
-    body = model.n_layers * block + 2 * width
-    embeddings = (model.vocab_size + model.context_length) * width
+    width, hidden = model.emb_dim, feed_forward_width(model)
+    biases = width + (3 * width if model.qkv_bias else 0)  # of the attention
+    biases += width + (2 if model.feed_forward == "swiglu" else 1) * hidden
+    norm = width * (2 if model.norm == "layer" and model.bias else 1)
+    matrices = model.n_layers * _block_matrices(model)
+    vectors = (biases if model.bias else 0) + 2 * norm  # of a block
+    body = matrices + model.n_layers * vectors + norm + (model.n_layers - 1 if model.value_residual else 0)
+    embeddings = (model.vocab_size + (model.context_length if model.positions == "learned" else 0)) * width
     head = 0 if model.tie_weights else model.vocab_size * width
-    return ParameterCount(total=body + embeddings + head, without_embeddings=body)
+    return ParameterCount(body + embeddings + head, body, matrices)
 
 
 def flops_per_token(model: ModelConfig) -> int:
@@ -31,6 +44,11 @@ def flops_per_token(model: ModelConfig) -> int:
     6 per matrix-multiplication weight (embedding look-ups are free, the head is not) plus 12 x layers x width
     x context for attention scores and values: appendix B of PaLM (arXiv:2204.02311).
     """
-    width = model.emb_dim
-    matrix_weights = model.n_layers * 12 * width * width + model.vocab_size * width
-    return 6 * matrix_weights + 12 * model.n_layers * width * model.context_length
+    matrix_weights = model.n_layers * _block_matrices(model) + model.vocab_size * model.emb_dim
+    return 6 * matrix_weights + 12 * model.n_layers * model.emb_dim * model.context_length
+
+
+def _block_matrices(model: ModelConfig) -> int:
+    """Return the weights in the matrices of one block."""
+    feed_forward = (3 if model.feed_forward == "swiglu" else 2) * feed_forward_width(model)
+    return model.emb_dim * (4 * model.emb_dim + feed_forward)

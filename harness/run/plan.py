@@ -81,8 +81,9 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_available: int | None = None) -> Plan:
     """Return a run's plan.
 
-    `tokens_available` is the number of tokens in the train split from start_train_token on; it is required if
-    min_train_tokens is -1, and otherwise only checked. Raises ConfigError or DataError.
+    `tokens_available` is the number of tokens in the train split from start_train_token on, of a mixture until one of
+    its datasets is used up; it is required if min_train_tokens is -1, and otherwise only checked. Raises ConfigError
+    or DataError.
     """
     one_step = Plan(
         world_size=world_size,
@@ -103,10 +104,10 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
         plan = replace(one_step, global_steps=math.ceil(train.min_train_tokens / per_step))
     if most_steps is not None and not 1 <= plan.global_steps <= most_steps:
         assert tokens_available is not None
-        wanted = max(plan.global_steps, 1)
         often = f", {train.epochs} times (train.json: epochs)" if train.epochs > 1 else ""
+        wanted = max(plan.global_steps, 1)
         raise DataError(
-            f"train split of {train.dataset}: found {max(tokens_available, 0):,} tokens from token "
+            f"train split of {train.dataset_shares}: found {max(tokens_available, 0):,} tokens from token "
             f"{train.start_train_token:,} on{often}, wanted {wanted * per_step + 1:,} "
             f"({wanted:,} global steps x {per_step:,} tokens + 1)"
         )

@@ -45,7 +45,8 @@ def _chosen(
         for item in fields(config):
             is_unused = changes_nothing(type(config), item, getattr(config, item.name))
             if part_of(type(config), item.name) in parts and not (leave_out_unused and is_unused):
-                yield item.name, values[item.name]
+                value = values[item.name]
+                yield item.name, list(value) if isinstance(value, tuple) else value  # as JSON has it
 
 
 def hash_of_json(value: object) -> str:

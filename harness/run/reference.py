@@ -45,7 +45,13 @@ def reference() -> str:
         for key in keys_of(config_class, *Part):
             entry = entries[key]
             default = f"`{json.dumps(entry['default'])}`" if "default" in entry else "required"
-            cells = [f"`{key}`", part_of(config_class, key), _type_in_words(entry), default, entry["description"]]
+            cells = [
+                f"`{key}`",
+                part_of(config_class, key),
+                _type_in_words(entry),
+                default,
+                entry["description"],
+            ]
             parts.append(f"| {' | '.join(cells)} |")
     return "\n".join(parts) + "\n"
 
@@ -57,6 +63,8 @@ def _type_in_words(entry: dict[str, Any]) -> str:
         return " or ".join(f"`{json.dumps(value)}`" for value in entry.get("enum", [entry.get("const")]))
     if entry.get("type") == "array":
         return f"list of {_type_in_words(entry['items'])}"
+    if "$ref" in entry:
+        return "objects"
     bounds = [("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<=")]
     shown = [f"{sign} {entry[bound]:,}" for bound, sign in bounds if bound in entry]
     return " ".join([entry["type"], *([", ".join(shown)] if shown else [])])

@@ -23,6 +23,8 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 TEMPORARY_PREFIX = ".tmp-"
 MODEL_FILE = "model.safetensors"
+AVERAGED_FILE = "averaged.safetensors"
+"""The average of the weights, beside them where the run keeps one."""
 STATE_FILE = "state.json"
 IMPORTED = "imported"
 IMPORTED_STEP = -1

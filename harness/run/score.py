@@ -13,7 +13,7 @@ from harness.run.errors import ConfigError
 from harness.run.files import json_number, read_json, write_json
 from harness.run.provenance import RunRecord
 from harness.run.recipe import recipe_hash, run_hash
-from harness.run.run_folder import RunFolder, run_of_model_file
+from harness.run.run_folder import AVERAGED_FILE, RunFolder, run_of_model_file
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ class Score:
             return None
 
     @classmethod
-    def of_checkpoint(cls, folder: RunFolder, step: int) -> Iterator["Score"]:
-        """Yield the scores of a run's checkpoint, sorted by file name."""
-        for path in sorted(folder.evals.glob(f"loss-*-{folder.checkpoint(step).name}.json")):
+    def of_checkpoint(cls, folder: RunFolder, step: int, averaged: bool = False) -> Iterator["Score"]:
+        """Yield the scores of a run's checkpoint, or of the average of the weights in it, sorted by file name."""
+        name = scored_name(folder.weights(step).with_name(AVERAGED_FILE) if averaged else folder.weights(step))
+        for path in sorted(folder.evals.glob(f"loss-*-{name}.json")):
             if (score := cls.read(path)) is not None:
                 yield score
 
@@ -95,8 +96,17 @@ class Score:
         return f"{self.dataset} {self.split} from token {self.start_token:,} ({self.tokens:,} tokens)"
 
 
+def scored_name(weights: Path) -> str:
+    """Return what a score's file name calls the weights: by their checkpoint's folder, or a loose file's stem."""
+    owner = run_of_model_file(weights)
+    if owner is None:
+        return weights.stem
+    name = owner[0].checkpoint(owner[1]).name
+    return f"{name}-{weights.stem}" if weights.name == AVERAGED_FILE else name
+
+
 def score_path(folder: Path, split: str, start_token: int, tokens: int, model_name: str) -> Path:
-    """Return a score's path in an evals folder; `model_name` is the checkpoint's folder or a loose file's stem."""
+    """Return a score's path in an evals folder; `model_name` is `scored_name`'s."""
     return folder / f"loss-{split}-{start_token}-{tokens}-{model_name}.json"
 
 

@@ -25,10 +25,21 @@ def initial_normal(init_seed: int, name: str, shape: tuple[int, ...], std: float
     counter-based Philox generator, which uses neither vector instructions nor devices, so all machines get the same
     bits.
     """
-    generator = np.random.Generator(np.random.Philox(stream_seed("init", init_seed, name, *shape)))
-    values = generator.standard_normal(shape, dtype=np.float32)
+    values = _initial_generator(init_seed, name, shape).standard_normal(shape, dtype=np.float32)
     values *= np.float32(std)
     return torch.from_numpy(values)
+
+
+def initial_uniform(init_seed: int, name: str, shape: tuple[int, ...], bound: float) -> torch.Tensor:
+    """Draw a parameter's initial values uniformly from [-bound, bound), as `initial_normal` does."""
+    values = _initial_generator(init_seed, name, shape).random(shape, dtype=np.float32)
+    values *= np.float32(2 * bound)
+    values -= np.float32(bound)
+    return torch.from_numpy(values)
+
+
+def _initial_generator(init_seed: int, name: str, shape: tuple[int, ...]) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(stream_seed("init", init_seed, name, *shape)))
 
 
 def seed_dropout(dropout_seed: int, global_step: int, accumulation_step: int, rank: int) -> None:

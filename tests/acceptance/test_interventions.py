@@ -1,0 +1,46 @@
+"""Stacks of interventions through real processes: resumed to the bit, and the global batch split another way."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.helpers import DEMANDING, TINY_MODEL, assert_same_run, metrics, train_in_fork, write_run
+
+MODERN: dict[str, Any] = {
+    "positions": "rotary", "norm": "rms", "feed_forward": "relu_squared", "qk_norm": True, "bias": False,
+    "embedding_norm": True, "value_residual": True, "logit_softcap": 15.0, "init": "zero_projections",
+}  # fmt: skip
+LLAMA: dict[str, Any] = {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "init": "torch"}
+SETTINGS = {**DEMANDING, "checkpoint_interval": 20}
+
+
+@pytest.mark.parametrize("model", [MODERN, LLAMA], ids=["modern", "llama"])
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    model: dict[str, Any], tmp_path: Path, datasets_dir: Path
+) -> None:
+    whole, halved = (write_run(tmp_path / "runs" / name, model, SETTINGS) for name in ("whole", "halved"))
+    train_in_fork(whole, datasets_dir)
+    train_in_fork(halved, datasets_dir, "--max-steps", 14)
+    train_in_fork(halved, datasets_dir)
+    assert_same_run(halved, whole)
+
+
+@pytest.mark.parametrize("model", [MODERN, LLAMA], ids=["modern", "llama"])
+def test_the_global_batch_may_be_split_another_way(model: dict[str, Any], tmp_path: Path, datasets_dir: Path) -> None:
+    settings = {"min_train_tokens": 12 * 8 * 16, "checkpoint_interval": 100, "gradient_accumulation_steps": None}
+    runs = []
+    for processes, microbatch in ((1, 8), (1, 2), (2, 2)):
+        folder = tmp_path / "runs" / f"{processes}x{microbatch}"
+        split = {**settings, "global_batch_size": 8, "microbatch_size": microbatch}
+        write_run(folder, {**TINY_MODEL, **model, "drop_rate": 0.0}, split)
+        train_in_fork(folder, datasets_dir, count=processes)
+        runs.append(folder)
+    curves = [[(line["train/loss"], line["train/grad_norm"]) for line in metrics(folder)] for folder in runs]
+    weights = [load_file(folder / "checkpoints" / "latest" / "model.safetensors") for folder in runs]
+    for curve, tensors in zip(curves[1:], weights[1:], strict=True):
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-4)
+        for name, tensor in tensors.items():
+            np.testing.assert_allclose(tensor, weights[0][name], atol=1e-4, err_msg=name)

@@ -64,9 +64,8 @@ def main() -> None:
         seed=arguments.seed,
         drop_duplicates=arguments.drop_duplicates,
     )
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "true"
-    )  # or the library warns of every process made after its use
+    # Without this the library warns of every process that is made after its threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     workers = arguments.workers or os.cpu_count() or 1
     print_result(prepare(settings, arguments.out_dir, workers, arguments.fresh, not arguments.ignore_free_space))
 

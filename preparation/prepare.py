@@ -4,7 +4,6 @@ One thread reads and writes. Workers are threads, because tokenising releases th
 each. Results are written in the order of reading, so the bytes do not depend on the number of workers.
 """
 
-import functools
 import hashlib
 import json
 import sys

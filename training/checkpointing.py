@@ -60,7 +60,7 @@ def keep_tokenizer(request: RunRequest, launch: Launch, tokenizer: Tokenizer | N
             own = tokenizer_of_model(file, request.model_config.vocab_size)
             if own is not None and own.identity != tokenizer.identity:
                 raise DataError(
-                    f"dataset {request.config.dataset}: found tokens of the tokenizer {tokenizer}, wanted those of "
+                    f"dataset {request.config.scored_dataset}: found tokens of the tokenizer {tokenizer}, wanted those of "
                     f"the run's ({own}); --fresh starts over"
                 )
             return

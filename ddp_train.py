@@ -55,7 +55,7 @@ from harness.run.provenance import StartRecord, record_start
 from harness.run.status import Status, failure_recorded
 from harness.run.streams import ignore_output_errors
 from harness.tokens.randomness import seed_dropout
-from training.checkpointing import choose_resume_point, keep_tokenizer, require_equal_runs, save_checkpoint
+from training.checkpointing import choose_resume_point, require_equal_runs, save_checkpoint
 from training.context import TrainContext, build, compile_and_build_buckets, wrap
 from training.dry_run import dry_run, dump_initial_weights
 from training.reading import ReadAhead, require_data
@@ -105,8 +105,7 @@ def main() -> None:
         splits = splits.bound_to(distributed.run_on_rank0(launch, lambda: splits.checks))
         identity = identity_of(model_config, config, plan, splits.fingerprint, splits.checked())
         require_equal_runs(request, launch, identity, stop_step)
-        keep_tokenizer(request, launch, splits.tokenizer)
-        point = choose_resume_point(request, launch, plan, identity)
+        point = choose_resume_point(request, launch, splits, identity)
         if point.state.next_step >= stop_step:
             if launch.is_main:
                 report_nothing_to_do(folder, plan, point.state)

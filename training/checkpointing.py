@@ -2,6 +2,7 @@
 
 import torch
 
+from data import Splits
 from harness.engine import checkpoint, distributed, resume
 from harness.engine.costs import cost_of
 from harness.engine.distributed import Launch
@@ -9,7 +10,6 @@ from harness.engine.identity import DATA_FINGERPRINT, ResumeIdentity
 from harness.engine.resume import ResumePoint, ResumeRequest
 from harness.run.errors import ConfigError, DataError, PeerError
 from harness.run.files import write_text
-from harness.run.plan import Plan
 from harness.run.status import Status
 from harness.tokens.tokenizer import Tokenizer, tokenizer_of_model
 from training.arguments import RunRequest
@@ -34,42 +34,38 @@ def require_equal_runs(request: RunRequest, launch: Launch, identity: ResumeIden
         distributed.run_on_rank0(launch, lambda: resume.require_newest_on_rank0(steps))
 
 
-def choose_resume_point(request: RunRequest, launch: Launch, plan: Plan, identity: ResumeIdentity) -> ResumePoint:
-    """Decide where to begin, the same on every rank, and check that the disk has room for a checkpoint."""
+def choose_resume_point(request: RunRequest, launch: Launch, splits: Splits, identity: ResumeIdentity) -> ResumePoint:
+    """Decide where to begin, the same on every rank, and check that tokenizer and disk do for it."""
 
     def choose() -> ResumePoint:
+        if splits.tokenizer is not None:
+            _keep_tokenizer(request, splits.tokenizer)
         wanted = ResumeRequest(request.arguments.checkpoint, request.arguments.fresh, launch.restart)
         point = resume.choose_resume_point(request.folder, wanted, identity, parameter_shapes(request.model_config))
-        checkpoint.require_room(request.folder, cost_of(request.model_config, request.config, plan).checkpoint_bytes)
+        cost = cost_of(request.model_config, request.config, splits.plan)
+        checkpoint.require_room(request.folder, cost.checkpoint_bytes)
         return point
 
     return distributed.run_on_rank0(launch, choose)
 
 
-def keep_tokenizer(request: RunRequest, launch: Launch, tokenizer: Tokenizer | None) -> None:
-    """Copy the data's tokenizer into the run's folder; raises DataError on all ranks where the run has another one.
+def _keep_tokenizer(request: RunRequest, tokenizer: Tokenizer) -> None:
+    """Copy the data's tokenizer into the run's folder; raises DataError where the run has another one.
 
     With --fresh the other one is moved aside, unless the weights that the run starts from were trained with it.
     """
     folder, file = request.folder, request.folder.tokenizer_json
-
-    def keep() -> None:
-        assert tokenizer is not None
-        is_begun = file.is_file() or bool(folder.checkpoint_steps())
-        if is_begun and not (request.arguments.fresh and request.config.initial_weights is None):
-            own = tokenizer_of_model(file, request.model_config.vocab_size)
-            if own is not None and own.identity != tokenizer.identity:
-                raise DataError(
-                    f"dataset {request.config.scored_dataset}: found tokens of the tokenizer {tokenizer}, wanted those of "
-                    f"the run's ({own}); --fresh starts over"
-                )
-            return
+    is_begun = file.is_file() or bool(folder.checkpoint_steps())
+    own = tokenizer_of_model(file, request.model_config.vocab_size) if is_begun else None
+    if own is not None and own.identity != tokenizer.identity:
+        if not request.arguments.fresh or request.config.initial_weights is not None:
+            raise DataError(
+                f"dataset {request.config.scored_dataset}: found tokens of the tokenizer {tokenizer}, wanted those "
+                f"of the run's ({own}); --fresh starts over"
+            )
         folder.set_aside(file)
-        if tokenizer.document is not None:
-            write_text(file, tokenizer.document)
-
-    if tokenizer is not None:
-        distributed.run_on_rank0(launch, keep)
+    if tokenizer.document is not None and not file.is_file():
+        write_text(file, tokenizer.document)
 
 
 def save_checkpoint(context: TrainContext, is_scheduled: bool, validation: float | None, waits: bool) -> None:

@@ -19,14 +19,15 @@ $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
 	touch $@
 
-# Trains a small model on Python's language reference, scores it, and lets it write.
+# Trains a small model on Python's own documentation, scores it, and lets it write.
 quickstart: $(VENV)/.installed
-	test -f datasets/python-reference/train.safetensors || \
-	  $(BIN)/python prepare_dataset.py python-reference datasets/python-reference \
-	    --tokenizer train:2048 --validation-fraction 0.1
+	test -f datasets/python-docs/train.safetensors || \
+	  $(BIN)/python prepare_dataset.py python-docs datasets/python-docs --validation-fraction 0.05
 	$(BIN)/torchrun --standalone --nproc_per_node=1 ddp_train.py $(RUN) datasets
-	$(BIN)/python test_loss.py datasets --run $(RUN)
-	$(BIN)/python test_smoke.py --run $(RUN) --prompt "The value of" --num-tokens 150 --temperature 0.8 --seed 1
+	$(BIN)/python test_loss.py datasets runs/$(RUN)/model.json runs/$(RUN)/checkpoints/latest/model.safetensors \
+	  --dataset python-docs --start-token 0 --batches 20
+	$(BIN)/python test_smoke.py runs/$(RUN)/model.json runs/$(RUN)/checkpoints/latest/model.safetensors \
+	  --prompt "Return a new list" --seed 1
 	@echo "Charts, samples and numbers of the run: open runs/$(RUN)/training-run-chart.html"
 
 test: $(VENV)/.installed-dev

@@ -28,7 +28,7 @@ from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, DataError, hub_errors
 from harness.run.files import atomic_folder, file_sha256, replace_link, utc_now, write_json
 from harness.run.run_folder import IMPORTED_STEP, RUN_NAME, RunFolder
-from harness.tokens.tokenizer import VOCAB_SIZE, printable_vocabulary
+from harness.tokens.gpt2 import VOCAB_SIZE, printable_vocabulary
 
 DATASET_TO_NAME = "name-your-dataset"
 # Gentle settings for training on: a tenth of the usual peak rate, because the weights are trained already.

@@ -21,7 +21,7 @@ from harness.run.config import STRICT, ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, HarnessError
 from harness.run.keys import Later, Recipe
 from harness.run.model_size import count_parameters
-from harness.tokens.tokenizer import END_OF_TEXT, MERGES, VOCAB_SIZE, gpt2_encoding, printable_vocabulary
+from harness.tokens.gpt2 import END_OF_TEXT, MERGES, VOCAB_SIZE, gpt2_encoding, printable_vocabulary
 from model import GPTModel, load_weights
 from tests.test_model import TINY, TOGGLES, random_model
 

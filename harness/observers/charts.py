@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
-import os
 import string
 import subprocess
 import sys
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from harness.report.curves import Floats, moving_average
-from harness.run.files import ROOT, read_json, write_text
+from harness.run.errors import exit_status_of
+from harness.run.files import ROOT, read_json, write_bytes, write_text
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
@@ -112,9 +113,9 @@ def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.set_xlabel("global step")
             paint(axes)
-            temporary = folder.charts / f".{name}.{os.getpid()}.tmp"
-            figure.savefig(temporary, format="png")
-            temporary.replace(folder.charts / f"{name}.png")
+            png = io.BytesIO()
+            figure.savefig(png, format="png")
+            write_bytes(folder.charts / f"{name}.png", png.getvalue())
             plt.close(figure)
 
 
@@ -250,4 +251,4 @@ def _target_step(link: Path) -> int | None:
 
 
 if __name__ == "__main__":
-    draw(RunFolder(Path(sys.argv[1])))
+    sys.exit(exit_status_of(lambda: draw(RunFolder(Path(sys.argv[1])))))

@@ -7,7 +7,7 @@ while the run is running; `run_page` writes it.
 
 from __future__ import annotations
 
-import os
+import io
 import subprocess
 import sys
 import time
@@ -19,7 +19,8 @@ import numpy as np
 
 from harness.observers.run_page import column, run_page, window_of
 from harness.report.curves import Floats, moving_average
-from harness.run.files import ROOT, read_json, write_text
+from harness.run.errors import exit_status_of
+from harness.run.files import ROOT, read_json, write_bytes, write_text
 from harness.run.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ def _draw_charts(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.set_xlabel("global step")
             paint(axes)
-            temporary = folder.charts / f".{name}.{os.getpid()}.tmp"
-            figure.savefig(temporary, format="png")
-            temporary.replace(folder.charts / f"{name}.png")
+            png = io.BytesIO()
+            figure.savefig(png, format="png")
+            write_bytes(folder.charts / f"{name}.png", png.getvalue())
             plt.close(figure)
 
 
@@ -158,4 +159,4 @@ def _target_step(link: Path) -> int | None:
 
 
 if __name__ == "__main__":
-    draw(RunFolder(Path(sys.argv[1])))
+    sys.exit(exit_status_of(lambda: draw(RunFolder(Path(sys.argv[1])))))

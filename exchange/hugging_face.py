@@ -209,6 +209,7 @@ def config_document(config: ModelConfig, end_of_text: int | None) -> dict[str, A
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{theirs: getattr(config, ours) for ours, theirs in MODEL_KEYS.items()},
+        "n_ctx": config.context_length,  # its older name, which llama.cpp's converter reads
         "n_inner": None,
         **{key: wanted[0] for key, wanted in COMPUTED.items() if key not in ("model_type", "quantization_config")},
         "activation_function": "relu2" if config.feed_forward == "relu_squared" else "gelu_new",

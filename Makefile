@@ -6,10 +6,13 @@ RUN := quickstart
 
 .PHONY: quickstart test test-lowest lint format generated lock fuzz soak
 
-# What training needs, and on top of it what the tests need: exact versions of everything, with their SHA-256.
-$(VENV)/.installed: requirements/train.txt
+# What training needs, and on top of it what the tests need: exact versions of everything, with their SHA-256. But for
+# torch, whose builds depend on the machine (CPU, or one of several versions of CUDA), so that is what pip finds for it.
+TORCH := $(shell sed -n 's/^    "\(torch[><=].*\)",$$/\1/p' pyproject.toml)
+$(VENV)/.installed: requirements/train.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
 $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
@@ -56,10 +59,11 @@ generated: $(VENV)/.installed
 # Chooses the newest versions that pyproject.toml allows, for every system and Python, and writes their SHA-256.
 LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-header --quiet --upgrade
+WITHOUT_TORCH := /^[a-z]/ {is_its = /^(torch|triton|cuda-|nvidia-)/} !is_its
 lock: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/$(LOCK) --extra dev --output-file requirements/dev.txt
-	$(BIN)/$(LOCK) --constraint requirements/dev.txt --output-file requirements/train.txt
+	$(BIN)/$(LOCK) --extra dev | awk '$(WITHOUT_TORCH)' > requirements/dev.txt
+	$(BIN)/$(LOCK) --constraint requirements/dev.txt | awk '$(WITHOUT_TORCH)' > requirements/train.txt
 
 # Feeds every command what nobody would: ten minutes, from a seed that is printed (FUZZ="--seed N --minutes M").
 fuzz: $(VENV)/.installed-dev

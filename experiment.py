@@ -18,10 +18,11 @@ from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
 from study.assemble import PRIORS, ComparisonRequest, PriorChoice, assemble
 from study.designs import DESIGNS, RESOLUTIONS
+from study.following import follow
 from study.looking import note_unplanned
 from study.looks import RULES
 from study.noise import learn, learn_pairs, show_ledger
-from study.page import page
+from study.page import SECONDS_TO_RELOAD, page
 from study.planning import PlanRequest, plan
 from study.results import CheckpointRule
 from study.running import AskedLooks, run
@@ -198,10 +199,16 @@ def report_verb(words: list[str]) -> None:
     _add_sources(parser)
     parser.add_argument("--title", help="of the page")
     parser.add_argument("--output", type=new_file, default=Path("report.html"), help="(default: report.html)")
+    parser.add_argument("--follow", action="store_true", help="write it anew while runs train, with their curves")
     sources, parsed = _sources(parser, words)
-    study = assemble(sources.request())
-    title = parsed.title or (f"Experiment {study.experiment.name}" if study.experiment else "Runs compared")
-    write_text(parsed.output, page(study, title))
+    title = parsed.title or (f"Experiment {sources.experiment}" if sources.experiment else "Runs compared")
+    if parsed.follow:
+        print(f"Writing {parsed.output} every {SECONDS_TO_RELOAD} seconds until its runs are done", flush=True)
+        follow(sources.request(), title, parsed.output)
+    else:
+        study = assemble(sources.request())
+        title = f"Experiment {study.experiment.name}" if study.experiment and not parsed.title else title
+        write_text(parsed.output, page(study, title))
     print(f"Wrote {parsed.output}")
 
 

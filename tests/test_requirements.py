@@ -1,4 +1,4 @@
-"""What the set-up commands install is what pyproject.toml asks for, and every file of it has a hash."""
+"""What the set-up commands install is what pyproject.toml asks for, and every file but torch's has a hash."""
 
 import re
 import tomllib
@@ -23,6 +23,9 @@ def test_every_need_is_pinned_with_hashes(name: str) -> None:
         assert match["hashes"], match["name"]
         pinned.setdefault(match["name"], set()).add(match["version"])
     assert len(pinned) == len(set(re.findall(r"^[\w.-]+(?===)", text, re.MULTILINE)))
+    assert "torch" not in pinned  # whose build depends on the machine
     for need in map(Requirement, needs):
+        if need.name == "torch":
+            continue
         versions = pinned[re.sub(r"[._]", "-", need.name.lower())]
         assert all(need.specifier.contains(version) for version in versions), need

@@ -408,7 +408,7 @@ def draw_and_run(target: Callable[..., None], fuzzer: Fuzzer, number: int) -> No
 
     @seed(number)
     @settings(
-        max_examples=30, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=5, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(st.data())

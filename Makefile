@@ -4,24 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := quickstart
 
-.PHONY: quickstart test lint format generated soak
+.PHONY: quickstart test test-lowest lint format generated lock fuzz soak
 
-# What pyproject.toml asks for, without the project itself, which is a checkout and no package.
-NEEDS = import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-  more = [need for extra in sys.argv[1:] for need in project["optional-dependencies"][extra]]; \
-  print("\n".join(project["dependencies"] + more))
-
-# What training needs, and on top of it what the tests need.
-$(VENV)/.installed: pyproject.toml
+# What training needs, and on top of it what the tests need: exact versions of everything, with their SHA-256. But for
+# torch, whose builds depend on the machine (CPU, or one of several versions of CUDA), so that is what pip finds for it.
+TORCH := $(shell sed -n 's/^    "\(torch[><=].*\)",$$/\1/p' pyproject.toml)
+$(VENV)/.installed: requirements/train.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -c '$(NEEDS)' > $(VENV)/needs.txt
-	$(BIN)/python -m pip install --quiet --requirement $(VENV)/needs.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -c '$(NEEDS)' dev > $(VENV)/needs-dev.txt
-	$(BIN)/python -m pip install --quiet --requirement $(VENV)/needs-dev.txt
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
 	touch $@
 
 # Trains a small model on Python's own documentation, scores it, and lets it write.
@@ -38,6 +33,14 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# The same tests with the lowest versions that pyproject.toml allows.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct \
+	  --requirement pyproject.toml --extra dev
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,6 +55,19 @@ format: $(VENV)/.installed-dev
 generated: $(VENV)/.installed
 	$(BIN)/python -m harness.run.reference
 	$(BIN)/python -m assets.instructions.builtin_set
+
+# Chooses the newest versions that pyproject.toml allows, for every system and Python, and writes their SHA-256.
+LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-header --quiet --upgrade
+WITHOUT_TORCH := /^[a-z]/ {is_its = /^(torch|triton|cuda-|nvidia-)/} !is_its
+lock: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/$(LOCK) --extra dev | awk '$(WITHOUT_TORCH)' > requirements/dev.txt
+	$(BIN)/$(LOCK) --constraint requirements/dev.txt | awk '$(WITHOUT_TORCH)' > requirements/train.txt
+
+# Feeds every command what nobody would: ten minutes, from a seed that is printed (FUZZ="--seed N --minutes M").
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.fuzz --output benchmarks/results/fuzz.txt $(FUZZ)
 
 # Kills a run at random 220 times and races 50 pairs of trainers for one: 20 minutes on two cores.
 soak: $(VENV)/.installed-dev

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from exchange.exporting import ExportRequest, export
 from exchange.importing import ImportRequest, import_weights
 from exchange.published_runs import import_all
-from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, whole_number
+from harness.run.arguments import add_runs_dir, dispatch, new_folder, parse_into, parser_of, whole_number
 from harness.run.config import ModelConfig
 from harness.run.errors import exit_status_of
 from harness.run.score import Score
@@ -86,7 +86,7 @@ def export_verb(words: list[str]) -> None:
     """
     parser = parser_of(export_verb.__doc__, "convert.py export")
     parser.add_argument("run", metavar="RUN", help="a run, or RUN/checkpoints/NAME (latest, best or a step's folder)")
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a folder that is new or empty")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=new_folder, help="a folder that is new or empty")
     add_runs_dir(parser)
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub, privately")
     parser.add_argument("--public", action="store_true", help="with --push: a new repository is public")

@@ -50,10 +50,10 @@ from harness.engine.schedules import learning_rate_at
 from harness.engine.step import StepOutcome, guarded_step
 from harness.engine.watchdog import StopRequest, Watchdog
 from harness.observers.observers import Observers
-from harness.run.console import ignore_output_errors
 from harness.run.model_size import flops_per_token
 from harness.run.provenance import StartRecord, record_start
 from harness.run.status import Status, failure_recorded
+from harness.run.streams import ignore_output_errors
 from harness.tokens.randomness import seed_dropout
 from training.checkpointing import choose_resume_point, require_equal_runs, save_checkpoint
 from training.context import TrainContext, build, compile_and_build_buckets, wrap

@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from harness.run.arguments import add_runs_dir, dispatch, parse_into, parser_of, positive, whole_number
+from harness.run.arguments import add_runs_dir, dispatch, new_file, parse_into, parser_of, positive, whole_number
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
 from study.assemble import PRIORS, ComparisonRequest, PriorChoice, assemble
 from study.designs import DESIGNS, RESOLUTIONS
+from study.following import follow
 from study.looking import note_unplanned
 from study.looks import RULES
 from study.noise import learn, learn_pairs, show_ledger
-from study.page import page
+from study.page import SECONDS_TO_RELOAD, page
 from study.planning import PlanRequest, plan
 from study.results import CheckpointRule
 from study.running import AskedLooks, run
@@ -159,7 +160,7 @@ def compare_verb(words: list[str]) -> None:
         "--higher-orders-as-error", action="store_true", help="factorial: effects of 3 and more changes are noise"
     )
     parser.add_argument("--format", choices=FORMATS, default="table")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
+    parser.add_argument("--output", type=new_file, metavar="FILE", help="write there instead of printing")
     sources, parsed = _sources(parser, words)
     if (parsed.noise_sd is None) != (parsed.noise_df is None):
         parser.error("--noise-sd and --noise-df go together")
@@ -197,11 +198,17 @@ def report_verb(words: list[str]) -> None:
     parser = parser_of(report_verb.__doc__, "experiment.py report")
     _add_sources(parser)
     parser.add_argument("--title", help="of the page")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")
+    parser.add_argument("--output", type=new_file, default=Path("report.html"), help="(default: report.html)")
+    parser.add_argument("--follow", action="store_true", help="write it anew while runs train, with their curves")
     sources, parsed = _sources(parser, words)
-    study = assemble(sources.request())
-    title = parsed.title or (f"Experiment {study.experiment.name}" if study.experiment else "Runs compared")
-    write_text(parsed.output, page(study, title))
+    title = parsed.title or (f"Experiment {sources.experiment}" if sources.experiment else "Runs compared")
+    if parsed.follow:
+        print(f"Writing {parsed.output} every {SECONDS_TO_RELOAD} seconds until its runs are done", flush=True)
+        follow(sources.request(), title, parsed.output)
+    else:
+        study = assemble(sources.request())
+        title = f"Experiment {study.experiment.name}" if study.experiment and not parsed.title else title
+        write_text(parsed.output, page(study, title))
     print(f"Wrote {parsed.output}")
 
 

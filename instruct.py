@@ -19,6 +19,7 @@ from harness.run.arguments import (
     add_device,
     add_runs_dir,
     dispatch,
+    new_folder,
     parse_into,
     parser_of,
     positive,
@@ -51,7 +52,7 @@ def respond_verb(words: list[str]) -> None:
     """
     parser = parser_of(respond_verb.__doc__, "instruct.py respond")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="models to compare; the first is the baseline")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
+    parser.add_argument("--out", type=new_folder, required=True, metavar="DIR", help="where everything goes")
     parser.add_argument("--data", metavar="DATA", help="a file in Alpaca's format, or hf:OWNER/NAME[/PATH]"
                         "[@REVISION] (default: the set that ships)")  # fmt: skip
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="(default: DIR's, or the one that ships)")
@@ -88,7 +89,7 @@ def judge_verb(words: list[str]) -> None:
     parser.usage = "%(prog)s FILE [FILE ...] --judge MODEL --out DIR [options]"
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="answers of one model each")
     parser.add_argument("--judge", metavar="MODEL", action="append", required=True, help="one or more times")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where replies and results go")
+    parser.add_argument("--out", type=new_folder, required=True, metavar="DIR", help="where replies and results go")
     parser.add_argument("--baseline", metavar="RUN", help="to compare the others with (the first FILE's)")
     parser.add_argument(
         "--repeats", type=whole_number(), default=1, metavar="N", help="of each question in each order (1)"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.run.arguments import fraction, parse_into, parser_of, whole_number
+from harness.run.arguments import fraction, new_folder, parse_into, parser_of, whole_number
 from harness.run.errors import exit_status_of
 from preparation.prepare import PreparationResult, prepare, verify
 from preparation.selection import PreparationSettings
@@ -103,7 +103,7 @@ def parse_arguments() -> PrepareArguments:
     parser = parser_of(__doc__)
     parser.usage = "prepare_dataset.py SOURCE OUT_DIR [options]\n       prepare_dataset.py --verify DATASET"
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="files, hf:OWNER/NAME or python-docs")
-    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", type=Path, help="for example datasets/books")
+    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", type=new_folder, help="for example datasets/books")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="column of tables (default text)")
     parser.add_argument("--encoding", type=text_encoding, default="utf-8", metavar="NAME", help="(default utf-8)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from exchange.architectures import MODEL_TYPES, architecture_of
@@ -113,7 +114,9 @@ def _was_trained(folder: RunFolder) -> bool:
 def _ran(folder: RunFolder) -> dict[str, Any]:
     """Return the train.json that ran, or would run, without keys that are null."""
     written = RunRecord.read(folder.run_json).train or asdict(folder.read_configs()[1])
-    unused = {"gradient_accumulation_steps"} if written.get("global_batch_size") else set()
+    unused = {"notes"}  # which may be private
+    if written.get("global_batch_size"):
+        unused.add("gradient_accumulation_steps")
     return {key: value for key, value in written.items() if value is not None and key not in unused}
 
 
@@ -222,4 +225,6 @@ def _section(title: str, body: str) -> str:
 
 
 def _table(headings: list[str], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join(markdown_table(headings, rows)) + "\n" if rows else ""
+    """Return a table in which no name from elsewhere is markup."""
+    cells = [tuple(escape(cell, quote=False) for cell in row) for row in rows]
+    return "\n".join(markdown_table(headings, cells)) + "\n" if rows else ""

@@ -20,7 +20,7 @@ Item = bytes | str | BadDocumentError | None
 """A document, a .jsonl's line that holds one, None for an empty document, or why a document cannot be read."""
 
 ROWS_AT_ONCE = 64
-LONGEST_BYTES = 2**28
+LONGEST_BYTES = 2**26  # every core holds a few at once
 """Of a line, of a value, or of text without white space; anything longer is taken for a mistake."""
 BLANK = re.compile(r"[ \t\r\n,]*")
 
@@ -126,16 +126,28 @@ def parquet_rows(file: SourceFile, text_field: str, position: Position, scratch:
     with ExitStack() as stack:
         path = stack.enter_context(_seekable(file, scratch))
         try:
-            table = stack.enter_context(pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES))
-            _check_column(file, table.schema_arrow, text_field)
+            _check_column(file, pyarrow.parquet.read_schema(path), text_field)
+            # Texts of a dictionary stay in it until each is due: a few kilobytes may stand for gigabytes.
+            table = stack.enter_context(
+                pyarrow.parquet.ParquetFile(
+                    path, pre_buffer=False, buffer_size=READ_BYTES, read_dictionary=[text_field]
+                )
+            )
             done = 0
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=[text_field], use_threads=False):
-                rows = batch.column(0).to_pylist()
-                done += len(rows)
+                done += batch.num_rows
                 position.bytes = file.size * done // table.metadata.num_rows
-                yield from rows
+                yield from (_bounded(file, value.as_py()) for value in batch.column(0))
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise BadDocumentError(f"{file.shown}: cannot be read as Parquet ({first_line(error)})") from None
+
+
+def _bounded(file: SourceFile, text: str | None) -> str | None:
+    if text is not None and len(text) > LONGEST_BYTES:
+        raise BadDocumentError(
+            f"{file.shown}: found a text of {len(text):,} characters, wanted at most {LONGEST_BYTES:,}"
+        )
+    return text
 
 
 def _check_column(file: SourceFile, schema: Any, text_field: str) -> None:

@@ -18,33 +18,41 @@ from study.statistics import Estimate
 from study.tables import notes_of, rows_of, without_empty_columns
 from study.verdicts import tone_of
 
+SECONDS_TO_RELOAD = 20
 LEFT_TO_WORDS = {"se train", "se eval", "t", "df", "p", "changes"}
 NUMBER_HEADINGS = {"n", "test loss", "Δ", "Holm p", "P(better)", "tok/s", "cost", "worth"}
 
 
-def page(study: Study, title: str) -> str:
-    """Return the page as HTML."""
-    groups = [study.judgement.baseline, *(item.group for item in study.judgement.arms)]
+def page(study: Study | None, title: str, live: Sequence[Curve] = (), reloads: bool = False) -> str:
+    """Return the page as HTML; None is a study with no scored run yet, `live` the curves of runs that train."""
+    groups = _in_order(study) if study else ()
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     # Only this script may run, whatever a run's notes or samples say.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    drawn = [curve for group in groups if (curve := _curve(group)) is not None]
+    drawn = [*(curve for group in groups if (curve := _curve(group)) is not None), *live]
+    judged = study is not None and study.judgement.arms
     template = string.Template((ASSETS / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
         style=style(),
         script_hash=f"sha256-{digest}",
         script=script,
+        refresh=f'<meta http-equiv="refresh" content="{SECONDS_TO_RELOAD}">' if reloads else "",
         title=escape(title),
-        subtitle=escape(_subtitle(study)),
-        leaderboard=_leaderboard(study),
-        forest=forest(_intervals(study)) if study.judgement.arms else "<p>Nothing to compare yet.</p>",
-        findings=_findings(study.findings),
+        subtitle=escape(_subtitle(study) if study else f"No run is scored yet · written {utc_now()}"),
+        leaderboard=_leaderboard(study) if study else "<p>Nothing to rank yet.</p>",
+        forest=forest(_intervals(study)) if study and judged else "<p>Nothing to compare yet.</p>",
+        findings=_findings(study.findings if study else ()),
         legend=_legend(drawn),
         curves=curves(drawn) if drawn else "<p>No run has metrics.</p>",
         differences=_differences(groups),
         samples=_samples(groups),
-        notes="".join(f"<li>{escape(note)}</li>" for note in notes_of(study)),
+        notes="".join(f"<li>{escape(note)}</li>" for note in (notes_of(study) if study else ())),
     )
+
+
+def _in_order(study: Study) -> list[Group]:
+    """Return the groups that are shown, the baseline first."""
+    return [study.judgement.baseline, *(item.group for item in study.judgement.arms)]
 
 
 def _subtitle(study: Study) -> str:
@@ -66,6 +74,9 @@ def _leaderboard(study: Study) -> str:
     """Order recipes by their mean test loss; diverged ones come last."""
     headings, rows = without_empty_columns(*rows_of(study))
     shown = [column for column, name in enumerate(headings) if name not in LEFT_TO_WORDS]
+    if "verdict" in headings:  # beside the name, where it is in view on a phone
+        shown.remove(headings.index("verdict"))
+        shown.insert(1, headings.index("verdict"))
     headings, rows = [headings[column] for column in shown], [[row[column] for column in shown] for row in rows]
     place = headings.index("test loss")
     ordered = sorted(rows, key=lambda row: float(row[place]) if row[place] else math.inf)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.run.errors import ConfigError, DataError, HarnessError, RunLockedError
 from harness.run.files import ROOT
+from harness.run.locks import locked
 from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
 from harness.run.status import Status
 from harness.tokens.token_files import open_split, split_files
@@ -124,30 +125,43 @@ def _take(experiment: Experiment, folder: Path, record: LookRecord) -> LookRecor
 
 
 def run_all(experiment: Experiment, runs: Sequence[PlannedRun], place: Place) -> bool:
-    """Train and score some runs in order; return whether all have a result now."""
+    """Train and score some runs in order; return whether all have a result now.
+
+    A run that another process is at, of this experiment or not, is left alone.
+    """
     is_whole = True
     for number, planned in enumerate(runs, start=1):
         folder = open_run(place.runs_dir, planned.run)
         title = f"[{number}/{len(runs)}] {planned.run}"
-        if is_scored(folder, "last"):
-            how = "diverged, and counts as such" if is_diverged(folder) else "already complete"
-            print(f"{title}: {how}", flush=True)
-            continue
         try:
-            with folder.locked():
-                print(f"{title}: training", flush=True)
+            folder.evals.mkdir(exist_ok=True)
+            with locked(folder.evals, "another experiment trains and scores this run"):
+                _run_one(experiment, planned, place, title)
         except RunLockedError:
             print(f"{title}: another process is at it", flush=True)
             is_whole = False
-            continue
-        status = train(folder, place.datasets_dir, place.world_size)
-        if status and Status.read(folder.status_json).has_diverged:
-            print(f"{title}: diverged, and counts as such", flush=True)
-            continue
-        if status:
-            raise ExecutionError(f"{planned.run}: training ended with status {status}; the same command goes on")
-        score(experiment, planned, folder, place.datasets_dir)
     return is_whole
+
+
+def _run_one(experiment: Experiment, planned: PlannedRun, place: Place, title: str) -> None:
+    """Train and score one run unless that is done; raises RunLockedError where a trainer holds it."""
+    folder = open_run(place.runs_dir, planned.run)
+    if is_scored(folder, "last"):
+        how = "diverged, and counts as such" if is_diverged(folder) else "already complete"
+        print(f"{title}: {how}", flush=True)
+        return
+    with folder.locked():
+        print(f"{title}: training", flush=True)
+    if status := train(folder, place.datasets_dir, place.world_size):
+        with folder.locked():  # a trainer that came in between has it; torchrun's own status does not tell
+            pass
+        if status == RunLockedError.exit_status:
+            raise RunLockedError(f"{folder.path}: another trainer held this run")
+        if not Status.read(folder.status_json).has_diverged:
+            raise ExecutionError(f"{planned.run}: training ended with status {status}; the same command goes on")
+        print(f"{title}: diverged, and counts as such", flush=True)
+    else:
+        score(experiment, planned, folder, place.datasets_dir)
 
 
 def train(folder: RunFolder, datasets_dir: Path, world_size: int) -> int:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -221,9 +222,18 @@ def render(study: Study, format_name: Format) -> str:
     headings, rows = rows_of(study)
     if format_name == "csv":
         file = io.StringIO()
-        csv.writer(file, lineterminator="\n").writerows([headings, *rows])
+        csv.writer(file, lineterminator="\n").writerows(
+            [headings, *([_not_a_formula(x) for x in row] for row in rows)]
+        )
         return file.getvalue().rstrip("\n")
     headings, rows = without_empty_columns(headings, rows)
     if format_name == "markdown":
         return "\n".join([*markdown_table(headings, rows), "", *(f"- {note}" for note in notes_of(study))])
     return "\n".join([*aligned(headings, rows), "", *notes_of(study)])
+
+
+def _not_a_formula(text: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula: what begins like one, and is no number, gets a quote."""
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")) or re.fullmatch(r"[-+]?[\d.,]+%?", text):
+        return text
+    return f"'{text}"

@@ -65,7 +65,9 @@ def parse_arguments(description: str | None, words: Sequence[str] | None = None)
     parser.add_argument(
         "-f", "--find-max-microbatch-size", action="store_true", help="find the largest micro-batch that trains here"
     )
-    parser.add_argument("--try-microbatch-size", type=whole_number(), help=argparse.SUPPRESS)  # one trial of it
+    parser.add_argument(
+        "--try-microbatch-size", type=whole_number(1, 2**20), help=argparse.SUPPRESS
+    )  # one trial of it
     parser.add_argument(
         "--peer-timeout",
         type=whole_number(),

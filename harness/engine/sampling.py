@@ -65,7 +65,7 @@ def continue_text(model: nn.Module, config: ModelConfig, prompt: str, settings: 
 
 
 def _draw(logits: torch.Tensor, settings: SampleSettings, generator: torch.Generator) -> int:
-    if settings.temperature == 0:
+    if settings.temperature < torch.finfo(torch.float32).tiny:  # no smaller one divides
         return int(logits.argmax())
     if settings.top_k is not None and settings.top_k < logits.numel():
         values, ids = logits.topk(settings.top_k)

@@ -15,7 +15,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Protocol, Self, TypeVar
 
-from harness.run.errors import HarnessError, PeerError, StopRequestedError, fit_to_print
+from harness.run.errors import HarnessError, PeerError, StopRequestedError
+from harness.run.streams import fit_to_print
 
 HEARTBEAT_SECONDS = 0.5
 # A rank that is silent for so long when this one has been told to stop is why it was told: torchrun ends the others

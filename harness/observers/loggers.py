@@ -18,13 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
-from harness.run.errors import ConfigError, first_line, fit_to_print
+from harness.run.errors import ConfigError, first_line
 from harness.run.files import ROOT, open_regular
 from harness.run.json_lines import parse_json_lines
 from harness.run.metrics_file import is_metrics
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
+from harness.run.streams import fit_to_print
 
 PROJECT = "gpt2-harness"
 POLL_SECONDS = 1.0

@@ -7,13 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
 import numpy as np
 
 from harness.report.curves import Floats, fill_gaps, moving_average
 from harness.report.html import Tone
 
-WIDTH = 720
+WIDTH = 560
+PLOT_WIDTH, PLOT_HEIGHT = 480, 270
 COLOURS = 8
 GRID_POINTS = 240
 
@@ -57,7 +59,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative is better") -> str:
     """Return a chart of differences with their 95% intervals, one a row, around a line at zero."""
-    row, top, left, right = 30, 8, 190, 16
+    row, top, left, right = 30, 8, 180, 16
     ends = [0.0, *(x for item in intervals for x in (item.low, item.high) if math.isfinite(x))]
     pad = 0.05 * (max(ends) - min(ends) or 1.0)
     low, high = min(ends) - pad, max(ends) + pad
@@ -129,6 +131,94 @@ def curves(series: Sequence[Curve]) -> str:
     return _svg(height, "Training loss by tokens", parts)
 
 
+@dataclass(frozen=True)
+class Line:
+    """One metric of a run at each of `steps`."""
+
+    label: str
+    steps: Floats
+    values: Floats
+    kind: Literal["line", "raw", "dots", "level"] = "line"
+    """A line, a faint line of single steps, a line with dots where it was measured, or a dashed level."""
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Where values at steps lie in a plot of PLOT_WIDTH x PLOT_HEIGHT."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+    left: int = 58
+    right: int = 14
+    top: int = 10
+    bottom: int = 26
+
+    @classmethod
+    def of(cls, lines: Sequence[Line], from_zero: bool) -> "_Scale":
+        """Return a scale for what lies below the highest value after the first twentieth of the steps."""
+        values = np.concatenate([line.values[len(line.values) // 20 :] for line in lines])
+        values = values[np.isfinite(values)]
+        low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+        low = min(0.0, low) if from_zero else low
+        low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+        first, last = (float(pick(line.steps[end] for line in lines)) for pick, end in ((min, 0), (max, -1)))
+        return cls(first, last, low, high)
+
+    def x(self, step: float) -> float:
+        return self.left + (step - self.first) / max(1.0, self.last - self.first) * (
+            PLOT_WIDTH - self.left - self.right
+        )
+
+    def y(self, value: float) -> float:
+        return self.top + (self.high - value) / (self.high - self.low) * (PLOT_HEIGHT - self.top - self.bottom)
+
+    def points(self, steps: Floats, values: Floats) -> list[str]:
+        usable = np.isfinite(values)
+        return [f"{self.x(s):.1f},{self.y(v):.1f}" for s, v in zip(steps[usable], values[usable], strict=True)]
+
+    def axes(self) -> list[str]:
+        parts = []
+        for tick in nice_ticks(self.low, self.high):
+            ends = f'x1="{self.left}" x2="{PLOT_WIDTH - self.right}" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}"'
+            parts.append(
+                f'<line class="grid" {ends}/>{text("tick", self.left - 6, self.y(tick) + 5, in_short(tick), "end")}'
+            )
+        whole = (tick for tick in nice_ticks(self.first, self.last, 4) if tick == int(tick))
+        return parts + [text("tick", self.x(tick), PLOT_HEIGHT - 6, f"{tick:,.0f}", "middle") for tick in whole]
+
+
+def plot(
+    title: str, lines: Sequence[Line], band: tuple[Floats, Floats] | None = None, from_zero: bool = False
+) -> str:
+    """Draw metrics of one run over its steps as a figure with a legend; `band` lies around the first line.
+
+    It is narrower than the other charts, so that its words can be read on a phone.
+    """
+    scale, place = _Scale.of(lines, from_zero), "".join(filter(str.isalpha, title))
+    inside = (
+        f'x="{scale.left}" y="{scale.top - 4}" width="{PLOT_WIDTH - scale.left - scale.right + 4}" '
+        f'height="{PLOT_HEIGHT - scale.top - scale.bottom + 8}"'
+    )
+    shapes, legend = [], []
+    if band is not None:
+        around = [*scale.points(lines[0].steps, band[1]), *reversed(scale.points(lines[0].steps, band[0]))]
+        shapes.append(f'<g class="curve c1"><polygon points="{" ".join(around)}"/></g>')
+    for number, line in enumerate(lines, start=1):
+        drawn = scale.points(line.steps, line.values)
+        dots = [at.split(",") for at in drawn] if line.kind == "dots" else []
+        circles = "".join(f'<circle cx="{x}" cy="{y}" r="3"/>' for x, y in dots)
+        shapes.append(f'<g class="curve {line.kind} c{number}"><polyline points="{" ".join(drawn)}"/>{circles}</g>')
+        legend.append(f'<span class="c{number}"><span class="swatch"></span>{escape(line.label)}</span>')
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {PLOT_WIDTH} {PLOT_HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}"><clipPath id="{place}"><rect {inside}/></clipPath>{"".join(scale.axes())}'
+        f'<g clip-path="url(#{place})">{"".join(shapes)}</g></svg>'
+        f'<div class="legend">{"".join(legend)}</div></figure>'
+    )
+
+
 def curve_of(label: str, runs: Sequence[tuple[Floats, Floats]]) -> Curve | None:
     """Average the curves (tokens, losses) of replicates, smoothed over a thirtieth of the steps; None without any."""
     usable = [
@@ -152,7 +242,7 @@ def in_short(value: float) -> str:
     return f"{value:g}"
 
 
-def shortened(label: str, most: int = 26) -> str:
+def shortened(label: str, most: int = 22) -> str:
     """Shorten a label to fit beside a chart; the tooltip has it in full."""
     return label if len(label) <= most else label[: most - 1] + "…"
 

@@ -2,21 +2,32 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from inspect import cleandoc
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from harness.run.files import RUNS
+from harness.run.streams import fit_on_a_line
 
 DEVICES = ("auto", "cuda", "cpu", "mps")
 ArgumentsT = TypeVar("ArgumentsT")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, however long and strange what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and one line, and exit with status 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {fit_on_a_line(message)}\n")
+
+
 def parser_of(description: str | None, program: str | None = None) -> argparse.ArgumentParser:
     """Return a parser whose help shows `description` unwrapped; bad usage exits with status 2."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=program, description=cleandoc(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
@@ -58,6 +69,21 @@ def whole_number(lowest: int = 1, highest: int = 2**63 - 1) -> Callable[[str], i
         return int(text)
 
     return number
+
+
+def new_file(text: str) -> Path:
+    """Read the path of a file to write, which is no folder."""
+    path = Path(text)
+    if not path.name or path.is_dir():
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted the name of a file")
+    return path
+
+
+def new_folder(text: str) -> Path:
+    """Read the path of a folder to write into."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("found nothing, wanted the name of a folder")
+    return Path(text)
 
 
 def positive(text: str) -> float:

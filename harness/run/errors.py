@@ -1,7 +1,7 @@
 """One exception for each documented exit status.
 
 Errors are raised where they are found, with a message that a user can act on. `exit_status_of`, around a command's
-`main`, is the only place that turns them into an exit status. This module imports only the standard library.
+`main`, is the only place that turns them into an exit status.
 """
 
 import errno
@@ -12,14 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from harness.run.streams import escaped_output, fit_on_a_line, fit_to_print
+
 INTERRUPTED_STATUS = 130  # as a shell reports SIGINT; nothing needed saving
 BROKEN_PIPE_STATUS = 141  # as a shell reports SIGPIPE
 DEFECT_STATUS = 1
-# Access tokens of the Hugging Face Hub and keys of OpenAI-compatible services.
-SECRET = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{8,}")
 REQUEST_ID = re.compile(r"\(Request ID: [^)]*\)\.?")
-# Control characters and Unicode's directional ones can move a terminal's cursor or reverse its text.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class HarnessError(Exception):
@@ -105,12 +103,6 @@ def as_harness_error(error: BaseException) -> HarnessError | None:
     return None
 
 
-def fit_to_print(text: str) -> str:
-    """Return text from elsewhere with secrets masked and control characters escaped, to print or to write."""
-    masked = SECRET.sub(r"\1...", text)
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), masked)
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -143,8 +135,13 @@ def exit_status_of(command: Callable[[], object], speaks: bool = True) -> int:
     """Run `command` and return its exit status; prints a documented error in one line.
 
     Any other error is a defect: its traceback is printed, and the status is 1. Without `speaks`, errors that every
-    process of the machine finds are left to another process to print.
+    process of the machine finds are left to another process to print. Control characters are escaped in all output.
     """
+    with escaped_output():
+        return _status_of(command, speaks)
+
+
+def _status_of(command: Callable[[], object], speaks: bool) -> int:
     try:
         command()
         sys.stdout.flush()
@@ -153,13 +150,17 @@ def exit_status_of(command: Callable[[], object], speaks: bool = True) -> int:
         return BROKEN_PIPE_STATUS
     except Exception as error:
         known = as_harness_error(error)
-        lines = known.lines if known else ["".join(traceback.format_exception(error)).rstrip()]
+        lines = map(fit_on_a_line, known.lines) if known else [fit_to_print(_traceback_of(error))]
         if speaks or known is None or not known.is_found_by_all:
             for line in lines:
-                print(fit_to_print(line), file=sys.stderr)
+                print(line, file=sys.stderr)
         return known.exit_status if known else DEFECT_STATUS
     except KeyboardInterrupt:
         if speaks:
             print("interrupted", file=sys.stderr)
         return INTERRUPTED_STATUS
     return 0
+
+
+def _traceback_of(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()

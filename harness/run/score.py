@@ -1,16 +1,22 @@
 """evals/loss-*.json: a checkpoint's score on test tokens, and a .npz beside it with one loss for every sequence."""
 
+import io
+import json
 import math
+import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
-from harness.run.errors import ConfigError
-from harness.run.files import json_number, read_json, write_json
+from harness.run.errors import ConfigError, first_line
+from harness.run.files import json_number, read_bytes, read_json, write_bytes, write_json
 from harness.run.provenance import RunRecord
 from harness.run.recipe import recipe_hash, run_hash
 from harness.run.run_folder import AVERAGED_FILE, RunFolder, run_of_model_file
@@ -56,17 +62,25 @@ class Score:
 
     @classmethod
     def read(cls, path: Path) -> "Score | None":
-        """Read a score; None if the file or the losses beside it are missing, or it is not a score."""
+        """Read a score; None if the file or the losses beside it are missing, or it is not a score.
+
+        Damaged losses are a score that does not count, which a warning says.
+        """
         document = read_json(path)
         names = {**cls.__dataclass_fields__, **ScoredModel.__dataclass_fields__}.keys() - {"model", "path"}
         if not path.with_suffix(".npz").is_file() or "tokens_sha256" not in document:
             return None
         known = {key: value for key, value in document.items() if key in names}
-        model = ScoredModel(**{key: known.pop(key) for key in ScoredModel.__dataclass_fields__ if key in known})
+        model = {key: known.pop(key) for key in ScoredModel.__dataclass_fields__ if key in known}
         try:
-            return cls(**known, model=model, path=path)
-        except TypeError:
+            score = SCORE.validate_json(json.dumps({**known, "model": model, "path": str(path)}), strict=True)
+            score.read_losses()
+        except ValidationError:
             return None
+        except ConfigError as error:
+            print(f"warning: {error}; the score does not count", file=sys.stderr)
+            return None
+        return score
 
     @classmethod
     def of_checkpoint(cls, folder: RunFolder, step: int, averaged: bool = False) -> Iterator["Score"]:
@@ -78,7 +92,9 @@ class Score:
 
     def write(self, losses: NDArray[np.float64], documents: NDArray[np.int64]) -> None:
         """Write each sequence's mean loss and document number, both (N,), and then the score."""
-        np.savez(self.path.with_suffix(".npz"), sequence_losses=losses, sequence_documents=documents)
+        arrays = io.BytesIO()
+        np.savez(arrays, sequence_losses=losses, sequence_documents=documents)
+        write_bytes(self.path.with_suffix(".npz"), arrays.getvalue())
         document = asdict(self)
         del document["path"]
         of_run = document.pop("model")
@@ -87,13 +103,27 @@ class Score:
         write_json(self.path, {**document, **of_run, "time": document["time"]})
 
     def read_losses(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return each sequence's mean loss, and the number of the document that it begins in, both (N,)."""
-        with np.load(self.path.with_suffix(".npz"), allow_pickle=False) as arrays:
-            return arrays["sequence_losses"], arrays["sequence_documents"]
+        """Return each sequence's mean loss, and the number of the document that it begins in, both (N,).
+
+        Raises ConfigError where the file cannot be read or holds something else.
+        """
+        path = self.path.with_suffix(".npz")
+        try:
+            with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
+                losses, documents = arrays["sequence_losses"], arrays["sequence_documents"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
+            raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
+        kinds = losses.dtype.kind, documents.dtype.kind
+        if losses.ndim != 1 or losses.shape != documents.shape or kinds not in (("f", "i"), ("f", "u")):
+            raise ConfigError(f"{path}: found something else than a loss and a document for each sequence")
+        return losses, documents
 
     def test_in_words(self) -> str:
         """Return a description of the test tokens."""
         return f"{self.dataset} {self.split} from token {self.start_token:,} ({self.tokens:,} tokens)"
+
+
+SCORE = TypeAdapter(Score)
 
 
 def scored_name(weights: Path) -> str:

@@ -15,9 +15,9 @@ from harness.run.errors import (
     NonFiniteError,
     StopRequestedError,
     as_harness_error,
-    fit_to_print,
 )
 from harness.run.files import read_json, utc_now, write_json
+from harness.run.streams import fit_to_print
 
 State = Literal["unknown", "running", "complete", "stopped", "failed"]
 

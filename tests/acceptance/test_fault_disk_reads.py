@@ -1,7 +1,9 @@
 """Bad sectors, strangers' checkpoints and damaged lines: passed over with a warning, never in the way of a start."""
 
+import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from harness.run.errors import CheckpointError
 from harness.run.files import file_sha256, write_json
 from harness.run.metrics_file import MetricsFile
 from harness.run.run_folder import RunFolder
+from harness.run.score import Score
 from tests.conftest import Called
 from tests.helpers import metrics, train_in_fork
 
@@ -277,3 +280,54 @@ def test_metrics_are_flushed_before_a_checkpoint_vouches_for_them(
     metadata = CheckpointMetadata.read(folder.checkpoint(19), 19)
     checkpoint.save(folder, checkpoint.Snapshot(metadata, {}), None, is_best=False)
     assert order == ["metrics", "checkpoint"]
+
+
+def empty_file(raw: bytes) -> bytes:
+    return raw[:0]
+
+
+def half(raw: bytes) -> bytes:
+    return raw[: len(raw) // 2]
+
+
+def a_bit(raw: bytes) -> bytes:
+    return raw[:150] + bytes([raw[150] ^ 1]) + raw[151:]
+
+
+def a_pickle(_: bytes) -> bytes:
+    return pickle.dumps({"sequence_losses": 1})
+
+
+@pytest.mark.fault("F63")
+@pytest.mark.parametrize("damage", [empty_file, half, a_bit, a_pickle])
+def test_a_damaged_score_does_not_count(
+    trained: Path,
+    datasets_dir: Path,
+    call: Call,
+    damage: Callable[[bytes], bytes],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    main, words = scoring(trained, datasets_dir, NEWEST)
+    assert call(main, *words).status == 0
+    assert len(list(Score.of_checkpoint(RunFolder(trained), 19))) == 1
+    (losses,) = (trained / "evals").glob("*.npz")
+    losses.write_bytes(damage(losses.read_bytes()))
+    assert not list(Score.of_checkpoint(RunFolder(trained), 19))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {losses}: cannot be read")
+
+
+@pytest.mark.fault("F63")
+def test_a_score_is_written_whole_or_not_at_all(
+    trained: Path, datasets_dir: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, words = scoring(trained, datasets_dir, NEWEST)
+    assert call(main, *words).status == 0
+    before = {path: path.read_bytes() for path in (trained / "evals").iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(trained))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert call(main, *words).status == 6
+    assert {path: path.read_bytes() for path in (trained / "evals").iterdir()} == before

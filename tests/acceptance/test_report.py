@@ -214,3 +214,40 @@ def test_the_published_table_makes_a_page(call: Callable[..., Called], tmp_path:
     assert done.status == 0, done.stderr
     words = Text((tmp_path / "out.html").read_text()).words
     assert words.count("LEANS WORSE") >= 2
+
+
+def test_a_followed_report_shows_runs_that_train_and_ends_with_them(
+    runs_dir: Path, call: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, pages = tmp_path / "report.html", []
+    for name in ("plain-s1", "better-s1"):  # not scored yet: one trains, one waits for its turn
+        (runs_dir / name / "evals").rename(runs_dir / name / "kept")
+    states = {"better-s1": "running", "plain-s1": "running"}
+
+    def write_states() -> None:
+        for name, state in states.items():
+            (runs_dir / name / "status.json").write_text(json.dumps({"state": state, "step": 59}))
+
+    def go_on(_: float) -> None:
+        pages.append(output.read_text())
+        (name := next(iter(states)), states.update({name: "complete"}), write_states(), states.pop(name))
+        (runs_dir / name / "kept").rename(runs_dir / name / "evals")
+
+    write_states()
+    monkeypatch.setattr("study.following.time.sleep", go_on)
+    words = ("--baseline", "plain-s1", "better-s1", "--runs-dir", runs_dir, "--output", output, "--follow")
+    done = call(experiment.main, "report", *words)
+    assert done.status == 0, done.stderr
+    assert len(pages) == 2
+    assert all('http-equiv="refresh"' in page for page in pages)
+    assert "No run is scored yet" in Text(pages[0]).words
+    assert "better-s1 (training)" in Text(pages[0]).words
+    assert "plain-s1 (training)" in Text(pages[1]).words
+    last = output.read_text()
+    assert 'http-equiv="refresh"' not in last
+    assert "(training)" not in last
+    assert "HELPS" in Text(last).words
+    table = tmp_path / "losses.csv"
+    table.write_text("run,recipe,init_seed,train_seed,test_loss\na,a,1,1,3.0\n")
+    refused = call(experiment.main, "report", "--losses", table, "--baseline", "a", "--follow")
+    assert (refused.status, len(refused.stderr.splitlines())) == (2, 1)

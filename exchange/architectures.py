@@ -279,8 +279,8 @@ def read_config(path: Path) -> ModelConfig:
     allowed = HOLDS[layout.name]["feed_forward"] or ()
     feed_forward = activations.get(document.get("hidden_act", ""))
     if feed_forward not in allowed:
-        listed = " or ".join(ACTIVATIONS[name] for name in allowed)
-        raise ConfigError(f"{path}: hidden_act: found {str(document.get('hidden_act'))[:80]!r}, wanted {listed}")
+        choices = " or ".join(ACTIVATIONS[name] for name in allowed)
+        raise ConfigError(f"{path}: hidden_act: found {str(document.get('hidden_act'))[:80]!r}, wanted {choices}")
     bias = document.get("attention_bias", False)
     values = {
         **{ours: document[theirs] for ours, theirs in MODEL_KEYS.items() if theirs in document},

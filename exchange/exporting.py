@@ -1,4 +1,4 @@
-"""Write a checkpoint as a stock GPT2LMHeadModel, and check it with transformers before it appears."""
+"""Write a checkpoint as a stock model of transformers, and check it with transformers before it appears."""
 
 import shutil
 from collections.abc import Callable
@@ -9,7 +9,8 @@ import huggingface_hub
 from torch import nn
 
 from exchange import parity
-from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE, config_document, require_expressible, to_hugging_face
+from exchange.architectures import architecture_of, config_document, to_hugging_face
+from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE
 from exchange.model_card import CHART, Interval, Publication, model_card
 from exchange.origin import Origin
 from exchange.vocabulary import tokenizer_files
@@ -66,7 +67,7 @@ def export(request: ExportRequest, model_of: ModelOf, interval_of: IntervalOf) -
     require_possible(request)
     folder, step = find_checkpoint(request.runs_dir, request.run)
     config, _ = folder.read_configs()
-    require_expressible(config, folder.model_json)
+    architecture = architecture_of(config, folder.model_json)
     weights = open_weights(folder.weights(step))
     model = model_of(config, weights)
     is_gpt2 = Origin.read(folder.imported_source).tokenizer_is_gpt2 is not False
@@ -79,6 +80,7 @@ def export(request: ExportRequest, model_of: ModelOf, interval_of: IntervalOf) -
             if has_tokenizer:
                 encoding = gpt2_encoding()
                 parity.check_encoding(path, [(text, encoding.encode_ordinary(text)) for text in HARD_TEXTS])
+    print(f"Architecture: {architecture}")
     print(f"Logits in transformers equal ours: {found}" if request.check else "Logits: not checked (--no-check)")
     if not has_tokenizer:
         why = f"has {config.vocab_size:,} ids, not GPT-2's {VOCAB_SIZE:,}"

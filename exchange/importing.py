@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 
 from exchange import parity, vocabulary
+from exchange.architectures import from_hugging_face, read_config
 from exchange.hugging_face import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -17,8 +18,6 @@ from exchange.hugging_face import (
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     files_of_index,
-    from_hugging_face,
-    read_config,
     weight_files,
 )
 from exchange.origin import Origin

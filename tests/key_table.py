@@ -55,7 +55,7 @@ MODEL_ROWS = {
     "bias": Row(False, {"parameters", "losses"}),
     "embedding_norm": Row(True, {"losses"}),
     "value_residual": Row(True, {"parameters", "losses"}),
-    "logit_softcap": Row(0.1, {"losses"}),
+    "logit_softcap": Row(2.0, {"losses"}),
     "init": Row("torch", {"initial", "losses", "extras"}),
 }
 TRAIN_ROWS = {

@@ -39,7 +39,7 @@ def import_verb(words: list[str]) -> None:
 
       python convert.py import hf:openai-community/gpt2 gpt2-small
 
-    SOURCE is hf:OWNER/NAME (a GPT-2 on the Hugging Face Hub), a folder with
+    SOURCE is hf:OWNER/NAME (a model on the Hugging Face Hub), a folder with
     config.json and model.safetensors, or another harness's model.safetensors.
     The run can be scored, sampled, exported, and trained on. --all brings in
     all run folders of the published harness with their checkpoints and losses.

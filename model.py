@@ -72,7 +72,8 @@ def rotation_at(positions: Tensor, head_size: int) -> Tensor:
     Pair i of channels turns by position x ROTARY_BASE^(-2i/D) (Su et al. 2021, arXiv:2104.09864, equation 15).
     """
     pairs = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.unsqueeze(-1) * ROTARY_BASE ** (-pairs / head_size)
+    speeds = 1.0 / ROTARY_BASE ** (pairs / head_size)  # rounded as transformers rounds it
+    angles = positions.unsqueeze(-1) * speeds
     return torch.stack((angles.cos(), angles.sin()))
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # the optimizer would import it in every fork
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -49,7 +50,7 @@ from harness.run.run_folder import RunFolder
 from tests.helpers import write, write_run, write_toy_dataset
 
 SECONDS = 10  # of the processor
-WAIT_SECONDS = 60  # on a busy machine, more than the seconds above
+WAIT_SECONDS = 180  # on a busy machine, more than the seconds above
 MEBIBYTES = 1024
 CHARACTERS = 2100  # fit_on_a_line's 2,000, and the name of the program
 STATUSES = {0, 2, 3, 4, 5, 6, 7, 8, 75}
@@ -229,7 +230,8 @@ def make_project(place: Path) -> None:
     ]
     for name, words in steps:
         done = in_fork(COMMANDS[name], words, place)
-        assert done.status == 0, done.output
+        if done.status:
+            sys.exit(f"the project to damage cannot be made: {name} ended with {done.status}: {done.output}")
 
 
 def score_words(name: str) -> list[str]:
@@ -406,7 +408,7 @@ def draw_and_run(target: Callable[..., None], fuzzer: Fuzzer, number: int) -> No
 
     @seed(number)
     @settings(
-        max_examples=30, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=5, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(st.data())

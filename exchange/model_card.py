@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
+from exchange.architectures import MODEL_TYPES, architecture_of
 from exchange.origin import Origin
 from harness.report.text import markdown_table
 from harness.run.files import read_json
@@ -57,11 +58,12 @@ def model_card(
     """Return the README.md of a checkpoint: YAML front matter, then Markdown."""
     name = (publication.repository or folder.path.name).rpartition("/")[2]
     place = json.dumps(publication.repository or "path/to/this/folder")
+    architecture = architecture_of(folder.read_configs()[0], folder.model_json)
     loading = LOADING if publication.has_tokenizer else LOADING_WITHOUT_TOKENIZER
     parts = [
         _front_matter(folder, publication),
         f"# {name}\n\n{_summary(folder)}",
-        f"## How to load\n\nA stock `GPT2LMHeadModel`; no remote code is needed.\n\n{loading.format(place=place)}",
+        f"## How to load\n\nA stock `{architecture}`; no remote code is needed.\n\n{loading.format(place=place)}",
         _section("Training", _table(["", ""], _training(folder, step))),
         "![Mean train loss of every global step](loss.png)\n" if publication.has_chart else "",
         _section("Test loss", _test_losses(scores)),
@@ -74,7 +76,9 @@ def model_card(
 def _front_matter(folder: RunFolder, publication: Publication) -> str:
     """Return the metadata that the Hub reads; every value is quoted as JSON, which YAML includes."""
     source = _source(folder)
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
+    model, _ = folder.read_configs()
+    tags = [MODEL_TYPES.get(architecture_of(model, folder.model_json), "gpt2")]
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if publication.licence:
         fields["license"] = publication.licence
     if _was_trained(folder) and (on_hub := [name for name, _ in _datasets(_ran(folder)) if "/" in name]):

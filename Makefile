@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := quickstart
 
-.PHONY: quickstart test test-lowest lint format generated lock fuzz soak
+.PHONY: quickstart test test-lowest lint format generated lock cuda-check gpu-check fuzz soak
 
 # What training needs, and on top of it what the tests need: exact versions of everything, with their SHA-256. But for
 # torch, whose builds depend on the machine (CPU, or one of several versions of CUDA), so that is what pip finds for it.
@@ -55,6 +55,15 @@ format: $(VENV)/.installed-dev
 generated: $(VENV)/.installed
 	$(BIN)/python -m harness.run.reference
 	$(BIN)/python -m assets.instructions.builtin_set
+
+# Reads the CUDA code that training compiles to, on any Linux machine: PyPI's build of torch (5 GB) in .venv-cuda, no GPU.
+cuda-check:
+	$(MAKE) VENV=.venv-cuda .venv-cuda/.installed
+	.venv-cuda/bin/python -m benchmarks.cuda_check
+
+# The first ten minutes on a GPU machine: what works, how fast, and what was foretold; benchmarks/results/gpu-CARD.md.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_check
 
 # Chooses the newest versions that pyproject.toml allows, for every system and Python, and writes their SHA-256.
 LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

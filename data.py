@@ -19,11 +19,12 @@ from torch import Tensor
 from harness.engine.failpoints import failpoint
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import DataError, hub_errors
-from harness.run.plan import Plan, make_plan, validation_sequences
+from harness.run.plan import Plan, epoch_sequences, make_plan, validation_sequences
 from harness.tokens.checked_tokens import CheckedTokens, TokenCheck, check_tokens
 from harness.tokens.mixture import Mixture
-from harness.tokens.randomness import Permutation, order_permutation
+from harness.tokens.randomness import order_permutation
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, require_room, tokenizer_of_tokens
 
 FINGERPRINT_TOKENS = 2**20
 
@@ -58,6 +59,7 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
         # The lock is beside the folder, because the Hub client takes an existing folder for a finished download.
         with FileLock(datasets_dir / f".{dataset.replace('/', '--')}.lock"):
             if names := missing():
+                names.append(TOKENIZER_FILE)  # where there is one
                 commit = HfApi().dataset_info(dataset, revision=revision).sha
                 snapshot_download(
                     dataset, repo_type="dataset", revision=commit, allow_patterns=names, local_dir=folder
@@ -68,19 +70,30 @@ def download_missing(datasets_dir: Path, dataset: str, revision: str | None, spl
 
 @dataclass(frozen=True)
 class SequenceFile:
-    """A dataset's train split cut into sequences: sequence s is tokens [start + s*T, start + s*T + T + 1)."""
+    """A dataset's train split cut into sequences: sequence s is tokens [start + s*T, start + s*T + T + 1).
+
+    After the last one begins a new epoch, in which shuffled sequences have an order of their own.
+    """
 
     file: TokenFile | CheckedTokens
     start_token: int
     length: int
     """T, of a sequence in tokens."""
-    order: Permutation | None
-    """Of the sequences, if they are shuffled."""
+    sequences: int
+    """Of an epoch."""
+    order_seed: int | None
+    """Of the orders of the epochs; None reads the file in order."""
 
     def read(self, index: int) -> NDArray[np.int64]:
-        """Return the tokens of one sequence, (T + 1,)."""
-        sequence = index if self.order is None else self.order[index]
+        """Return the tokens of one of all epochs' sequences, (T + 1,)."""
+        epoch, sequence = divmod(index, self.sequences)
+        if self.order_seed is not None:
+            sequence = order_permutation(self.order_seed, epoch, self.sequences)[sequence]
         return self.file.read(self.start_token + sequence * self.length, self.length + 1)
+
+    def holds(self, first: int, count: int) -> bool:
+        """Return whether sequences [first, first + count) are consecutive in the file."""
+        return self.order_seed is None and first % self.sequences + count <= self.sequences
 
 
 def fingerprint_of(files: Sequence[TokenFile], start_token: int) -> str:
@@ -113,8 +126,9 @@ class TrainData:
         """Return tokens and targets of one rank's micro-batch, each (B, T) int64 on the CPU."""
         size, length = self.plan.microbatch_size, self.plan.context_length
         first = self.plan.microbatch_index(global_step, accumulation_step, rank) * size
-        if len(self.parts) == 1 and self.parts[0].order is None:  # consecutive on disk too
+        if len(self.parts) == 1 and self.parts[0].holds(first, size):  # consecutive on disk too
             (part,) = self.parts
+            first %= part.sequences
             return as_sequences(part.file.read(part.start_token + first * length, size * length + 1), length)
         places = map(self.mixture.place, range(first, first + size))
         block = torch.from_numpy(np.stack([self.parts[part].read(index) for part, index in places]))  # (B, T + 1)
@@ -123,11 +137,14 @@ class TrainData:
     def spans(self) -> list[tuple[int, int]]:
         """Return the first token and the number of tokens that the plan may read of each file.
 
-        A shuffled run draws its sequences from the whole split.
+        A shuffled run draws its sequences from the whole split, and one of several epochs comes to its end.
         """
         counts = self.mixture.counts(self.plan.global_steps * self.plan.global_batch)
         return [
-            (part.start_token, (count if part.order is None else part.order.length) * part.length + 1)
+            (
+                part.start_token,
+                (min(count, part.sequences) if part.order_seed is None else part.sequences) * part.length + 1,
+            )
             for part, count in zip(self.parts, counts, strict=True)
         ]
 
@@ -156,7 +173,10 @@ def open_train_files(datasets_dir: Path, config: TrainConfig) -> list[TokenFile]
     """Open the train splits of a run's datasets; raises DataError, also where their tokenizers are not one."""
     files = [open_split(datasets_dir, part.name, "train") for part in config.datasets]
     for file in files[1:]:
-        first, other = (found.metadata.get("tokenizer", "no tokenizer") for found in (files[0], file))
+        first, other = (
+            found.metadata.get("tokenizer_sha256", found.metadata.get("tokenizer", "no tokenizer"))
+            for found in (files[0], file)
+        )
         if other != first:
             raise DataError(f"{file.path}: found {other} in its metadata, wanted {first} as in {files[0].path}")
     return files
@@ -167,7 +187,7 @@ def tokens_available(files: Sequence[TokenFile], model: ModelConfig, config: Tra
     lengths = [file.length - config.start_train_token for file in files]
     if len(lengths) == 1:
         return lengths[0]
-    sequences = [max(0, (length - 1) // model.context_length) for length in lengths]
+    sequences = [epoch_sequences(length, model.context_length) for length in lengths]
     return _mixture(config).fitting(sequences) * model.context_length + 1
 
 
@@ -179,9 +199,9 @@ def train_data(files: Sequence[TokenFile], config: TrainConfig, plan: Plan) -> T
     """Return a plan's train data; `shuffle` permutes all complete sequences of a file from start_train_token on."""
 
     def cut(file: TokenFile) -> SequenceFile:
-        sequences = (file.length - config.start_train_token - 1) // plan.context_length
-        order = order_permutation(config.seed_of("order"), 0, sequences) if config.shuffle else None
-        return SequenceFile(file, config.start_train_token, plan.context_length, order)
+        start, length = config.start_train_token, plan.context_length
+        order_seed = config.seed_of("order") if config.shuffle else None
+        return SequenceFile(file, start, length, epoch_sequences(file.length - start, length), order_seed)
 
     return TrainData(tuple(map(cut, files)), _mixture(config), plan)
 
@@ -193,6 +213,8 @@ class Splits:
     plan: Plan
     train: TrainData | SyntheticData
     validation: TokenFile | CheckedTokens | None
+    tokenizer: Tokenizer | None
+    """With which the tokens were made; None where that is not known."""
     checks: dict[str, TokenCheck]
     """Of the train split of each dataset and then the validation split, by name; empty in a process that did not
     check."""
@@ -245,8 +267,10 @@ def open_splits(
                 f"{config.start_val_token:,} on (validation_batches x global batch x context_length + 1)"
             )
         used["validation"] = (validation, config.start_val_token, needed)
+    if (tokenizer := tokenizer_of_tokens(files[0])) is not None:
+        require_room(tokenizer, model.vocab_size)
     checks = {name: check_tokens(*span, model.vocab_size) for name, span in used.items()} if reads_through else {}
-    return Splits(plan, train, validation, checks, fingerprint_of(files, config.start_train_token))
+    return Splits(plan, train, validation, tokenizer, checks, fingerprint_of(files, config.start_train_token))
 
 
 def evaluation_batches(

@@ -105,7 +105,7 @@ def main() -> None:
         splits = splits.bound_to(distributed.run_on_rank0(launch, lambda: splits.checks))
         identity = identity_of(model_config, config, plan, splits.fingerprint, splits.checked())
         require_equal_runs(request, launch, identity, stop_step)
-        point = choose_resume_point(request, launch, plan, identity)
+        point = choose_resume_point(request, launch, splits, identity)
         if point.state.next_step >= stop_step:
             if launch.is_main:
                 report_nothing_to_do(folder, plan, point.state)

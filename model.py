@@ -72,7 +72,8 @@ def rotation_at(positions: Tensor, head_size: int) -> Tensor:
     Pair i of channels turns by position x ROTARY_BASE^(-2i/D) (Su et al. 2021, arXiv:2104.09864, equation 15).
     """
     pairs = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.unsqueeze(-1) * ROTARY_BASE ** (-pairs / head_size)
+    speeds = 1.0 / ROTARY_BASE ** (pairs / head_size)  # rounded as transformers rounds it
+    angles = positions.unsqueeze(-1) * speeds
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -113,8 +114,10 @@ class Attention(nn.Module):
         """
         # One matrix product for all three reads x once, and under autocast converts it to half precision once.
         projections = (self.W_query, self.W_key, self.W_value)
-        weight = torch.cat([projection.weight for projection in projections])
-        bias = None if self.W_query.bias is None else torch.cat([projection.bias for projection in projections])
+        # Viewed as they are: in a bare list the compiler would not see them when it cuts its graph by DDP's buckets.
+        weight = torch.cat([projection.weight.view(-1, x.shape[-1]) for projection in projections])
+        has_bias = self.W_query.bias is not None
+        bias = torch.cat([projection.bias.view(-1) for projection in projections]) if has_bias else None
         projected = F.linear(x, weight, bias).view(*x.shape[:-1], 3, self.n_heads, -1)  # (B, T, 3, H, D)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if rotation is not None:

@@ -1,8 +1,11 @@
 """Score a model on held-back tokens: the mean cross-entropy in nats per token, and one loss for every sequence.
 
+  python test_loss.py datasets --run NAME[/checkpoints/NAME]
   python test_loss.py datasets runs/NAME/model.json runs/NAME/checkpoints/best/model.safetensors
 
-Without options this is the published test set: 19,660,800 tokens of FineWeb from token 50,000,000 on.
+With --run, the run says what it is scored on: the validation split of its own
+data. Two files are scored on the published test set, 19,660,800 tokens of
+FineWeb from token 50,000,000 on, unless they are of a run on other data.
 """
 
 import math
@@ -24,7 +27,8 @@ import data
 from harness.engine.distributed import Launch, choose_device, set_up_kernels
 from harness.engine.evaluate import Bucket, LossTally, token_loss_batches
 from harness.engine.opening import open_weights
-from harness.run.arguments import add_device, parse_into, parser_of, whole_number
+from harness.engine.resume import find_weights
+from harness.run.arguments import add_device, add_runs_dir, parse_into, parser_of, whole_number
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError, StorageError, exit_status_of
@@ -33,10 +37,12 @@ from harness.run.run_folder import AVERAGED_FILE, run_of_model_file
 from harness.run.score import Score, describe_model, perplexity_of, score_path, scored_name
 from harness.tokens.checked_tokens import CHECK_CHUNK_TOKENS, CheckedTokens, check_tokens
 from harness.tokens.token_files import SPLITS, open_split, split_files
-from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token
+from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of_model, tokenizer_of_tokens
 from model import model_of
 
 FREQUENCY_TOKENS = 2**27  # of the train split, enough to know how often an id occurs
+MOST_BATCHES = 3200
+PUBLISHED_TEST_SET = "gpjt/fineweb-gpt2-tokens"
 SEQUENCES_PER_BATCH = 6  # of the published test set, whatever --batch-size the machine can hold
 
 
@@ -45,12 +51,14 @@ class ScoreArguments:
     """The command line."""
 
     datasets_dir: Path
-    model_json: Path
-    model_safetensors: Path
-    dataset: str
+    model_json: Path | None
+    model_safetensors: Path | None
+    run: str | None
+    runs_dir: Path
+    dataset: str | None
     split: str
-    start_token: int
-    batches: int
+    start_token: int | None
+    batches: int | None
     batch_size: int
     device: str
     dtype: str
@@ -58,39 +66,56 @@ class ScoreArguments:
     weights: Literal["last", "averaged"]
 
 
+@dataclass(frozen=True)
+class TestTokens:
+    """Checked tokens to score a model on: whole sequences from `start_token` on."""
+
+    file: CheckedTokens
+    dataset: str
+    start_token: int
+    sequences: int
+    tokenizer: Tokenizer | None
+    """Of the tokens; None where it is not known, and then neither are bytes and documents."""
+
+
 def main() -> None:
     """Load, score, print, store."""
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
-    config, weights = load_model_config(arguments.model_json), open_weights(weights_file(arguments))
+    model_json, file = find_model(arguments)
+    config, weights = load_model_config(model_json), open_weights(file)
     scored = describe_model(weights.path, weights.sha256)  # now: a live run may delete the checkpoint meanwhile
-    output = output_file(arguments, weights.path)
+    test = open_test_tokens(
+        arguments, config, weights.path, tokenizer_of_model(model_json.with_name(TOKENIZER_FILE), config.vocab_size)
+    )
+    output = output_file(arguments, test, config.context_length, weights.path)
+    if arguments.run is None and arguments.dataset is None and test.dataset != PUBLISHED_TEST_SET:
+        print(f"Scoring on the {arguments.split} split of {test.dataset}, the run's own data (--dataset for others)")
     model = model_of(config, weights, device)
-    file = open_test_tokens(arguments, model.config)
-    length, sequences = model.config.context_length, arguments.batches * SEQUENCES_PER_BATCH
+    length, sequences = config.context_length, test.sequences
 
-    batches = data.evaluation_batches(file, arguments.start_token, range(sequences), length, arguments.batch_size)
-    tally = LossTally(length, model.config.vocab_size)
+    batches = data.evaluation_batches(test.file, test.start_token, range(sequences), length, arguments.batch_size)
+    tally = LossTally(length, config.vocab_size)
     dtype = getattr(torch, arguments.dtype)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         tally_losses(model, with_progress(batches, sequences), device, tally)
     losses = tally.sequence_losses()
     loss = float(losses.mean())
-    text_bytes = target_bytes(file, arguments.start_token + 1, file.check.count - 1)
+    text_bytes = target_bytes(test)
     bits_per_byte = json_number(loss * sequences * length / math.log(2) / text_bytes) if text_bytes else None
     score = Score(
-        dataset=arguments.dataset,
+        dataset=test.dataset,
         split=arguments.split,
-        start_token=arguments.start_token,
+        start_token=test.start_token,
         tokens=sequences * length,
         sequences=sequences,
-        tokens_sha256=file.check.sha256,
+        tokens_sha256=test.file.check.sha256,
         loss=json_number(loss),
         perplexity=perplexity_of(loss),
         bits_per_byte=bits_per_byte,
         by_position=described(tally.by_position()),
-        by_training_frequency_per_million=by_frequency(arguments, tally, model.config.vocab_size),
+        by_training_frequency_per_million=by_frequency(arguments.datasets_dir, test, tally, config.vocab_size),
         dtype=arguments.dtype,
         device=device.type,
         time=utc_now(),
@@ -102,7 +127,7 @@ def main() -> None:
         if value is not None:
             print(f"{name}: {value:.6f}")
     print(f"Loss against our test dataset: {loss:.6f}", flush=True)  # even if it cannot be stored
-    documents = first_documents(file, arguments.start_token, sequences, length)
+    documents = first_documents(test, length)
     score.write(losses, np.arange(sequences) if documents is None else documents)  # each its own where unknown
 
 
@@ -110,13 +135,24 @@ def parse_arguments() -> ScoreArguments:
     """Read the command line; bad usage exits with status 2."""
     parser = parser_of(__doc__)
     parser.add_argument("datasets_dir", metavar="DATASETS_DIR", type=Path)
-    parser.add_argument("model_json", metavar="MODEL_JSON", type=Path)
-    parser.add_argument("model_safetensors", metavar="MODEL_SAFETENSORS", type=Path)
-    parser.add_argument("--dataset", default="gpjt/fineweb-gpt2-tokens", help="folder in DATASETS_DIR, or Hub id")
-    parser.add_argument("--split", choices=SPLITS, default="validation")
-    parser.add_argument("--start-token", type=whole_number(0), default=50_000_000, help="default 50,000,000")
+    parser.add_argument("model_json", metavar="MODEL_JSON", type=Path, nargs="?")
+    parser.add_argument("model_safetensors", metavar="MODEL_SAFETENSORS", type=Path, nargs="?")
     parser.add_argument(
-        "--batches", type=whole_number(), default=3200, help=f"of {SEQUENCES_PER_BATCH} sequences (default 3200)"
+        "--run", metavar="RUN", help="in place of both: a run's newest checkpoint, or RUN/checkpoints/NAME"
+    )
+    add_runs_dir(parser, "with --run (default: runs)")
+    parser.add_argument(
+        "--dataset", help=f"folder in DATASETS_DIR, or Hub id (default: the run's, or {PUBLISHED_TEST_SET})"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="validation")
+    parser.add_argument(
+        "--start-token", type=whole_number(0), metavar="N", help="(default: the run's, or 50,000,000)"
+    )
+    parser.add_argument(
+        "--batches",
+        type=whole_number(),
+        metavar="N",
+        help=f"of {SEQUENCES_PER_BATCH} sequences (default: what there is, at most {MOST_BATCHES})",
     )
     parser.add_argument(
         "--batch-size", type=whole_number(), default=6, help="sequences at a time; changes memory, not the loss"
@@ -127,33 +163,63 @@ def parse_arguments() -> ScoreArguments:
     parser.add_argument(
         "--weights", choices=["last", "averaged"], default="last", help=f"averaged: {AVERAGED_FILE} beside the model"
     )
-    return parse_into(ScoreArguments, parser)
+    arguments = parse_into(ScoreArguments, parser)
+    if (arguments.run is None) == (arguments.model_safetensors is None) or (arguments.run and arguments.model_json):
+        parser.error("found neither or both, wanted MODEL_JSON MODEL_SAFETENSORS, or --run RUN")
+    return arguments
 
 
-def weights_file(arguments: ScoreArguments) -> Path:
-    """Return the file to score; raises ConfigError where there is no average."""
-    last = arguments.model_safetensors
+def find_model(arguments: ScoreArguments) -> tuple[Path, Path]:
+    """Return the files of the model and of its weights; raises ConfigError, also where there is no average."""
+    if arguments.run is not None:
+        folder, step = find_weights(arguments.runs_dir, arguments.run)
+        model_json, last = folder.model_json, folder.weights(step)
+    else:
+        assert arguments.model_json is not None
+        assert arguments.model_safetensors is not None
+        model_json, last = arguments.model_json, arguments.model_safetensors
     path = last if arguments.weights == "last" else last.with_name(AVERAGED_FILE)
     if path != last and last.exists() and not path.exists():
         raise ConfigError(
             f"--weights: found no {path}, wanted a run that keeps one (train.json: weight_average_decay)"
         )
-    return path
+    return model_json, path
 
 
-def open_test_tokens(arguments: ScoreArguments, model: ModelConfig) -> CheckedTokens:
-    """Find the test tokens, downloading them if need be, and check all of them; raises DataError."""
-    data.download_missing(arguments.datasets_dir, arguments.dataset, None, [arguments.split])
-    file = open_split(arguments.datasets_dir, arguments.dataset, arguments.split)
-    needed = arguments.batches * SEQUENCES_PER_BATCH * model.context_length + 1
-    found = max(0, file.length - arguments.start_token)
+def open_test_tokens(
+    arguments: ScoreArguments, model: ModelConfig, weights: Path, tokenizer: Tokenizer | None
+) -> TestTokens:
+    """Find the test tokens, downloading them if need be, and check all of them; raises DataError.
+
+    What no option says comes from the run that the weights are of; where that has no data of its own, it is the
+    published test set.
+    """
+    dataset, start, batches = PUBLISHED_TEST_SET, 50_000_000, arguments.batches or MOST_BATCHES
+    revision = None
+    owner = run_of_model_file(weights)
+    train = owner[0].read_configs()[1] if owner and arguments.dataset is None else None
+    is_own = train is not None and train.scored_dataset != dataset
+    if train is not None and is_own:
+        dataset, revision, start = train.scored_dataset, train.datasets[0].revision, train.start_val_token
+    dataset = arguments.dataset or dataset
+    start = start if arguments.start_token is None else arguments.start_token
+    data.download_missing(arguments.datasets_dir, dataset, revision, [arguments.split])
+    file = open_split(arguments.datasets_dir, dataset, arguments.split)
+    of_tokens = tokenizer_of_tokens(file)
+    if of_tokens and tokenizer and of_tokens.identity != tokenizer.identity:
+        raise DataError(f"{file.path}: found tokens of the tokenizer {of_tokens}, wanted the model's ({tokenizer})")
+    found = max(0, file.length - start)
+    if is_own and arguments.batches is None:  # as much as there is
+        batches = max(1, min(batches, (found - 1) // (SEQUENCES_PER_BATCH * model.context_length)))
+    needed = batches * SEQUENCES_PER_BATCH * model.context_length + 1
     if found < needed:
         raise DataError(
-            f"{file.path}: found {found:,} tokens from token {arguments.start_token:,} on, wanted {needed:,} "
-            f"(--batches {arguments.batches} x {SEQUENCES_PER_BATCH} sequences x {model.context_length} tokens + 1); "
+            f"{file.path}: found {found:,} tokens from token {start:,} on, wanted {needed:,} "
+            f"(--batches {batches} x {SEQUENCES_PER_BATCH} sequences x {model.context_length} tokens + 1); "
             "choose --start-token and --batches"
         )
-    return CheckedTokens(file, check_tokens(file, arguments.start_token, needed, model.vocab_size))
+    checked = CheckedTokens(file, check_tokens(file, start, needed, model.vocab_size))
+    return TestTokens(checked, dataset, start, batches * SEQUENCES_PER_BATCH, of_tokens)
 
 
 def tally_losses(
@@ -179,40 +245,43 @@ def with_progress(batches: Iterator[tuple[Tensor, Tensor]], sequences: int) -> I
             bar.update(len(tokens))
 
 
-def target_bytes(file: CheckedTokens, start: int, count: int) -> int | None:
-    """Return the UTF-8 bytes that tokens [start, start + count) stand for; None where they are not GPT-2's."""
-    if file.metadata.get("tokenizer", "gpt2") != "gpt2":
+def target_bytes(test: TestTokens) -> int | None:
+    """Return the UTF-8 bytes that the targets stand for; None where their tokenizer is not known."""
+    if test.tokenizer is None:
         return None
-    lengths = np.array(bytes_per_token())
-    total = 0
-    for first in range(start, start + count, CHECK_CHUNK_TOKENS):
-        tokens = file.read(first, min(CHECK_CHUNK_TOKENS, start + count - first))
-        if tokens.max() >= VOCAB_SIZE:
+    lengths, total = test.tokenizer.byte_lengths(), 0
+    start, end = test.start_token + 1, test.start_token + test.file.check.count
+    for first in range(start, end, CHECK_CHUNK_TOKENS):
+        tokens = test.file.read(first, min(CHECK_CHUNK_TOKENS, end - first))
+        if tokens.max() >= len(lengths):
             return None
         total += int(lengths[tokens].sum())
     return total
 
 
-def first_documents(file: CheckedTokens, start: int, sequences: int, length: int) -> NDArray[np.int64] | None:
+def first_documents(test: TestTokens, length: int) -> NDArray[np.int64] | None:
     """Return for each sequence the number of the document that its first token belongs to, counted from the first.
 
     Sequences that begin in one document are not independent of each other, so they form a cluster. None where
     document ends are not known.
     """
-    if file.metadata.get("tokenizer", "gpt2") != "gpt2":
+    if test.tokenizer is None:
         return None
     ends: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    for first in range(0, sequences * length, CHECK_CHUNK_TOKENS):
-        tokens = file.read(start + first, min(CHECK_CHUNK_TOKENS, sequences * length - first))
-        ends.append(np.flatnonzero(tokens == END_OF_TEXT_ID) + first)
-    return np.searchsorted(np.concatenate(ends), np.arange(sequences) * length).astype(np.int64)
+    for first in range(0, test.sequences * length, CHECK_CHUNK_TOKENS):
+        count = min(CHECK_CHUNK_TOKENS, test.sequences * length - first)
+        tokens = test.file.read(test.start_token + first, count)
+        ends.append(np.flatnonzero(tokens == test.tokenizer.end_of_text_id) + first)
+    return np.searchsorted(np.concatenate(ends), np.arange(test.sequences) * length).astype(np.int64)
 
 
-def by_frequency(arguments: ScoreArguments, tally: LossTally, vocab_size: int) -> list[dict[str, object]] | None:
+def by_frequency(
+    datasets_dir: Path, test: TestTokens, tally: LossTally, vocab_size: int
+) -> list[dict[str, object]] | None:
     """Return losses by how often the target occurs in the dataset's train split; None where that is not on disk."""
-    if not split_files(arguments.datasets_dir / arguments.dataset, "train"):
+    if not split_files(datasets_dir / test.dataset, "train"):
         return None
-    file = open_split(arguments.datasets_dir, arguments.dataset, "train")
+    file = open_split(datasets_dir, test.dataset, "train")
     count = np.zeros(vocab_size, dtype=np.int64)
     for first in range(0, min(file.length, FREQUENCY_TOKENS), CHECK_CHUNK_TOKENS):
         tokens = file.read(first, min(CHECK_CHUNK_TOKENS, file.length - first))
@@ -228,19 +297,18 @@ def described(buckets: list[Bucket]) -> list[dict[str, object]]:
     ]
 
 
-def output_file(arguments: ScoreArguments, weights: Path) -> Path:
+def output_file(arguments: ScoreArguments, test: TestTokens, length: int, weights: Path) -> Path:
     """Return where the result goes: as asked, into the run's evals folder, or beside a loose model file.
 
-    `weights` is the model file itself, whatever links led to it. Makes the folder, so that one that cannot be written
-    is known before the work is done.
+    Makes the folder, so that one that cannot be written is known before the work is done.
     """
     path = arguments.output
     if path is None:
         owner = run_of_model_file(weights)
-        place = owner[0].evals if owner else arguments.model_safetensors.parent / "evals"
-        sequences = arguments.batches * SEQUENCES_PER_BATCH
-        length = load_model_config(arguments.model_json).context_length
-        path = score_path(place, arguments.split, arguments.start_token, sequences * length, scored_name(weights))
+        owner = run_of_model_file(weights)
+        place = owner[0].evals if owner else weights.parent / "evals"
+        tokens = test.sequences * length
+        path = score_path(place, arguments.split, test.start_token, tokens, scored_name(weights))
     elif path.suffix != ".json" or path.is_dir():
         raise ConfigError(f"--output: found {path}, wanted the name of a .json file")
     path.parent.mkdir(parents=True, exist_ok=True)

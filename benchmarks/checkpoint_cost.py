@@ -24,6 +24,7 @@ from harness.engine import checkpoint, distributed
 from harness.engine.identity import ResumeIdentity
 from harness.engine.opening import open_checkpoint
 from harness.engine.optimizers import make_optimizer
+from harness.run.config import ModelConfig, TrainConfig
 from harness.run.files import RUNS, write_json
 from harness.run.run_folder import RunFolder
 from harness.run.train_state import TrainState
@@ -45,17 +46,33 @@ def main() -> None:
     parser.add_argument("--tokens-per-second", type=float, action="append", default=[])
     arguments = parser.parse_args()
     device = distributed.choose_device(arguments.device, distributed.launch_from_environment())
-    model_config, config = RUN.read_configs()
+    seconds, size = measure(*RUN.read_configs(), device, arguments.rounds, arguments.folder)
+    typical = {name: median(values) for name, values in seconds.items()}
+    speeds = PUBLISHED | {f"{value:,.0f} tokens/s": value for value in arguments.tokens_per_second}
+    fractions = {name: fraction(typical[TAKE], speed) for name, speed in speeds.items()}
+    print(f"{size / 1e9:.2f} GB a checkpoint, {arguments.rounds} rounds on {distributed.device_name(device)}")
+    for name, value in typical.items():
+        print(f"{name:<{len(WRITE)}} {value:6.2f} s (from {min(seconds[name]):.2f} to {max(seconds[name]):.2f})")
+    for name, value in fractions.items():
+        print(f"{value:6.2%} of the time in checkpoints every {INTERVAL_STEPS} steps ({name})")
+    machine = {"device": distributed.device_name(device), "torch": torch.__version__, "platform": platform.platform()}
+    write_json(RESULTS, {"machine": machine, "bytes": size, "seconds": seconds, "fraction_of_time": fractions})
+
+
+def measure(
+    model_config: ModelConfig, config: TrainConfig, device: torch.device, rounds: int, place: Path | None = None
+) -> tuple[dict[str, list[float]], int]:
+    """Save and verify a model with its optimizer; return the seconds of every part, and a checkpoint's bytes."""
     model = uninitialized_model(model_config).to(device)
     initialise(model, 42)
     optimizer, scaler = make_optimizer(model, config, device), GradScaler(device.type, enabled=False)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # now it has its state
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
-        folder = RunFolder(Path(place))
+    with tempfile.TemporaryDirectory(dir=place) as name:
+        folder = RunFolder(Path(name))
         seconds: dict[str, list[float]] = {TAKE: [], WRITE: [], VERIFY: []}
-        for step in range(arguments.rounds):
+        for step in range(rounds):
             state = TrainState(next_step=step + 1)
             snapshots: list[checkpoint.Snapshot] = []
             actions: dict[str, Callable[[], object]] = {
@@ -67,17 +84,8 @@ def main() -> None:
             }
             for name, action in actions.items():
                 seconds[name].append(timed(action))
-        size = sum(path.stat().st_size for path in folder.checkpoint(arguments.rounds - 1).iterdir())
-    typical = {name: median(values) for name, values in seconds.items()}
-    speeds = PUBLISHED | {f"{value:,.0f} tokens/s": value for value in arguments.tokens_per_second}
-    fractions = {name: fraction(typical[TAKE], speed) for name, speed in speeds.items()}
-    print(f"{size / 1e9:.2f} GB a checkpoint, {arguments.rounds} rounds on {distributed.device_name(device)}")
-    for name, value in typical.items():
-        print(f"{name:<{len(WRITE)}} {value:6.2f} s (from {min(seconds[name]):.2f} to {max(seconds[name]):.2f})")
-    for name, value in fractions.items():
-        print(f"{value:6.2%} of the time in checkpoints every {INTERVAL_STEPS} steps ({name})")
-    machine = {"device": distributed.device_name(device), "torch": torch.__version__, "platform": platform.platform()}
-    write_json(RESULTS, {"machine": machine, "bytes": size, "seconds": seconds, "fraction_of_time": fractions})
+        size = sum(path.stat().st_size for path in folder.checkpoint(rounds - 1).iterdir())
+    return seconds, size
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -23,7 +23,6 @@ from data import SequenceFile, TrainData
 from harness.run.files import write_json
 from harness.run.plan import Plan
 from harness.tokens.mixture import Mixture
-from harness.tokens.randomness import order_permutation
 from harness.tokens.token_files import open_split
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,8 +103,8 @@ def read(datasets_dir: Path, rank: int, processes: int, shuffled: bool, microbat
     file = open_split(datasets_dir, "sparse", "train")
     steps = (FILE_TOKENS - 1) // (SIZE * LENGTH * processes)
     plan = Plan(processes, SIZE, 1, LENGTH, steps)
-    order = order_permutation(1, 0, (FILE_TOKENS - 1) // LENGTH) if shuffled else None
-    train = TrainData((SequenceFile(file, 0, LENGTH, order),), Mixture.of([1]), plan)
+    part = SequenceFile(file, 0, LENGTH, (FILE_TOKENS - 1) // LENGTH, 1 if shuffled else None)
+    train = TrainData((part,), Mixture.of([1]), plan)
     seconds = []
     before = 0.0
     for number in range(microbatches):

@@ -2,11 +2,12 @@
 
   python -m benchmarks.prepare_dataset --copies 12
 
-The corpus is Python's own `pydoc` topics, English prose, so many times over as a .jsonl file. Three ways take turns
-on it, round after round, so that what else the machine does hits all alike: a plain tiktoken loop in one process, and
-prepare_dataset.py with one worker and with all. Time is from start to end of each process, imports included. The
-median of the rounds and their ratio go to benchmarks/results/prepare_dataset.json. Seconds of CPU go there too: they
-tell what the work costs where the machine is busy with other things.
+The corpus is Python's own `pydoc` topics, English prose, so many times over as a .jsonl file. All ways take turns on
+it, round after round, so that what else the machine does hits all alike: a plain tiktoken loop in one process, and
+prepare_dataset.py with one worker, with all, and with each kind of tokenizer. Time is from start to end of each
+process, imports included. The median of the rounds, their ratio and the largest resident memory go to
+benchmarks/results/prepare_dataset.json. Seconds of CPU go there too: they tell what the work costs where the machine
+is busy with other things.
 """
 
 import argparse
@@ -32,7 +33,7 @@ PLAIN_LOOP = """
 import json, sys
 import numpy as np
 from safetensors.numpy import save_file
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
 
 encoding, tokens = gpt2_encoding(), []
 for line in open(sys.argv[1], encoding="utf-8"):
@@ -69,38 +70,42 @@ def measure(folder: Path, copies: int, rounds: int) -> dict[str, object]:
         "plain loop": [sys.executable, "-c", PLAIN_LOOP, str(corpus), str(folder / "plain.safetensors")],
         "1 worker": [*command, "1"],
         f"{cores} workers": [*command, str(cores)],
+        **{name: [*command, str(cores), "--tokenizer", name] for name in ("bytes", "train:4096")},
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
+    memory: dict[str, float] = {}
+    tokens: dict[str, int] = {}
     load = os.getloadavg()[0]
     for _ in range(rounds):
         for name, words in ways.items():
             shutil.rmtree(folder / "out", ignore_errors=True)
-            start, cpu_start = time.perf_counter(), cpu_of_children()
-            subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+            start = time.perf_counter()
+            process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise SystemExit(f"{name}: failed")
             seconds[name].append(round(time.perf_counter() - start, 2))
-            cpu_seconds[name].append(round(cpu_of_children() - cpu_start, 2))
-    tokens = sum(open_split(folder, "out", split).length for split in SPLITS)
-    speeds = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+            cpu_seconds[name].append(round(usage.ru_utime + usage.ru_stime, 2))
+            memory[name] = max(memory.get(name, 0.0), round(usage.ru_maxrss / 1024, 1))  # of KiB on Linux
+            if (folder / "out").exists():
+                tokens[name] = sum(open_split(folder, "out", split).length for split in SPLITS)
+    speeds = {name: corpus.stat().st_size / statistics.median(times) / 1e6 for name, times in seconds.items()}
     return {
         "time": utc_now(),
         "corpus_bytes": corpus.stat().st_size,
         "tokens": tokens,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "tokens_per_second": {name: round(speed) for name, speed in speeds.items()},
+        "megabytes_per_second": {name: round(speed, 2) for name, speed in speeds.items()},
         "ratio_to_plain_loop": {name: round(speed / speeds["plain loop"], 2) for name, speed in speeds.items()},
+        "peak_resident_mib": memory,
         "load_before": load,
         "cores": cores,
         "platform": platform.platform(),
-        "versions": {name: version(name) for name in ("tiktoken", "numpy")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("tiktoken", "tokenizers", "numpy")}
+        | {"python": platform.python_version()},
     }
-
-
-def cpu_of_children() -> float:
-    """Return the seconds of CPU that all finished child processes took."""
-    times = os.times()
-    return times.children_user + times.children_system
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from harness.run.files import write_json
 from instruction.compare import Cells, Metric, compare
 from study.statistics import Floats
-from study.verdicts import HELPS, HURTS
+from study.verdicts import is_sign_told
 
 RESULTS = Path(__file__).parent / "results" / "simulate_crossed.json"
 TRIALS = 1000
@@ -29,7 +29,7 @@ def simulate(items: int, seeds: int, item_sd: float, luck_sd: float) -> dict[str
     for _ in range(TRIALS):
         scores = {str(model): draw(generator, items, seeds, item_sd, luck_sd) for model in range(MODELS)}
         found = compare(Metric("score", "higher", 0.01), scores, cells, "0")[1:]
-        wrong += any(row.verdict in (HELPS, HURTS) for row in found)
+        wrong += any(is_sign_told(row.verdict) for row in found)
         for row in found:
             assert row.difference is not None
             held += abs(row.difference.difference) < row.difference.half_width()

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a stock GPT2LMHeadModel, and check it with transformers before it appears."""
+"""Write a checkpoint as a stock model of transformers, and check it with transformers before it appears."""
 
 import shutil
 from collections.abc import Callable
@@ -9,26 +9,21 @@ import huggingface_hub
 from torch import nn
 
 from exchange import parity
-from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE, config_document, require_expressible, to_hugging_face
+from exchange.architectures import architecture_of, config_document, to_hugging_face
+from exchange.hugging_face import CONFIG_FILE, WEIGHTS_FILE
 from exchange.model_card import CHART, Interval, Publication, model_card
 from exchange.origin import Origin
-from exchange.vocabulary import tokenizer_files
-from harness.engine import resume
+from exchange.vocabulary import tokenizer_files, tokenizer_settings
 from harness.engine.checkpoint import save_tensors
 from harness.engine.opening import Weights, open_weights
+from harness.engine.resume import find_weights
 from harness.run.config import ModelConfig
-from harness.run.errors import CheckpointError, ConfigError, StorageError, hub_errors
+from harness.run.errors import ConfigError, StorageError, hub_errors
 from harness.run.files import atomic_folder, write_json, write_text
-from harness.run.run_folder import IMPORTED_STEP, MODEL_FILE, RunFolder, open_run
+from harness.run.run_folder import RunFolder
 from harness.run.score import Score
-from harness.tokens.tokenizer import (
-    END_OF_TEXT,
-    END_OF_TEXT_ID,
-    MERGES,
-    VOCAB_SIZE,
-    gpt2_encoding,
-    printable_vocabulary,
-)
+from harness.tokens.gpt2 import END_OF_TEXT, MERGES, VOCAB_SIZE, printable_vocabulary
+from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, gpt2_tokenizer, tokenizer_of_model
 
 # Each of these is encoded otherwise by a tokenizer that splits words, spaces or bytes in another way.
 HARD_TEXTS = (
@@ -64,25 +59,25 @@ IntervalOf = Callable[[Score], Interval]
 def export(request: ExportRequest, model_of: ModelOf, interval_of: IntervalOf) -> None:
     """Find the checkpoint, write the export, check it, and push it if asked; raises HarnessError."""
     require_possible(request)
-    folder, step = find_checkpoint(request.runs_dir, request.run)
+    folder, step = find_weights(request.runs_dir, request.run)
     config, _ = folder.read_configs()
-    require_expressible(config, folder.model_json)
+    architecture = architecture_of(config, folder.model_json)
     weights = open_weights(folder.weights(step))
     model = model_of(config, weights)
-    is_gpt2 = Origin.read(folder.imported_source).tokenizer_is_gpt2 is not False
-    has_tokenizer = config.vocab_size == VOCAB_SIZE and is_gpt2
+    tokenizer = exported_tokenizer(folder, config)
     with atomic_folder(request.out_dir) as path:
-        write_model(path, model, config, has_tokenizer)
+        write_model(path, model, config, tokenizer)
         write_card(path, folder, (step, weights.sha256), request, interval_of)
         if request.check:
             found = parity.check_logits(model, path, config.vocab_size, config.context_length)
-            if has_tokenizer:
-                encoding = gpt2_encoding()
-                parity.check_encoding(path, [(text, encoding.encode_ordinary(text)) for text in HARD_TEXTS])
+            if tokenizer is not None:
+                parity.check_encoding(path, [(text, tokenizer.encode(text)) for text in HARD_TEXTS])
+    print(f"Architecture: {architecture}")
     print(f"Logits in transformers equal ours: {found}" if request.check else "Logits: not checked (--no-check)")
-    if not has_tokenizer:
-        why = f"has {config.vocab_size:,} ids, not GPT-2's {VOCAB_SIZE:,}"
-        why = why if is_gpt2 else "came with a tokenizer of its own"
+    if tokenizer is None:
+        is_foreign = Origin.read(folder.imported_source).tokenizer_is_gpt2 is False
+        why = f"has {config.vocab_size:,} ids, not GPT-2's {VOCAB_SIZE:,}, and no {TOKENIZER_FILE}"
+        why = "came with a tokenizer of its own" if is_foreign else why
         print(f"Tokenizer: none written, because the model {why}")
     print(f"{request.out_dir}: {folder.path.name} {folder.checkpoint(step).name}, ready for from_pretrained")
     if request.push:
@@ -103,34 +98,27 @@ def require_possible(request: ExportRequest) -> None:
         raise ConfigError("--push: found no token, wanted one of `hf auth login` or in the variable HF_TOKEN")
 
 
-def find_checkpoint(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
-    """Return the run and the step that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError."""
-    run, _, rest = words.rstrip("/").partition("/")
-    folder = open_run(runs_dir, run)
-    place, _, name = rest.partition("/")
-    if rest and (place != "checkpoints" or not name or "/" in name):
-        raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
-    is_imported = folder.weights(IMPORTED_STEP).is_file()
-    if is_imported and name and (folder.checkpoints / name).resolve() == folder.imported.resolve():
-        return folder, IMPORTED_STEP
-    # Not the link `latest`: a kill may have left it on an older checkpoint.
-    if (found := resume.find(folder, name or None)) is not None:
-        return folder, found.step
-    if not is_imported:
-        raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted one with {MODEL_FILE}")
-    return folder, IMPORTED_STEP
+def exported_tokenizer(folder: RunFolder, config: ModelConfig) -> Tokenizer | None:
+    """Return the run's tokenizer, or GPT-2's where the model has exactly its ids; None where neither is known."""
+    if folder.tokenizer_json.is_file():
+        return tokenizer_of_model(folder.tokenizer_json, config.vocab_size)
+    is_gpt2 = Origin.read(folder.imported_source).tokenizer_is_gpt2 is not False
+    return gpt2_tokenizer() if is_gpt2 and config.vocab_size == VOCAB_SIZE else None
 
 
-def write_model(path: Path, model: nn.Module, config: ModelConfig, has_tokenizer: bool) -> None:
+def write_model(path: Path, model: nn.Module, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
     """Write configuration, weights and tokenizer."""
-    end_of_text = END_OF_TEXT_ID if has_tokenizer else None
+    end_of_text = None if tokenizer is None else tokenizer.end_of_text_id
     write_json(path / CONFIG_FILE, config_document(config, end_of_text))
     # Without a limit of its own a pipeline asks for 256 tokens, which is past the end of a short context.
     limit = min(256, config.context_length // 2)
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "max_new_tokens": limit}
     write_json(path / "generation_config.json", generation)
     save_tensors(to_hugging_face(model.state_dict(), config), path / WEIGHTS_FILE, {"format": "pt"})
-    if has_tokenizer:
+    if tokenizer is not None and tokenizer.document is not None:
+        write_text(path / TOKENIZER_FILE, tokenizer.document)
+        write_text(path / "tokenizer_config.json", tokenizer_settings(tokenizer.end_of_text, config.context_length))
+    elif tokenizer is not None:
         merges = MERGES.read_text(encoding="utf-8")
         files = tokenizer_files(printable_vocabulary(), merges, END_OF_TEXT, config.context_length)
         for name, text in files.items():
@@ -150,7 +138,7 @@ def write_card(
         shutil.copyfile(chart, path / CHART)
     of_these = [score for score in Score.of_checkpoint(folder, step) if score.model.model_sha256 == sha256]
     scores = [(score, interval_of(score)) for score in of_these if score.loss is not None]
-    has_tokenizer = (path / "tokenizer.json").is_file()
+    has_tokenizer = (path / TOKENIZER_FILE).is_file()
     publication = Publication(request.push, request.license, has_tokenizer, chart.is_file())
     write_text(path / "README.md", model_card(folder, step, scores, publication))
 

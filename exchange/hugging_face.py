@@ -6,7 +6,7 @@ in one matrix `c_attn`. Values are moved, never computed with, so a round trip i
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from harness.run.config import ModelConfig, config_from
 from harness.run.errors import CheckpointError, ConfigError
-from harness.run.keys import came_later, changes_nothing
 from harness.run.strict_json import read_strict_json
 
 CONFIG_FILE = "config.json"
@@ -39,7 +38,7 @@ MODEL_KEYS = {
 # The values of each key that this model computes, the first one being the default; any other value is refused.
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one formula
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "relu2"),  # the first two are names of one formula
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -74,11 +73,12 @@ def _renamed(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
 def to_hugging_face(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return a model's state dict under the names and in the layout of GPT2LMHeadModel.
 
-    Query, key and value without bias get zeros, because GPT-2 always has one. A tied head is left out.
+    Layers and norms without bias get zeros, because GPT-2 always has one. A tied head is left out.
     """
-    found = {}
+    found, shapes = {}, _shapes(config)
     for ours, theirs, is_transposed in _renamed(config):
-        found[PREFIX + theirs] = tensors[ours].t().contiguous() if is_transposed else tensors[ours]
+        value = tensors[ours] if ours in tensors else torch.zeros(shapes[theirs])
+        found[PREFIX + theirs] = value.t().contiguous() if is_transposed else value
     for number in range(config.n_layers):
         parts = [f"trf_blocks.{number}.att.{name}" for name in PROJECTIONS]
         fused = f"{PREFIX}h.{number}.attn.c_attn"
@@ -98,7 +98,8 @@ def from_hugging_face(
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """Return GPT-2's tensors, with or without the prefix `transformer.`, under our names, float32.
 
-    Returns the configuration too, with qkv_bias off where every such bias is zero, which computes the same. Raises
+    Returns the configuration too, with bias or qkv_bias off where every such bias is zero, which computes the same.
+    Raises
     CheckpointError naming what is missing, unknown or of another shape.
     """
     stripped = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
@@ -110,7 +111,7 @@ def from_hugging_face(
                 f"{source}: {HEAD}: found other values than in wte.weight, wanted equal ones "
                 "(config.json: tie_word_embeddings is true)"
             )
-    _require_shapes(theirs_named, config, source)
+    require_shapes(theirs_named, _shapes(config), source)
     found = {}
     for ours, theirs, is_transposed in _renamed(config):
         value = theirs_named[theirs].float()
@@ -125,6 +126,10 @@ def from_hugging_face(
                 found[f"trf_blocks.{number}.att.{name}.bias"] = bias.contiguous()
     if not config.tie_weights:
         found["out_head.weight"] = theirs_named[HEAD].float()
+    added = [name for name in found if name.endswith((".bias", ".shift"))]
+    if not any(bool(found[name].any()) for name in added):
+        config = replace(config, bias=False)
+        found = {name: value for name, value in found.items() if name not in added}
     return found, config
 
 
@@ -146,8 +151,8 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes if config.tie_weights else {**shapes, HEAD: (config.vocab_size, width)}
 
 
-def _require_shapes(tensors: Mapping[str, Tensor], config: ModelConfig, source: object) -> None:
-    wanted = _shapes(config)
+def require_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: object) -> None:
+    """Raise CheckpointError naming up to three tensors that are missing, unknown or of another shape."""
     problems = [f"{source}: missing tensor {name}" for name in wanted.keys() - tensors.keys()]
     problems += [f"{source}: unknown tensor {name[:80]!r}" for name in tensors.keys() - wanted.keys()]
     problems += [
@@ -181,7 +186,10 @@ def read_config(path: Path) -> ModelConfig:
     shape = {ours: document[theirs] for ours, theirs in MODEL_KEYS.items() if theirs in document}
     drop_rate = document.get("resid_pdrop", 0.1)
     tie_weights = document.get("tie_word_embeddings", True)
-    values = {**shape, "drop_rate": drop_rate, "qkv_bias": True, "tie_weights": tie_weights}
+    feed_forward = "relu_squared" if document.get("activation_function") == "relu2" else "gelu"
+    values = {
+        **shape, "drop_rate": drop_rate, "qkv_bias": True, "tie_weights": tie_weights, "feed_forward": feed_forward
+    }  # fmt: skip
     try:
         config = config_from(ModelConfig, values, path)
     except ConfigError as error:
@@ -195,28 +203,16 @@ def read_config(path: Path) -> ModelConfig:
     return config
 
 
-def require_expressible(config: ModelConfig, source: object) -> None:
-    """Raise ConfigError for every key of model.json that GPT2LMHeadModel cannot hold.
-
-    The keys of the first release describe a GPT-2. A later key is an intervention, which its own default leaves out.
-    """
-    problems = [
-        f"{source}: {item.name}: found {getattr(config, item.name)!r}, which GPT2LMHeadModel cannot hold"
-        for item in fields(config)
-        if came_later(type(config), item.name) and not changes_nothing(type(config), item, getattr(config, item.name))
-    ]
-    if problems:
-        raise ConfigError(*problems)
-
-
 def config_document(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
     """Return the `config.json` of a stock GPT2LMHeadModel; `end_of_text` is the id that begins and ends texts."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{theirs: getattr(config, ours) for ours, theirs in MODEL_KEYS.items()},
+        "n_ctx": config.context_length,  # its older name, which llama.cpp's converter reads
         "n_inner": None,
         **{key: wanted[0] for key, wanted in COMPUTED.items() if key not in ("model_type", "quantization_config")},
+        "activation_function": "relu2" if config.feed_forward == "relu_squared" else "gelu_new",
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.drop_rate),
         "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_weights,

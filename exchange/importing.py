@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 
 from exchange import parity, vocabulary
+from exchange.architectures import from_hugging_face, read_config
 from exchange.hugging_face import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -17,8 +18,6 @@ from exchange.hugging_face import (
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     files_of_index,
-    from_hugging_face,
-    read_config,
     weight_files,
 )
 from exchange.origin import Origin
@@ -29,7 +28,7 @@ from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, DataError, hub_errors
 from harness.run.files import atomic_folder, file_sha256, replace_link, utc_now, write_json
 from harness.run.run_folder import IMPORTED_STEP, RUN_NAME, RunFolder
-from harness.tokens.tokenizer import VOCAB_SIZE, printable_vocabulary
+from harness.tokens.gpt2 import VOCAB_SIZE, printable_vocabulary
 
 DATASET_TO_NAME = "name-your-dataset"
 # Gentle settings for training on: a tenth of the usual peak rate, because the weights are trained already.

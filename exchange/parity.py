@@ -46,7 +46,7 @@ def is_available() -> bool:
 
 @torch.no_grad()
 def check_logits(model: nn.Module, folder: Path, vocab_size: int, context_length: int) -> Parity:
-    """Compare `model`, which maps ids (1, T) to logits (1, T, V), with a folder's GPT2LMHeadModel on the CPU.
+    """Compare `model`, which maps ids (1, T) to logits (1, T, V), with a folder's model on the CPU.
 
     One sequence over the whole context, so that every position counts; the folder's logits past V are left out.
     Raises CheckpointError where transformers cannot load the folder whole, or the logits differ.
@@ -76,10 +76,10 @@ def _transformers() -> Any:
 
 
 def _load(folder: Path) -> Any:
-    """Return a folder as a GPT2LMHeadModel on the CPU; raises CheckpointError for a missing or misfit tensor."""
+    """Return a folder's model on the CPU; raises CheckpointError for a missing or misfit tensor."""
     transformers = _transformers()
     try:
-        model, report = transformers.GPT2LMHeadModel.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:

@@ -38,19 +38,24 @@ def tokenizer_files(ids: Mapping[str, int], merges: str, end_of_text: str, conte
             "merges": [line.split(" ") for line in merges.splitlines()[1:]],
         },
     }
+    return {
+        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+        "tokenizer_config.json": tokenizer_settings(end_of_text, context_length, "GPT2Tokenizer"),
+        "vocab.json": json.dumps(dict(ids)),  # to the byte the file that came with GPT-2
+        "merges.txt": merges,
+    }
+
+
+def tokenizer_settings(end_of_text: str, context_length: int, kind: str = "PreTrainedTokenizerFast") -> str:
+    """Return a tokenizer_config.json for transformers; `kind` is the class that reads the tokenizer."""
     settings = {
-        "tokenizer_class": "GPT2Tokenizer",
+        "tokenizer_class": kind,
         "model_max_length": context_length,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text),
     }
-    return {
-        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "vocab.json": json.dumps(dict(ids)),  # to the byte the file that came with GPT-2
-        "merges.txt": merges,
-    }
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:

@@ -17,6 +17,7 @@ from torch import nn
 from harness.engine.checkpoint import save_tensors
 from harness.run.errors import ConfigError
 from harness.run.files import write_json
+from harness.tokens.tokenizer import Tokenizer
 from instruction.answers import Answer, ModelAnswers, load_answers
 from instruction.examples import Example, in_batches
 from instruction.finetune import fine_tune, response_losses
@@ -50,6 +51,7 @@ class EvalSet:
     """What every model of an evaluation gets: the recipe, and examples to train on and to ask."""
 
     recipe: Recipe
+    tokenizer: Tokenizer
     data_sha256: str
     train: Sequence[Example]
     test: Sequence[Example]
@@ -118,7 +120,7 @@ def _respond_once(
         if missing:
             tuned = _fine_tuned(model, eval_set, seed, weights, progress)
             for batch in progress(f"{model.label} seed {seed}: answering", missing):
-                for answer in ask(tuned, batch, eval_set.recipe, seed):
+                for answer in ask(tuned, batch, eval_set, seed):
                     if answer.item not in done:
                         journal.append(asdict(answer))
                         done[answer.item] = asdict(answer)
@@ -145,10 +147,12 @@ def _fine_tuned(
 
 
 @torch.no_grad()
-def ask(model: nn.Module, batch: Sequence[Example], recipe: Recipe, seed: int) -> list[Answer]:
+def ask(model: nn.Module, batch: Sequence[Example], eval_set: EvalSet, seed: int) -> list[Answer]:
     """Return a fine-tuned model's answers to one batch, with the loss of the references and the scores."""
     losses = response_losses(model, batch).tolist()  # waits for the device
-    written = write_answers(model, [example.prompt for example in batch], recipe.max_tokens)
+    prompts, tokenizer = [example.prompt for example in batch], eval_set.tokenizer
+    written = write_answers(model, tokenizer, prompts, eval_set.recipe.max_tokens)
+    texts = [tokenizer.decode(answer.tokens) for answer in written]
     return [
         Answer(
             item=example.item.key,
@@ -156,13 +160,13 @@ def ask(model: nn.Module, batch: Sequence[Example], recipe: Recipe, seed: int) -
             instruction=example.item.instruction,
             input=example.item.input,
             reference=example.item.output,
-            answer=answer.text,
+            answer=text,
             answer_tokens=len(answer.tokens),
             ended=answer.ended,
             reference_nats=loss,
             reference_tokens=len(example.response),
-            token_f1=token_f1(answer.text, example.item.output),
-            exact_match=exact_match(answer.text, example.item.output),
+            token_f1=token_f1(text, example.item.output),
+            exact_match=exact_match(text, example.item.output),
         )
-        for example, loss, answer in zip(batch, losses, written, strict=True)
+        for example, loss, answer, text in zip(batch, losses, written, texts, strict=True)
     ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.tokenizer import Tokenizer
 from instruction.items import Item, prompt_of
 from instruction.recipe import Recipe
 
@@ -12,7 +12,7 @@ ANSWERED_TOKENS = 2048  # read and written at a time, which bounds memory
 
 @dataclass(frozen=True)
 class Example:
-    """An item in GPT-2's encoding; the response ends with a document end, which a model has to learn to write."""
+    """An item as tokens; the response ends with a document end, which a model has to learn to write."""
 
     item: Item
     prompt: tuple[int, ...]
@@ -24,14 +24,14 @@ class Example:
         return self.prompt + self.response
 
 
-def encode_items(items: Sequence[Item], recipe: Recipe) -> list[Example]:
+def encode_items(items: Sequence[Item], recipe: Recipe, tokenizer: Tokenizer) -> list[Example]:
     """Return the items that fit into `max_tokens` as tokens; longer ones are left out, for every model alike.
 
     Prompt and response are encoded apart, so that a prompt's tokens do not depend on what follows.
     """
-    encode = gpt2_encoding().encode_ordinary
+    encode = tokenizer.encode
     examples = [
-        Example(item, tuple(encode(prompt_of(item, recipe))), (*encode(item.output), END_OF_TEXT_ID))
+        Example(item, tuple(encode(prompt_of(item, recipe))), (*encode(item.output), tokenizer.end_of_text_id))
         for item in items
     ]
     return [example for example in examples if len(example.tokens) <= recipe.max_tokens]

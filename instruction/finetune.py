@@ -12,7 +12,6 @@ from harness.engine.schedules import learning_rate_at
 from harness.engine.step import guarded_step
 from harness.run.errors import NonFiniteError
 from harness.tokens.randomness import order_permutation, seed_dropout
-from harness.tokens.tokenizer import END_OF_TEXT_ID
 from instruction.examples import Example
 from instruction.recipe import Recipe
 
@@ -24,7 +23,7 @@ def response_losses(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     """
     device = next(model.parameters()).device
     width = max(len(example.tokens) for example in examples)
-    rows = torch.full((len(examples), width), END_OF_TEXT_ID)
+    rows = torch.zeros(len(examples), width, dtype=torch.int64)
     is_response = torch.zeros(len(examples), width, dtype=torch.bool)
     for row, example in enumerate(examples):
         rows[row, : len(example.tokens)] = torch.tensor(example.tokens)

@@ -8,7 +8,7 @@ from torch import nn
 
 from harness.engine.key_value_cache import KeyValueCache
 from harness.run.errors import CheckpointError
-from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
+from harness.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,11 @@ class Completion:
     tokens: tuple[int, ...]
     ended: bool
 
-    @property
-    def text(self) -> str:
-        """The tokens as text."""
-        return gpt2_encoding().decode(list(self.tokens))
-
 
 @torch.no_grad()
-def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Completion]:
+def write_answers(
+    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> list[Completion]:
     """Return greedy completions, each up to a document end or to `max_tokens` tokens with its prompt.
 
     `model` takes ids (B, T) and a KeyValueCache. Every token waits for the device once. Raises CheckpointError
@@ -36,10 +33,7 @@ def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    rows = torch.full((len(prompts), int(lengths.max())), END_OF_TEXT_ID)
-    for row, prompt in enumerate(prompts):
-        rows[row, : len(prompt)] = torch.tensor(prompt)
+    rows, lengths = _padded(prompts)
     rows, places = rows.to(device), lengths.to(device)  # places: the position that comes next, (B,)
     cache = KeyValueCache(max_tokens)
     logits = model(rows, cache.at(torch.arange(rows.shape[1], device=device).expand_as(rows)))
@@ -48,11 +42,11 @@ def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens
     is_broken = torch.zeros((), dtype=torch.bool, device=device)
     columns = []
     for _ in range(max_tokens - int(lengths.min())):
-        # Ids beyond the encoding (a padded vocabulary) cannot be written as text.
-        highest, column = logits[:, :VOCAB_SIZE].max(dim=-1)
+        # Ids beyond the tokenizer's (a padded vocabulary) cannot be written as text.
+        highest, column = logits[:, : tokenizer.vocab_size].max(dim=-1)
         columns.append(column)
         is_broken |= highest.isnan().any()
-        is_done |= (column == END_OF_TEXT_ID) | (places >= max_tokens - 1)
+        is_done |= (column == tokenizer.end_of_text_id) | (places >= max_tokens - 1)
         if bool(is_done.all() | is_broken):  # waits for the device
             break
         # A finished row keeps writing to its last position, which no other row reads.
@@ -62,12 +56,24 @@ def write_answers(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens
     if is_broken:
         raise CheckpointError("the model's logits are not numbers: its weights or its precision are broken")
     written = torch.stack(columns, dim=1).tolist()
-    return [_cut(row, max_tokens - len(prompt)) for row, prompt in zip(written, prompts, strict=True)]
+    return [
+        _cut(row, max_tokens - len(prompt), tokenizer.end_of_text_id)
+        for row, prompt in zip(written, prompts, strict=True)
+    ]
 
 
-def _cut(tokens: list[int], room: int) -> Completion:
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the prompts as rows (B, T), filled up where a causal model does not look, and their lengths (B,)."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        rows[row, : len(prompt)] = torch.tensor(prompt)
+    return rows, lengths
+
+
+def _cut(tokens: list[int], room: int, end_of_text: int) -> Completion:
     """Return a row's tokens up to its first document end, or the first `room` of them."""
     tokens = tokens[:room]
-    if END_OF_TEXT_ID in tokens:
-        return Completion(tuple(tokens[: tokens.index(END_OF_TEXT_ID)]), True)
+    if end_of_text in tokens:
+        return Completion(tuple(tokens[: tokens.index(end_of_text)]), True)
     return Completion(tuple(tokens), False)

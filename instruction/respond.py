@@ -11,7 +11,6 @@ from torch import nn
 from harness.engine import resume
 from harness.engine.distributed import device_name
 from harness.engine.opening import VerifiedCheckpoint
-from harness.engine.sampling import require_gpt2_ids
 from harness.report.text import aligned
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.console import progress_bar
@@ -20,6 +19,7 @@ from harness.run.files import ROOT, read_json, utc_now, write_json
 from harness.run.provenance import git_state
 from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
 from harness.run.score import describe_checkpoint
+from harness.tokens.tokenizer import GPT2, Tokenizer, require_tokenizer
 from instruction.answering import EvalSet, EvaluatedModel, respond
 from instruction.answers import ModelAnswers, require_comparable
 from instruction.examples import encode_items
@@ -58,7 +58,8 @@ class ModelSource:
 def evaluate(request: RespondRequest, source: ModelSource, device: torch.device) -> None:
     """Evaluate every model of the request on the device, and write and print the comparison; raises HarnessError."""
     with held(request.out):
-        eval_set, description = prepare_eval_set(request)
+        tokenizer = common_tokenizer(request)
+        eval_set, description = prepare_eval_set(request, tokenizer)
         found = [open_model(request.runs_dir, name, eval_set.recipe, source, device) for name in request.runs]
         write_json(request.out / "recipe.json", asdict(eval_set.recipe))
         write_json(request.out / "data.json", description)
@@ -72,7 +73,23 @@ def with_progress(words: str, things: Iterable[Any]) -> Iterator[Any]:
         yield from bar
 
 
-def prepare_eval_set(request: RespondRequest) -> tuple[EvalSet, dict[str, object]]:
+def common_tokenizer(request: RespondRequest) -> Tokenizer:
+    """Return the tokenizer that all runs share; raises ConfigError where they do not, or one has none."""
+    found = {}
+    for name in request.runs:
+        folder = open_run(request.runs_dir, name.partition("/")[0])
+        found[name] = require_tokenizer(folder.tokenizer_json, folder.read_configs()[0].vocab_size)
+    (first, tokenizer), *others = found.items()
+    for name, other in others:
+        if other.identity != tokenizer.identity:
+            raise ConfigError(
+                f"{name} and {first}: found the tokenizers {other} and {tokenizer}, wanted one for all models, "
+                "because losses per token do not compare"
+            )
+    return tokenizer
+
+
+def prepare_eval_set(request: RespondRequest, tokenizer: Tokenizer) -> tuple[EvalSet, dict[str, object]]:
     """Return the recipe with its items, and a description of the items for data.json.
 
     Raises ConfigError where the output folder was begun with others, and DataError for too few items.
@@ -88,18 +105,22 @@ def prepare_eval_set(request: RespondRequest) -> tuple[EvalSet, dict[str, object
         )
     if begun_with and begun_with.get("sha256") != data.sha256:
         raise ConfigError(f"{data_json}: found other items than in {data.source}, wanted the same (or another --out)")
+    if begun_with and begun_with.get("tokenizer", GPT2) != tokenizer.identity:
+        raise ConfigError(
+            f"{data_json}: found another tokenizer than {tokenizer}, wanted the same (or another --out)"
+        )
     split = split_items(data.items, recipe)
-    train, test = encode_items(split.train, recipe), encode_items(split.test, recipe)
+    train, test = (encode_items(items, recipe, tokenizer) for items in (split.train, split.test))
     if len(test) < 2 or (recipe.epochs and not train):
         raise DataError(f"{data.source}: found {len(train)} items to train on and {len(test)} to ask of at most "
                         f"{recipe.max_tokens} tokens, wanted at least 1 and 2 (recipe: max_tokens)")  # fmt: skip
     left_out = len(split.train) + len(split.test) - len(train) - len(test)
-    description = {"source": data.source, "sha256": data.sha256, "train": len(train), "test": len(test),
-                   "longer_than_max_tokens": left_out}  # fmt: skip
+    description = {"source": data.source, "sha256": data.sha256, "tokenizer": tokenizer.identity, "train": len(train),
+                   "test": len(test), "longer_than_max_tokens": left_out}  # fmt: skip
     unanswered = f", {data.without_answer:,} for want of an answer" if data.without_answer else ""
     print(f"{data.source}: {len(train):,} items to train on, {len(test):,} to ask, "
           f"{left_out:,} left out for more than {recipe.max_tokens} tokens{unanswered}")  # fmt: skip
-    return EvalSet(recipe, data.sha256, train, test), description
+    return EvalSet(recipe, tokenizer, data.sha256, train, test), description
 
 
 def open_model(
@@ -109,7 +130,6 @@ def open_model(
     run, _, inside = name.partition("/")
     folder = open_run(runs_dir, run)
     config, train = folder.read_configs()
-    require_gpt2_ids(config.vocab_size)
     if config.context_length < recipe.max_tokens:
         raise ConfigError(
             f"{folder.model_json}: context_length: found {config.context_length}, wanted at least the recipe's "

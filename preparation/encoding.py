@@ -1,23 +1,15 @@
 """Turns a batch of raw items into tokens. Worker threads call it, so nothing here keeps state."""
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.tokenizer import Tokenizer
 from preparation.opening import BadDocumentError
 from preparation.readers import Batch
 from preparation.records import Item, document_in
 from preparation.selection import PreparationSettings, content_digest
-
-# tiktoken's regular expression overflows its stack on a million white-space characters in a row before a word.
-# GPT-2 takes all but the last of them as one word, so cutting the text before the last changes no token. (Python's
-# \s also matches four control characters that GPT-2 does not count as white space.)
-SPACE = r"[^\S\x1c-\x1f]"
-LONGEST_SPACE = 100_000
-LONG_SPACE = re.compile(rf"(?<!{SPACE}){SPACE}{{{LONGEST_SPACE},}}+")
 
 
 @dataclass(frozen=True)
@@ -25,7 +17,7 @@ class EncodedBatch:
     """The tokens of a batch's N documents, and what is known of each document."""
 
     batch: Batch
-    tokens: NDArray[np.uint16]
+    tokens: NDArray[np.uint32]
     """Of all documents in order, each followed by its end-of-text token."""
     token_counts: NDArray[np.int64]  # (N,)
     text_bytes: NDArray[np.int64]  # (N,), of UTF-8
@@ -37,31 +29,23 @@ class EncodedBatch:
     """Why each document that was skipped could not be read."""
 
 
-def encode_batch(batch: Batch, settings: PreparationSettings) -> EncodedBatch:
+def encode_batch(batch: Batch, settings: PreparationSettings, tokenizer: Tokenizer) -> EncodedBatch:
     """Tokenise a batch; raises BadDocumentError for the first item that is no document, unless they are skipped."""
-    texts, bad = [], []
-    for number, item in enumerate(batch.items):
-        try:
-            texts.append(_text_of(batch, number, item, settings.text_field))
-        except BadDocumentError as error:
-            if not settings.skip_bad:
-                raise
-            bad.append(error.lines[0])
-    blank = sum(_is_blank(batch, item) for item in batch.items)
-    empty = texts.count("") - blank
+    texts, bad = texts_of(batch, settings)
+    empty = texts.count("") - sum(_is_blank(batch, item) for item in batch.items)
     texts = [text for text in texts if text]
     raw = [text.encode() for text in texts]
-    encoded = [encode(text) for text in texts]
+    encoded = tokenizer.encode_batch(texts)
     if batch.long:
         keys, digests = [batch.long.split_key], [batch.long.content_digest]
     else:
         keys = [settings.split_key([text]) for text in raw]
         digests = [content_digest([text]) for text in raw] if settings.drop_duplicates else []
     if not batch.long or batch.long.is_last:
-        encoded = [np.append(tokens, np.uint16(END_OF_TEXT_ID)) for tokens in encoded]
+        encoded = [np.append(tokens, np.uint32(tokenizer.end_of_text_id)) for tokens in encoded]
     return EncodedBatch(
         batch,
-        np.concatenate([np.empty(0, dtype=np.uint16), *encoded]),
+        np.concatenate([np.empty(0, dtype=np.uint32), *encoded]),
         np.array([len(tokens) for tokens in encoded], dtype=np.int64),
         np.array([len(text) for text in raw], dtype=np.int64),
         np.array(keys, dtype=np.uint64),
@@ -71,15 +55,20 @@ def encode_batch(batch: Batch, settings: PreparationSettings) -> EncodedBatch:
     )
 
 
-def encode(text: str) -> NDArray[np.uint16]:
-    """Return a text's GPT-2 tokens, treating a written <|endoftext|> as ordinary text; releases the GIL."""
-    encoding = gpt2_encoding()
-    cuts = []
-    if len(text) > LONGEST_SPACE:
-        cuts = [match.end() - 1 for match in LONG_SPACE.finditer(text) if match.end() < len(text)]
-    parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
-    tokens = [encoding.encode_to_numpy(part, disallowed_special=()).astype(np.uint16) for part in parts]
-    return tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+def texts_of(batch: Batch, settings: PreparationSettings) -> tuple[list[str], list[str]]:
+    """Return the texts of a batch, "" for what is empty, and why others could not be read, where they are skipped.
+
+    Raises BadDocumentError where they are not.
+    """
+    texts, bad = [], []
+    for number, item in enumerate(batch.items):
+        try:
+            texts.append(_text_of(batch, number, item, settings.text_field))
+        except BadDocumentError as error:
+            if not settings.skip_bad:
+                raise
+            bad.append(error.lines[0])
+    return texts, bad
 
 
 def _is_blank(batch: Batch, item: Item) -> bool:

@@ -1,5 +1,6 @@
 """An unfinished dataset in OUT_DIR/.partial, from which an interrupted preparation resumes.
 
+    tokenizer.json                               unless it is GPT-2's
     train.safetensors  validation.safetensors    tokens so far, without a header
     digests                                      of the documents so far, if duplicates are dropped
     download/                                    the one file that is being read
@@ -19,8 +20,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness.run.errors import ConfigError, RunLockedError
-from harness.run.files import fsync_folder, read_json, write_json
+from harness.run.files import fsync_folder, read_json, write_json, write_text
 from harness.tokens.token_files import SPLITS
+from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer
 from preparation.selection import PreparationSettings, SeenDocuments
 from preparation.sources import PARTIAL_FOLDER, SourceFile
 from preparation.token_writer import SplitCounts, TokenWriter
@@ -58,14 +60,17 @@ class PreparationProgress:
 class PartialDataset:
     """The open files of an unfinished dataset."""
 
-    def __init__(self, folder: Path, settings: PreparationSettings, progress: PreparationProgress) -> None:
+    def __init__(
+        self, folder: Path, settings: PreparationSettings, progress: PreparationProgress, tokenizer: Tokenizer
+    ) -> None:
         self.folder = folder
         self.progress = progress
         self.settings = settings
+        self.tokenizer = tokenizer
         self.sources: Sequence[SourceFile] = []
         self._saved_at = time.monotonic()
-        self.train = TokenWriter(folder / "train.safetensors", progress.train)
-        self.validation = TokenWriter(folder / "validation.safetensors", progress.validation)
+        self.train = TokenWriter(folder / "train.safetensors", progress.train, tokenizer)
+        self.validation = TokenWriter(folder / "validation.safetensors", progress.validation, tokenizer)
         self.seen = SeenDocuments(folder / "digests", progress.digests) if settings.drop_duplicates else None
 
     def save_if_due(self) -> None:
@@ -137,7 +142,7 @@ def load_progress(folder: Path, settings: PreparationSettings) -> PreparationPro
 
 def discard(folder: Path) -> None:
     """Delete earlier work, except a download, which may be useful again."""
-    for name in ("progress.json", "digests", *(f"{split}.safetensors" for split in SPLITS)):
+    for name in ("progress.json", "digests", TOKENIZER_FILE, *(f"{split}.safetensors" for split in SPLITS)):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -153,16 +158,23 @@ def check_sources(folder: Path, sources: Sequence[SourceFile]) -> None:
         )
 
 
-def move_into_place(folder: Path, progress: PreparationProgress, out_dir: Path, metadata: dict[str, str]) -> None:
+def move_into_place(
+    folder: Path, progress: PreparationProgress, out_dir: Path, metadata: dict[str, str], tokenizer: Tokenizer
+) -> None:
     """Write both splits' headers and move the files to OUT_DIR; may be repeated after a kill at any moment."""
     counts = {"train": progress.train, "validation": progress.validation}
     paths = {split: folder / f"{split}.safetensors" for split in SPLITS}
     unplaced = {split: path for split, path in paths.items() if path.exists()}
     for split, path in unplaced.items():
-        writer = TokenWriter(path, counts[split])
+        writer = TokenWriter(path, counts[split], tokenizer)
         writer.finish(metadata)
         writer.close()
+    if tokenizer.document is None:
+        (out_dir / TOKENIZER_FILE).unlink(missing_ok=True)
+    else:
+        write_text(out_dir / TOKENIZER_FILE, tokenizer.document)
     for path in unplaced.values():
         path.replace(out_dir / path.name)
     fsync_folder(out_dir)
+    (folder / TOKENIZER_FILE).unlink(missing_ok=True)
     (folder / "progress.json").unlink()

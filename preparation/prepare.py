@@ -10,17 +10,18 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError
+from harness.run.files import write_text
 from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
-from harness.tokens.tokenizer import gpt2_encoding
+from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, read_tokenizer
 from preparation.encoding import EncodedBatch, encode_batch
 from preparation.hub import PREFIX, commit_of, downloaded, hub_files
 from preparation.partial_dataset import (
@@ -32,16 +33,15 @@ from preparation.partial_dataset import (
     locked,
     move_into_place,
 )
+from preparation.python_docs import EMBEDDED
 from preparation.readers import Batch, read_batches
 from preparation.selection import PreparationSettings, without_place
-from preparation.sources import SourceFile, check_space, local_files
+from preparation.sources import Kind, SourceFile, check_space, local_files
 from preparation.token_writer import CHUNK_TOKENS, sha256_of
+from preparation.tokenizer_choice import known_tokenizer, learn_tokenizer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-PYTHON_DOCS = "python-docs"
-PYTHON_DOCS_BYTES = 18_000_000  # about; for the progress bar and the estimate of disk space
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ def prepare(
     """Write OUT_DIR/{train,validation}.safetensors, or resume writing them; raises HarnessError."""
     if len(settings.source) > 1000:
         raise ConfigError(f"SOURCE: found a name of {len(settings.source)} characters, wanted a shorter one")
+    known = known_tokenizer(settings.tokenizer)
+    if known is not None:
+        settings = replace(settings, tokenizer=known.identity)
     with locked(out_dir) as folder:
         earlier = None if is_fresh else load_progress(folder, settings)
         if earlier is None and not is_fresh and is_prepared(settings, out_dir):
@@ -71,12 +74,38 @@ def prepare(
             check_sources(folder, sources)
         else:
             discard(folder)
+        tokenizer = known or trained_tokenizer(folder, settings, sources, progress.commit)
         if not progress.is_divided:
             if checks_space:
-                check_space(folder, sources, 2 * (progress.train.tokens + progress.validation.tokens))
-            read_and_divide(PartialDataset(folder, settings, progress), sources, workers)
-        move_into_place(folder, progress, out_dir, metadata_of(settings, progress.commit, sources))
+                check_space(folder, sources, progress.train.tokens + progress.validation.tokens, tokenizer.vocab_size)
+            read_and_divide(PartialDataset(folder, settings, progress, tokenizer), sources, workers)
+        move_into_place(folder, progress, out_dir, metadata_of(settings, progress.commit, sources), tokenizer)
         return PreparationResult(progress, open_both(out_dir), skipped)
+
+
+def trained_tokenizer(
+    folder: Path, settings: PreparationSettings, sources: Sequence[SourceFile], commit: str | None
+) -> Tokenizer:
+    """Return the tokenizer that was learned from the sources, learning it where it is not in `folder`."""
+    if (path := folder / TOKENIZER_FILE).exists():
+        return read_tokenizer(path)
+    scratch = folder / "download"
+    tokenizer = learn_tokenizer(
+        settings, sources, lambda source: readable(source, settings, commit, scratch), scratch
+    )
+    assert tokenizer.document is not None
+    write_text(path, tokenizer.document)
+    return tokenizer
+
+
+def readable(
+    source: SourceFile, settings: PreparationSettings, commit: str | None, scratch: Path
+) -> AbstractContextManager[SourceFile]:
+    """Return a context that gives a source file with its path, downloaded into `scratch` if it is on the Hub."""
+    if source.path is not None:
+        return nullcontext(source)
+    assert commit is not None
+    return downloaded(settings.source, commit, source, scratch)
 
 
 def open_both(out_dir: Path) -> tuple[TokenFile, TokenFile]:
@@ -102,7 +131,7 @@ def is_prepared(settings: PreparationSettings, out_dir: Path) -> bool:
             raise ConfigError(f"{file.path}: already there and not made by prepare_dataset.py, {hint}")
         if difference := settings.difference(found):
             raise ConfigError(f"{file.path}: made with other options ({difference}), {hint}")
-        if settings.source != PYTHON_DOCS and not settings.source.startswith(PREFIX):
+        if settings.source not in EMBEDDED and not settings.source.startswith(PREFIX):
             sources, _ = local_files(settings.source, out_dir)
             newest = max(source.mtime_ns for source in sources)
             if file.metadata.get("files_sha256") != fingerprint(sources) or newest > file.path.stat().st_mtime_ns:
@@ -119,9 +148,9 @@ def find_sources(
     settings: PreparationSettings, commit: str | None, out_dir: Path
 ) -> tuple[list[SourceFile], Counter[str]]:
     """List the files of the source in the order in which they are read, and count those that cannot be, by suffix."""
-    if settings.source == PYTHON_DOCS:
-        docs = SourceFile(f"Python {sys.version.split()[0]}", "python-docs", PYTHON_DOCS_BYTES, Path(sys.prefix))
-        return [docs], Counter()
+    if settings.source in EMBEDDED:
+        kind, size = cast(Kind, settings.source), EMBEDDED[settings.source].size
+        return [SourceFile(f"Python {sys.version.split()[0]}", kind, size, Path(sys.prefix))], Counter()
     return hub_files(settings.source, commit) if commit else local_files(settings.source, out_dir)
 
 
@@ -147,7 +176,7 @@ def metadata_of(settings: PreparationSettings, commit: str | None, sources: Sequ
 def read_and_divide(partial: PartialDataset, sources: Sequence[SourceFile], workers: int) -> None:
     """Write the tokens of all sources, starting where `partial` stopped, and divide them into splits."""
     partial.sources = sources
-    gpt2_encoding()  # built and cached here, or every worker would build its own at the same time
+    partial.tokenizer.encode("")  # built and cached here, or every worker would build its own at the same time
     with closing(partial):
         done = sum(source.size for source in sources[: partial.progress.files])
         total = sum(source.size for source in sources)
@@ -167,13 +196,9 @@ def read_file(
     """Write the tokens of one file, starting where `partial` stopped; saves regularly and after a download."""
     settings, progress, scratch = partial.settings, partial.progress, partial.folder / "download"
     before = bar.n
-    context = nullcontext(source)
-    if source.path is None:
-        assert progress.commit is not None
-        context = downloaded(settings.source, progress.commit, source, scratch)  # type: ignore[assignment]
-    with context as file:
+    with readable(source, settings, progress.commit, scratch) as file:
         batches = read_batches(file, settings, progress.items, scratch)
-        for encoded in in_order(batches, settings, pool, window):
+        for encoded in in_order(batches, partial, pool, window):
             write_batch(partial, encoded)
             progress.items += len(encoded.batch.items)
             bar.set_postfix(
@@ -190,13 +215,13 @@ def read_file(
 
 
 def in_order(
-    batches: Iterator[Batch], settings: PreparationSettings, pool: ThreadPoolExecutor, window: int
+    batches: Iterator[Batch], partial: PartialDataset, pool: ThreadPoolExecutor, window: int
 ) -> Iterator[EncodedBatch]:
     """Tokenise batches on the pool and yield the results in order, with at most `window` batches in flight."""
     waiting: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in batches:
-            waiting.append(pool.submit(encode_batch, batch, settings))
+            waiting.append(pool.submit(encode_batch, batch, partial.settings, partial.tokenizer))
             if len(waiting) >= window:
                 yield waiting.popleft().result()
         while waiting:
@@ -225,7 +250,7 @@ def write_batch(partial: PartialDataset, encoded: EncodedBatch) -> None:
         progress.bad_documents += len(encoded.bad_documents)
     held_out = np.zeros_like(keep)
     if settings.validation == "random":
-        held_out = encoded.split_keys.astype(np.float64) < settings.validation_fraction * 2.0**64
+        held_out = np.array([settings.is_held_out(int(key)) for key in encoded.split_keys], dtype=bool)
     ends = long is None or long.is_last
     for writer, chosen in ((partial.train, keep & ~held_out), (partial.validation, keep & held_out)):
         if chosen.any():

@@ -1,22 +1,46 @@
-"""The English documentation inside this Python installation: a corpus that needs no network."""
+"""The English documentation inside this Python installation: two corpora that need no network."""
 
 import ast
 import importlib.metadata
 import itertools
 import multiprocessing
 import os
+import re
 import sysconfig
 import threading
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness.run.files import ROOT
 
 # Folders whose docstrings are written for test runners, not readers.
 TEST_FOLDERS = {"test", "tests", "testing", "_tests", "idle_test", "site-packages", "__pycache__"}
+
+
+SECTION = re.compile(r"\n(?=[^\n]+\n([*=~^-])\1{3,}\n)")  # before a heading and the line that underlines it
+SHORTEST_SECTION = 200  # characters
+
+
+def python_reference() -> Iterator[str]:
+    """Yield the sections of the language reference, as `pydoc` has it: prose, with an example here and there.
+
+    Topics of `pydoc` overlap, so a paragraph that an earlier section had is left out; what is held out is then in no
+    other document.
+    """
+    from pydoc_data import topics  # a large table that only this function needs
+
+    seen: set[str] = set()
+    for _, topic in sorted(topics.topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        for section in SECTION.sub("\0", topic.strip()).split("\0"):
+            paragraphs = [part for part in section.strip().split("\n\n") if part not in seen]
+            seen.update(paragraphs)
+            text = "\n\n".join(paragraphs)
+            if len(text) >= SHORTEST_SECTION:
+                yield text
 
 
 def python_docs() -> Iterator[str]:
@@ -82,3 +106,19 @@ def docstrings(path: Path) -> str:
 
     visit(tree, "")
     return "\n\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class EmbeddedText:
+    """A corpus inside this Python installation."""
+
+    read: Callable[[], Iterator[str]]
+    """Yields its documents."""
+    size: int
+    """About so many bytes, for the progress bar and the estimate of disk space."""
+
+
+EMBEDDED = {
+    "python-docs": EmbeddedText(python_docs, 18_000_000),
+    "python-reference": EmbeddedText(python_reference, 400_000),
+}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from preparation.html_text import text_of_html
 from preparation.opening import READ_BYTES, BadDocumentError, Position, opened_text
-from preparation.python_docs import python_docs
+from preparation.python_docs import EMBEDDED
 from preparation.records import LONGEST_BYTES, Item, csv_rows, json_lines, json_values, parquet_rows
 from preparation.selection import PreparationSettings, content_digest
 from preparation.sources import SourceFile
@@ -23,9 +23,9 @@ BATCH_BYTES = 2**19
 ITEM_BYTES = 64  # what Python needs for an item besides its text
 PIECE_CHARACTERS = 2**20
 
-# Cutting a text here changes none of its tokens, because GPT-2's words have white space only at their beginning.
-# (Python's \S is stricter than the encoding's: Python counts more characters as white space.)
-CUT = re.compile(r"\S(?=[ \n])")
+# Cutting a text here changes none of its tokens, because words of all tokenizers end between a letter or a digit and
+# white space. (After a full stop a word may go on: some take the line end after it into the same word.)
+CUT = re.compile(r"[^\W_](?=[ \n])")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _items(file: SourceFile, settings: PreparationSettings, position: Position, 
         case "html":
             return _html(file, settings, position)
         case _:
-            return _python_docs(position)
+            return _embedded(file, position)
 
 
 def _or_error(items: Iterator[Item]) -> Iterator[Item]:
@@ -198,7 +198,7 @@ def _not_text(file: SourceFile, encoding: str, place: int) -> BadDocumentError:
     return BadDocumentError(f"{file.shown}: found a byte that is not {encoding}, wanted text in it (--encoding)")
 
 
-def _python_docs(position: Position) -> Iterator[str]:
-    for text in python_docs():
+def _embedded(file: SourceFile, position: Position) -> Iterator[str]:
+    for text in EMBEDDED[file.kind].read():
         position.bytes += len(text)
         yield text

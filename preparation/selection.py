@@ -29,6 +29,8 @@ class PreparationSettings:
     validation_fraction: float = 0.01
     seed: int = 0
     drop_duplicates: bool = False
+    tokenizer: str = "gpt2"
+    """"gpt2", "bytes", "train:N", or the SHA-256 of a tokenizer.json."""
 
     def stored(self) -> dict[str, object]:
         """Return the settings as they are stored: nothing in them says where on this machine the source was."""
@@ -44,6 +46,10 @@ class PreparationSettings:
             if found != value:
                 return f"{name} {found} there, {value} now"
         return None
+
+    def is_held_out(self, split_key: int) -> bool:
+        """Return whether a document with this key is for validation, where a hash decides."""
+        return float(split_key) < self.validation_fraction * 2.0**64
 
     def split_key(self, pieces: Iterable[bytes]) -> int:
         """Return a keyed hash in [0, 2^64) of the UTF-8 text, which does not depend on how the text is cut.

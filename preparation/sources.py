@@ -1,6 +1,7 @@
 """Lists the files of a source in a fixed order, and estimates how much disk space their tokens take."""
 
 import glob
+import math
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Literal
 
 from harness.run.errors import ConfigError, DataError, StorageError
 
-Kind = Literal["text", "html", "jsonl", "json", "csv", "parquet", "python-docs"]
+Kind = Literal["text", "html", "jsonl", "json", "csv", "parquet", "python-docs", "python-reference"]
 TEXT = (
     "txt md rst tex py pyi ipy c h cc cpp cxx hpp cu cuh cs css go hs java js jsx jl kt lua m ml php pl ps1 r rb rs "
     "scala sh sql swift ts tsx zig"
@@ -39,8 +40,6 @@ WANTED = (
 # Bytes of text per byte on disk, measured on English web text. Parquet compresses about as .gz does, but a file also
 # holds other columns.
 TEXT_PER_DISK_BYTE = {".gz": 2.7, ".xz": 3.6, ".zst": 3.0, ".parquet": 1.7}
-# Two bytes per token on disk, and about four bytes of English text per GPT-2 token.
-TOKEN_BYTES_PER_TEXT_BYTE = 2 / 4
 
 
 @dataclass(frozen=True)
@@ -133,15 +132,25 @@ def _local_file(path: Path, root: Path, kind: Kind) -> SourceFile:
     return SourceFile(name, kind, stat.st_size, path, stat.st_mtime_ns)
 
 
-def token_bytes(files: Sequence[SourceFile]) -> int:
+def stored_bytes_per_token(vocab_size: int) -> int:
+    """Return the bytes on disk of one token."""
+    return 2 if vocab_size <= 2**16 else 4
+
+
+def text_bytes_per_token(vocab_size: int) -> float:
+    """Estimate the bytes of English text that a token stands for: 1 of 257 ids, 4 of GPT-2's 50,257."""
+    return 1.0 + 0.39 * max(0.0, math.log2(vocab_size) - 8.0)
+
+
+def token_bytes(files: Sequence[SourceFile], vocab_size: int) -> int:
     """Estimate the bytes of the token files from the sizes on disk and each format's usual compression ratio."""
     total = 0.0
     for file in files:
         _, compression = kind_of(file.name)
         unpacked = file.size * TEXT_PER_DISK_BYTE.get(compression, 1.0)
         text = unpacked * (TEXT_PER_DISK_BYTE[".parquet"] if file.kind == "parquet" else 1.0)
-        total += text * TOKEN_BYTES_PER_TEXT_BYTE
-    return round(total)
+        total += text
+    return round(total / text_bytes_per_token(vocab_size) * stored_bytes_per_token(vocab_size))
 
 
 def scratch_bytes(files: Sequence[SourceFile]) -> int:
@@ -154,9 +163,10 @@ def scratch_bytes(files: Sequence[SourceFile]) -> int:
     )
 
 
-def check_space(folder: Path, files: Sequence[SourceFile], written_bytes: int) -> None:
-    """Raise StorageError if the disk has no room for the tokens of `files`, less `written_bytes` already there."""
-    wanted = max(0, token_bytes(files) - written_bytes) + scratch_bytes(files)
+def check_space(folder: Path, files: Sequence[SourceFile], written_tokens: int, vocab_size: int) -> None:
+    """Raise StorageError if the disk has no room for the tokens of `files`, less those already there."""
+    written_bytes = stored_bytes_per_token(vocab_size) * written_tokens
+    wanted = max(0, token_bytes(files, vocab_size) - written_bytes) + scratch_bytes(files)
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise StorageError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from scipy.special import ndtr
 
-from study.comparisons import welch
+from study.comparisons import shared_pairs, welch
 from study.results import Group, RunMetadata
 from study.statistics import ALPHA, POWER, Estimate, fewest, power
 from study.verdicts import Judged, Judgement
@@ -105,7 +105,7 @@ def advice_on(item: Judged, judgement: Judgement) -> str:
 def _bought(item: Judged, judgement: Judgement, effect: float) -> str:
     """Return in words the fewest runs with which an effect of this size gets its word four times in five."""
     level = ALPHA / judgement.family
-    has = len(item.comparison.pairs) or len(item.group.losses)
+    has = _pairs(item, judgement) or len(item.group.losses)
 
     def finds(count: int) -> bool:
         planned = _after(item, judgement, count)
@@ -124,9 +124,16 @@ def _bought(item: Judged, judgement: Judgement, effect: float) -> str:
     return purchase(item, judgement, count).in_words()
 
 
+def _pairs(item: Judged, judgement: Judgement) -> int:
+    """Return the pairs that a comparison has, or that more runs of a single one would add to; 0 where none count."""
+    if item.comparison.method.startswith("single run"):
+        return len(shared_pairs(judgement.baseline, item.group))
+    return len(item.comparison.pairs)
+
+
 def purchase(item: Judged, judgement: Judgement, count: int) -> Purchase:
     """Return what an arm needs to have `count` runs, with partners on the same seeds where it is judged by pairs."""
-    pairs, baseline = len(item.comparison.pairs), judgement.baseline
+    pairs, baseline = _pairs(item, judgement), judgement.baseline
     mine, theirs = len(item.group.losses), len(baseline.losses)
     if not pairs:
         return Purchase(item.group, baseline, count - mine, max(0, count - theirs))
@@ -142,15 +149,16 @@ def _after(item: Judged, judgement: Judgement, count: int) -> Estimate:
     comparison, baseline = item.comparison, judgement.baseline
     noise = comparison.noise
     assert noise is not None
-    prior = comparison.prior and judgement.rules.find_prior(baseline, item.group, count if comparison.pairs else 0)
+    pairs = count if _pairs(item, judgement) else 0
+    prior = comparison.prior and judgement.rules.find_prior(baseline, item.group, pairs)
     lent = prior.df if prior else 0.0
-    others = count if comparison.pairs else max(len(baseline.losses), count)
+    others = pairs or max(len(baseline.losses), count)
     parts = [Estimate(0.0, noise.sd / math.sqrt(runs), runs - 1 + lent) for runs in (count, others)]
     se = math.hypot(*(part.se for part in parts))
     if comparison.method == "given noise":
         training = Estimate(0.0, se, noise.df)
-    elif comparison.pairs:
-        training = Estimate(0.0, se, count - 1 + lent)
+    elif pairs:
+        training = Estimate(0.0, se, pairs - 1 + lent)
     else:
         training = welch(0.0, *parts)
     return training if item.evaluation is None else training.plus(item.evaluation)
@@ -167,7 +175,7 @@ def best_buy(judgement: Judgement) -> str:
     for item in judgement.arms:
         if item.estimate is None or not item.is_open:
             continue
-        has = len(item.comparison.pairs) or len(item.group.losses)
+        has = _pairs(item, judgement) or len(item.group.losses)
         bought = purchase(item, judgement, has + 1)
         later = _after(item, judgement, has + 1).se
         value = _value(abs(item.estimate.difference), item.estimate.se**2 - later**2)

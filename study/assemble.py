@@ -150,7 +150,7 @@ def _beyond_the_table(request: ComparisonRequest, experiment: Experiment, study:
     """Add what an experiment's looks and design say: words over all looks, effects, a stack's parts."""
     groups, judgement = study.groups, study.judgement
     if experiment.looks is not None:
-        judgement = looked_at(judgement, read_record(request.folder_of_experiment()))
+        judgement = looked_at(judgement, experiment, read_record(request.folder_of_experiment()))
     seen = {result.run for group in groups for result in group.results}
     incomplete = tuple(sorted({run.seed for run in experiment.runs if run.run not in seen}))
     study = replace(study, judgement=judgement, experiment=experiment, incomplete=incomplete)

@@ -13,12 +13,13 @@ from itertools import combinations
 import numpy as np
 
 from harness.run.errors import ConfigError
+from study.comparisons import evaluation_estimate
 from study.designs import Design, Word, defining_relation
 from study.effects import Finding
 from study.lenth import LenthEstimate, adjusted, lenth_estimates
 from study.results import Group
 from study.statistics import ALPHA, Estimate, Floats, Noise, factorial_effects, holm
-from study.verdicts import CANNOT_TELL, verdict_of
+from study.verdicts import CANNOT_TELL, verdict_of, with_evaluation
 
 INTERACTS, MAY_INTERACT = "INTERACTS", "MAY INTERACT"
 NO_INTERACTION = "NO INTERACTION LARGER THAN"
@@ -77,6 +78,7 @@ def factorial_findings(design: Design, groups: Sequence[Group], reading: Reading
     losses = losses_by_complete_seed(groups)
     by_seed = np.array([factorial_effects(values, row) for row in losses])
     estimates, source = _estimates(contrasts, by_seed, reading)
+    estimates = [_with_evaluation(one, column, groups) for one, column in zip(estimates, values.T, strict=True)]
     findings: list[Finding] = []
     for is_main in (True, False):
         places = [
@@ -132,6 +134,14 @@ def _estimates(
         f"Lenth's pseudo standard error of {len(contrasts)} contrasts, with exact critical values, because nothing "
         "is replicated"
     )
+
+
+def _with_evaluation(estimate: Estimate | None, signs: Floats, groups: Sequence[Group]) -> Estimate | None:
+    """Add what other test text would change, but to Lenth's error, whose critical values are simulated without it."""
+    if estimate is None or isinstance(estimate, LenthEstimate):
+        return estimate
+    weights = (2 * signs / len(signs)).tolist()
+    return with_evaluation(estimate, evaluation_estimate(list(zip(groups, weights, strict=True))))
 
 
 def _from_higher_orders(contrasts: Sequence[Contrast], means: Floats) -> tuple[Sequence[Estimate | None], str]:

@@ -238,20 +238,25 @@ def note_unplanned(experiment: Experiment, folder: Path, seeds: int, arms: int) 
     )
 
 
-def looked_at(judgement: Judgement, record: LookRecord) -> Judgement:
-    """Return a judgement with the words of the latest look, whose p values count all looks and all arms."""
+def looked_at(judgement: Judgement, experiment: Experiment, record: LookRecord) -> Judgement:
+    """Return a judgement with the words of the latest look, whose p values and intervals count all looks.
+
+    The intervals of all looks hold the truth together in 95% (Jennison and Turnbull 1989, JRSS B 51, 305: repeated
+    confidence intervals).
+    """
     look = record.looks[-1]
-    if not look.verdicts:
+    if not look.verdicts or experiment.looks is None:
         return judgement
-    return replace(
-        judgement,
-        looks=len(record.looks),
-        arms=tuple(
-            replace(
-                item,
-                p_holm=look.p_holm[item.group.recipe],
-                verdict=DIVERGES if item.verdict == DIVERGES else look.verdicts[item.group.recipe],
-            )
-            for item in judgement.arms
-        ),
-    )
+    schedule, stopped = record.schedule(experiment.looks.rule), record.stopped()
+    levels = dict(zip(schedule.seeds, schedule.levels(), strict=True))
+    arms = [
+        replace(
+            item,
+            p_holm=look.p_holm[arm],
+            verdict=DIVERGES if item.verdict == DIVERGES else look.verdicts[arm],
+            level=1 - levels[stopped.get(arm, look.seeds)],
+        )
+        for item in judgement.arms
+        for arm in [item.group.recipe]
+    ]
+    return replace(judgement, looks=len(record.looks), arms=tuple(arms))

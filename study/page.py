@@ -96,7 +96,7 @@ def _intervals(study: Study) -> list[Interval]:
     found = []
     for item in study.judgement.arms:
         if item.estimate is not None and item.comparison.estimate is not None:
-            ends = (*item.estimate.interval(), *item.comparison.estimate.interval())
+            ends = (*item.estimate.interval(item.level), *item.comparison.estimate.interval(item.level))
             found.append(_interval(item.group.recipe, item.estimate, ends, item.verdict))
     return sorted(found, key=lambda item: item.value)
 

@@ -15,9 +15,9 @@ from harness.run.files import json_number
 from study.advice import advice_on, best_buy
 from study.assemble import Study
 from study.results import Group, difference_in_words
-from study.statistics import Estimate, sample_sd
+from study.statistics import ALPHA, Estimate, sample_sd
 from study.verdicts import Judged, Judgement
-from study.wording import curve_slope, sentence_of, tokens_worth_of
+from study.wording import chance, curve_slope, sentence_of, tokens_worth_of
 
 Format = Literal["table", "markdown", "csv", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -69,7 +69,7 @@ def _arm_as_json(item: Judged, judgement: Judgement) -> dict[str, Any]:
         "n": len(item.group.results),
         "method": comparison.method,
         "mean": _mean(item.group),
-        **_numbers(item.estimate),
+        **_numbers(item.estimate, item.level),
         "difference": _difference(item, judgement.baseline),
         "p_holm": json_number(item.p_holm),
         "p_better": None if item.estimate is None else item.estimate.p_better,
@@ -91,10 +91,10 @@ def _arm_as_json(item: Judged, judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _numbers(estimate: Estimate | None) -> dict[str, float | None]:
+def _numbers(estimate: Estimate | None, level: float = 1 - ALPHA) -> dict[str, float | None]:
     if estimate is None:
         return dict.fromkeys(("difference", "se", "df", "t", "p", "low", "high"))
-    low, high = estimate.interval()
+    low, high = estimate.interval(level)
     values = (estimate.difference, estimate.se, estimate.df, estimate.t, estimate.p, low, high)
     return {
         name: json_number(value)
@@ -149,7 +149,7 @@ def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
                 _text(arm["df"], "{:.3g}"),
                 _text(arm["p"], "{:.2g}"),
                 _text(arm["p_holm"], "{:.2g}"),
-                _text(arm["p_better"], "{:.2f}"),
+                "" if arm["p_better"] is None else chance(arm["p_better"]),
                 arm["verdict"],
                 *_extras(arm, currency),
             ]

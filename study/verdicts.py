@@ -78,6 +78,8 @@ class Judged:
     p_same: float = math.nan
     """Of a difference of the margin or more, adjusted like p_holm."""
     divergence: Divergence | None = None
+    level: float = 1 - ALPHA
+    """Of the interval; higher where each look's must be wider for all of them to hold the truth in 95%."""
     warnings: tuple[str, ...] = ()
 
     @property

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
+from study.comparisons import NOISIEST
 from study.results import Group
-from study.statistics import Estimate, detectable, loss_slope, tokens_worth
-from study.verdicts import CANNOT_TELL, NO_LARGER, Judged, Judgement, is_sign_told
+from study.statistics import ALPHA, Estimate, detectable, loss_slope, tokens_worth
+from study.verdicts import CANNOT_TELL, LEANS_BETTER, LEANS_WORSE, Judged, Judgement, is_sign_told
 
 
 def sentence_of(item: Judged, judgement: Judgement) -> str:
@@ -17,18 +18,21 @@ def sentence_of(item: Judged, judgement: Judgement) -> str:
     family = f"Holm p {item.p_holm:.2g} of {judgement.family}"
     if judgement.looks > 1:
         family += f" and over {judgement.looks} looks"
-    within = f" It is within {judgement.rules.margin:g}." if item.is_within and NO_LARGER not in item.verdict else ""
+    if item.guarded != item.estimate:
+        family += f" at {NOISIEST:g} times the noise of the single run"
+    is_small = item.is_within and item.verdict in (LEANS_BETTER, LEANS_WORSE)
+    within = f" It is within {judgement.rules.margin:g}." if is_small else ""
     return (
-        f"{item.verdict}: {explain(item.estimate, item.verdict)}{within} {family}, {runs}. {_noise(item)}"
+        f"{item.verdict}: {explain(item.estimate, item.verdict, item.level)}{within} {family}, {runs}. {_noise(item)}"
         f"{_acting_now(item.estimate, item.verdict)}{_divergence(item)}"
     )
 
 
-def explain(estimate: Estimate, verdict: str) -> str:
+def explain(estimate: Estimate, verdict: str, level: float = 1 - ALPHA) -> str:
     """Return the numbers behind a verdict."""
     if math.isinf(estimate.se):
         return f"Δ {estimate.difference:+.4f}; the test set lies in one document, so other text may be any different."
-    low, high = estimate.interval()
+    low, high = estimate.interval(level)
     shown = f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
     shown += f"t {estimate.t:+.2f} on {estimate.df:.3g} df."
     if verdict == CANNOT_TELL:
@@ -62,7 +66,12 @@ def _acting_now(estimate: Estimate, verdict: str) -> str:
     act = "adopting it" if estimate.difference < 0 else "leaving it"
     risk = estimate.expected_loss()
     risked = "" if math.isinf(risk) else f"; {act} now loses {risk:.2g} on average by being wrong"
-    return f" P(better) {estimate.p_better:.2f}{risked}."
+    return f" P(better) {chance(estimate.p_better)}{risked}."
+
+
+def chance(p: float) -> str:
+    """Write a probability, never as certainty."""
+    return ">0.99" if p > 0.995 else "<0.01" if p < 0.005 else f"{p:.2f}"
 
 
 def _divergence(item: Judged) -> str:
@@ -89,7 +98,7 @@ def tokens_worth_of(item: Judged, slope: float | None) -> tuple[float, float, fl
     """
     if item.estimate is None or slope is None or not is_sign_told(item.verdict):
         return None
-    low, high = item.estimate.interval()
+    low, high = item.estimate.interval(item.level)
     return (
         tokens_worth(item.estimate.difference, slope),
         tokens_worth(high, slope),

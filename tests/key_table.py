@@ -55,13 +55,14 @@ MODEL_ROWS = {
     "bias": Row(False, {"parameters", "losses"}),
     "embedding_norm": Row(True, {"losses"}),
     "value_residual": Row(True, {"parameters", "losses"}),
-    "logit_softcap": Row(0.1, {"losses"}),
+    "logit_softcap": Row(2.0, {"losses"}),
     "init": Row("torch", {"initial", "losses", "extras"}),
 }
 TRAIN_ROWS = {
     "dataset": Row("other", {"order", "losses", "extras"}),
     "dataset_revision": Row("abc", set(), shown_in="test_data_download.py"),
     "min_train_tokens": Row(1536, {"losses", *STEPS_CHANGE}),
+    "epochs": Row(2, set(), shown_in="test_epochs.py"),
     "start_train_token": Row(64, {"order", "losses"}),
     "start_val_token": Row(512, {"extras"}, {"validation_interval": 1, "validation_batches": 1}),
     "microbatch_size": Row(4, {"order", "losses", "rate", "extras", *STEPS_CHANGE}),

@@ -1,5 +1,8 @@
 """The techniques that the benchmarks time change nothing but rounding, and the benchmarks measure what they say."""
 
+import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, throughput
+from benchmarks import generated_code, gpu_check, memory, throughput
 from benchmarks.arrangements import (
     PlainObjective,
     Shape,
@@ -15,12 +18,14 @@ from benchmarks.arrangements import (
     build_arrangement,
     build_default,
     replace_modules,
+    train_config,
 )
 from harness.engine.costs import GIB, microbatch_gib
 from harness.engine.loss import Objective
 from harness.run.config import ModelConfig, TrainConfig
 from model import GPTModel, initialise, uninitialized_model
-from tests.helpers import REQUIRED_TRAIN
+from tests.conftest import Called
+from tests.helpers import REQUIRED_TRAIN, run
 from tests.test_model import INTERVENTIONS, STACKS
 
 CPU = torch.device("cpu")
@@ -95,10 +100,16 @@ def test_memory_counted_reaches_the_goals() -> None:
     assert default.fits[40] >= 96
 
 
-@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("change", [{}, {"drop_rate": 0.1}, *INTERVENTIONS, *STACKS], ids=str)
+@pytest.mark.parametrize(
+    ("change", "is_recomputed"),
+    [
+        *((change, False) for change in [{}, {"drop_rate": 0.1}, *INTERVENTIONS, *STACKS]),
+        *((change, True) for change in [{}, *STACKS]),
+    ],
+    ids=str,
+)
 def test_the_plan_s_memory_is_the_memory_counted(change: dict[str, Any], is_recomputed: bool) -> None:
-    model = replace(memory.GPT2, n_layers=4, vocab_size=4096, **change)
+    model = replace(memory.GPT2, n_layers=4, vocab_size=50257 if is_recomputed else 4096, **change)
     batch = {"microbatch_size": 8, "activation_checkpointing": is_recomputed}
     train = TrainConfig(**{**REQUIRED_TRAIN, **batch, "amp_dtype": "bfloat16", "use_amp": True, "compile": False})
     counted = memory.peak_bytes(model, FUSED, 8, True, is_recomputed)
@@ -114,3 +125,73 @@ def test_a_byte_is_counted_while_it_lives() -> None:
         third = second.view(10, 100) + 1
     assert tracker.peak == 8000
     assert third.shape == (10, 100)
+
+
+def test_generated_code_is_read(tmp_path: Path) -> None:
+    """Buffers live from their allocation to their deletion, under whatever name; an operator's results count too."""
+    source = """
+def call(self, args):
+    buf0 = empty_strided_cuda((1000, 2), (2, 1), torch.float32)
+    triton_red_fused_0.run(primals_1, buf0, 1000, stream=raw_stream0)
+    buf1 = buf0; del buf0  # reuse
+    buf2 = torch.ops.cuda_check.flash.default(buf1, 0.1)
+    buf3 = buf2[0]
+    assert_size_stride(buf3, (500, 4), (4, 1), 'torch.ops.cuda_check.flash.default')
+    del buf2
+    del buf1
+    buf4 = empty_strided_cuda((10, ), (1, ), torch.int64)
+    extern_kernels.mm(buf3, primals_1, out=buf4)
+    return (buf3, buf4, )
+
+runner = Runner(partitions=[])
+
+def get_args():
+    primals_1 = rand_strided((1000, 2), (2, 1), device='cuda:0', dtype=torch.bfloat16)
+"""
+    program = generated_code.read_program(source, {"cuda_check.flash": ("bfloat16",)})
+    assert program.launches == [generated_code.Launch("triton_red_fused_0", (4000, 8000))]
+    assert (program.products, program.operators) == (1, 1)
+    assert program.peak_bytes == 8000 + 4000
+    assert program.kept_bytes == 4000 + 80
+
+
+def test_memory_estimate_is_what_generated_code_allocates() -> None:
+    """The plan's estimate of a micro-batch against benchmarks/results/cuda-check.json, within a tenth."""
+    rows = {row["case"]: row for row in json.loads((throughput.RESULTS / "cuda-check.json").read_text())["rows"]}
+    cases: list[tuple[str, dict[str, Any], float]] = [
+        ("bfloat16", {}, 0.0),
+        ("float16, dropout 0.1", {}, 0.1),
+        ("bfloat16, activation_checkpointing", {"activation_checkpointing": True}, 0.0),
+    ]
+    for size in (12, 64):
+        config = replace(train_config(Shape(throughput.GPT2, size)), use_amp=True)
+        for words, changes, drop_rate in cases:
+            model = replace(throughput.GPT2, drop_rate=drop_rate)
+            estimated = microbatch_gib(model, replace(config, **changes)) * 1024
+            assert estimated == pytest.approx(rows[f"sm_90, {size} x 1024, {words}"]["peak_mib"], rel=0.1), words
+    assert not any(row["problems"] for row in rows.values())
+
+
+def test_a_step_of_the_gpu_check_that_fails_is_reported_and_the_others_go_on(
+    tmp_path: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = [sys.executable, "-c", "import sys; print('first\\nno such card', file=sys.stderr); sys.exit(3)"]
+    found = {"advice": {"peak": "unknown"}, "curve": gpu_check.last_line_of(failing)}
+    monkeypatch.setattr(gpu_check, "run_step", lambda name, _: {**found.get(name, {"all": "well"}), "seconds": 1})
+    done = call(lambda: sys.exit(gpu_check.main()), "--device", "cpu", "--results", tmp_path)
+    assert done.status == 1
+    text = (tmp_path / "gpu-cpu.md").read_text()
+    assert "| curve | 1 | FAILED: status 3: no such card |" in text
+    assert "| tests | 1 | all well |" in text
+    assert json.loads((tmp_path / "gpu-cpu.json").read_text())["steps"]["curve"]["output"] == [
+        "first",
+        "no such card",
+    ]
+
+
+@pytest.mark.slow
+def test_every_step_of_the_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
+    done = run("-m", "benchmarks.gpu_check", "--device", "cpu", "--results", tmp_path, check=None)
+    assert done.returncode == 0, done.stdout
+    steps = json.loads((tmp_path / "gpu-cpu.json").read_text())["steps"]
+    assert set(steps) == set(gpu_check.STEPS)

@@ -230,6 +230,19 @@ def test_keys_that_do_not_fit_together_are_named(
     assert all(word in line for word in (*named, "wanted"))
 
 
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"qkv_bias": True, "bias": False}, "qkv_bias"),
+        ({"positions": "rotary", "emb_dim": 30, "n_heads": 2}, "emb_dim"),
+    ],
+)
+def test_keys_of_a_model_that_do_not_fit_together_are_named(tmp_path: Path, values: dict[str, Any], key: str) -> None:
+    (line,) = refused(load_model_config, write(tmp_path / "model.json", {**MODEL, **values}))
+    assert line.split(": ")[1] == key
+    assert ", wanted " in line
+
+
 # --- all errors at once --------------------------------------------------------------------------------------
 
 

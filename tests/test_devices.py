@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import ddp_train
 from harness.engine import distributed, loss
 from harness.engine.distributed import Launch, choose_device
+from harness.run.config import load_model_config
 from harness.run.errors import ConfigError
+from model import uninitialized_model
 from tests.conftest import Called
+from tests.helpers import TINY_MODEL, write
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
@@ -88,3 +92,71 @@ def test_nothing_is_compiled_again_inside_the_clock(
     assert done.status == 0, done.stderr
     assert len(graphs) == 1
     assert done.stdout.startswith("Training on 1 x cpu\n")
+
+
+def test_the_compiler_s_splitter_sees_every_parameter_of_a_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cuts the graph where DDP's buckets end; what it misses is reduced later than it could be."""
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    model = uninitialized_model(
+        load_model_config(write(tmp_path / "model.json", {**TINY_MODEL, "n_layers": 1, "qkv_bias": True}))
+    )
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        splitter = DDPOptimizer(bucket_bytes_cap=2**30, backend_compile_fn=lambda part, _: part)
+        splitter.compile_fn(graph, inputs)
+        seen.extend(name for bucket in splitter.buckets for name in bucket.params)
+        return graph
+
+    monkeypatch.setattr(loss, "compiled_softmax_gradient", lambda: loss.softmax_gradient)
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    torch.compile(loss.Objective(model), backend=backend, fullgraph=True)(tokens, tokens.clone())
+    assert len(set(seen)) == len(list(model.parameters())), seen
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_attention_drops_at_the_rate_that_was_asked_for(device: str) -> None:
+    """Some kernels round it to a sixteenth. Each visible position has the same weight, and a value of its own."""
+    length = 64
+    query = torch.zeros(64, 8, length, length, device=device, dtype=torch.float16 if device == "cuda" else None)
+    value = torch.eye(length, device=device, dtype=query.dtype).expand_as(query)
+    torch.manual_seed(1)
+    kept = F.scaled_dot_product_attention(query, query, value, dropout_p=0.1, is_causal=True) > 0
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    rate = 1 - kept[..., visible].float().mean().item()
+    assert rate == pytest.approx(0.1, abs=0.002)  # a million draws: a standard error of 0.0003
+
+
+def test_kernels_are_set_up_for_the_rank_s_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    distributed.set_up_kernels(torch.device("cuda", 3), use_tf32=True, deterministic=False)
+    assert chosen == [torch.device("cuda", 3)]
+
+
+def test_deterministic_kernels_do_not_fill_what_is_written_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch would write NaN into every new tensor, a pass over memory each."""
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "")
+    distributed.set_up_kernels(torch.device("cpu"), use_tf32=False, deterministic=True)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize(("drop_rate", "seeds"), [(0.0, 0), (0.1, 8)])
+@pytest.mark.usefixtures("without_charts")
+def test_generators_are_seeded_only_for_dropout(
+    make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch,
+    drop_rate: float, seeds: int,
+) -> None:  # fmt: skip
+    keys: list[tuple[int, ...]] = []
+    monkeypatch.setattr(ddp_train, "seed_dropout", lambda *key: keys.append(key))
+    folder = make_run(model={"drop_rate": drop_rate})
+    place = (folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cpu", "--max-steps", 2)
+    assert call(ddp_train.main, *place).status == 0
+    assert len(keys) == seeds

@@ -15,13 +15,13 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from exchange import hugging_face, published, vocabulary
+from exchange import architectures, hugging_face, published, vocabulary
 from exchange.parity import Parity
 from harness.run.config import STRICT, ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, HarnessError
 from harness.run.keys import Later, Recipe
 from harness.run.model_size import count_parameters
-from harness.tokens.tokenizer import END_OF_TEXT, MERGES, VOCAB_SIZE, gpt2_encoding, printable_vocabulary
+from harness.tokens.gpt2 import END_OF_TEXT, MERGES, VOCAB_SIZE, gpt2_encoding, printable_vocabulary
 from model import GPTModel, load_weights
 from tests.test_model import TINY, TOGGLES, random_model
 
@@ -184,9 +184,9 @@ def test_our_configuration_comes_back(tmp_path: Path, change: dict[str, Any], dr
 
 
 def test_a_later_key_in_use_is_refused_by_name() -> None:
-    hugging_face.require_expressible(LaterModel(**vars(TINY)), "here")
+    assert architectures.architecture_of(LaterModel(**vars(TINY)), "here") == "GPT2LMHeadModel"
     with pytest.raises(ConfigError) as caught:
-        hugging_face.require_expressible(LaterModel(**{**vars(TINY), "made_up": "rotary", "also": None}), "here")
+        architectures.architecture_of(LaterModel(**{**vars(TINY), "made_up": "rotary", "also": None}), "here")
     assert caught.value.lines == ("here: made_up: found 'rotary', which GPT2LMHeadModel cannot hold",)
 
 

@@ -20,7 +20,8 @@ import instruct
 from assets.instructions import builtin_set
 from harness.run.config import load_model_config
 from harness.run.errors import ConfigError, DataError, NonFiniteError
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.tokenizer import gpt2_tokenizer
 from instruction.answers import load_answers
 from instruction.compare import Cells, Metric, compare, ratio_cells
 from instruction.examples import Example, encode_items, in_batches
@@ -82,7 +83,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> GPTModel:
 
 
 def examples_of(recipe: Recipe) -> list[Example]:
-    return encode_items([Item(item["instruction"], item["input"], item["output"].strip()) for item in ITEMS], recipe)
+    return encode_items(
+        [Item(item["instruction"], item["input"], item["output"].strip()) for item in ITEMS], recipe, gpt2_tokenizer()
+    )
 
 
 def uncached(model: GPTModel, prompt: tuple[int, ...], max_tokens: int) -> tuple[list[int], bool]:
@@ -100,14 +103,14 @@ def uncached(model: GPTModel, prompt: tuple[int, ...], max_tokens: int) -> tuple
 def test_cached_answers_are_the_uncached_ones_whatever_the_batch(model: GPTModel, recipe: Recipe) -> None:
     prompts = [example.prompt for example in examples_of(recipe)][:12]
     assert len({len(prompt) for prompt in prompts}) > 2  # so that rows are padded
-    together = write_answers(model, prompts, 64)
+    together = write_answers(model, gpt2_tokenizer(), prompts, 64)
     for prompt, written in zip(prompts, together, strict=True):
         assert (list(written.tokens), written.ended) == uncached(model, prompt, 64)
-        (alone,) = write_answers(model, [prompt], 64)
+        (alone,) = write_answers(model, gpt2_tokenizer(), [prompt], 64)
         assert alone == written
     assert {written.ended for written in together} == {True, False}
     assert len({written.tokens for written in together}) > 6
-    assert write_answers(model, prompts[::-1], 64) == together[::-1]
+    assert write_answers(model, gpt2_tokenizer(), prompts[::-1], 64) == together[::-1]
 
 
 def test_cached_logits_are_those_of_the_whole_text(model: GPTModel) -> None:
@@ -124,7 +127,7 @@ def test_cached_logits_are_those_of_the_whole_text(model: GPTModel) -> None:
 
 def test_a_prompt_without_room_is_a_defect(model: GPTModel) -> None:
     with pytest.raises(ValueError, match="leaves no room"):
-        write_answers(model, [[1] * 64], 64)
+        write_answers(model, gpt2_tokenizer(), [[1] * 64], 64)
 
 
 def test_response_loss_is_that_of_the_response_alone(model: GPTModel, recipe: Recipe) -> None:
@@ -203,7 +206,7 @@ def test_the_shipped_set_is_what_its_rules_write(recipe: Recipe) -> None:
     assert len({item["kind"] for item in json.loads(text)}) > 20
     split = split_items(items, load_recipe(DEFAULT_RECIPE))
     assert (len(split.train), len(split.test)) == (367, 141)
-    assert len(encode_items(items, load_recipe(DEFAULT_RECIPE))) == len(items)
+    assert len(encode_items(items, load_recipe(DEFAULT_RECIPE), gpt2_tokenizer())) == len(items)
     for item in items:
         assert item.instruction[0].isupper() or item.instruction[0].isdigit()
         assert item.instruction[-1] in ".?'" or item.instruction.startswith(("Define", "Classify"))
@@ -328,7 +331,7 @@ def test_braces_in_an_item_stay_as_they_are(recipe: Recipe) -> None:
 
 
 def test_text_that_looks_like_a_document_end_is_text(recipe: Recipe) -> None:
-    (example,) = encode_items([Item("Write <|endoftext|>.", "", "<|endoftext|>")], recipe)
+    (example,) = encode_items([Item("Write <|endoftext|>.", "", "<|endoftext|>")], recipe, gpt2_tokenizer())
     assert END_OF_TEXT_ID not in example.prompt
     assert example.response.count(END_OF_TEXT_ID) == 1
     assert gpt2_encoding().decode(list(example.response[:-1])) == "<|endoftext|>"
@@ -336,7 +339,7 @@ def test_text_that_looks_like_a_document_end_is_text(recipe: Recipe) -> None:
 
 def test_items_that_are_too_long_are_left_out(recipe: Recipe) -> None:
     items = [Item("Say it.", "", "word " * count) for count in (1, 30, 60)]
-    assert len(encode_items(items, recipe)) == 2
+    assert len(encode_items(items, recipe, gpt2_tokenizer())) == 2
     assert [len(batch) for batch in in_batches(examples_of(recipe), recipe)] == [30]
 
 

@@ -227,9 +227,9 @@ def test_memory_estimate_counts_what_a_block_keeps() -> None:
 
     def per_channel(**train: Any) -> float:
         large, small = (
-            microbatch_gib(GPT2_SMALL, replace(PUBLISHED, microbatch_size=size, **train)) for size in (24, 12)
+            microbatch_gib(GPT2_SMALL, replace(PUBLISHED, microbatch_size=size, **train)) for size in (96, 48)
         )
-        return (large - small) * GIB / (12 * 1024 * 768 * 12)
+        return (large - small) * GIB / (48 * 1024 * 768 * 12)
 
     ends = 14 / 12
     assert per_channel() == pytest.approx(38 + ends)  # with dropout

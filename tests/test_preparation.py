@@ -20,9 +20,10 @@ from safetensors.numpy import load_file
 from tiktoken_ext import openai_public
 
 import prepare_dataset
-from harness.tokens import tokenizer
-from preparation import encoding, readers, sources
+from harness.tokens import gpt2
+from preparation import readers, sources
 from preparation.opening import Position
+from preparation.python_docs import EMBEDDED, EmbeddedText
 from preparation.selection import SeenDocuments
 from preparation.token_writer import TokenWriter
 from tests.conftest import Called
@@ -37,9 +38,9 @@ LAST = ("--validation", "last", "--validation-fraction", "0.2")
 def official(tmp_path_factory: pytest.TempPathFactory) -> tiktoken.Encoding:
     """tiktoken's own gpt2, from OpenAI's two files in its cache, whose SHA-256 it checks itself."""
     cache = tmp_path_factory.mktemp("tiktoken")
-    letters = dict(tokenizer._byte_alphabet())
-    merges = tokenizer.MERGES.read_bytes()
-    ids = {"".join(letters[b] for b in unit): rank for unit, rank in tokenizer._ranked_tokens(merges.decode())}
+    letters = dict(gpt2._byte_alphabet())
+    merges = gpt2.MERGES.read_bytes()
+    ids = {"".join(letters[b] for b in unit): rank for unit, rank in gpt2._ranked_tokens(merges.decode())}
     files = {"encoder.json": json.dumps({**ids, "<|endoftext|>": 50256}).encode(), "vocab.bpe": merges}
     for name, raw in files.items():
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
@@ -141,21 +142,21 @@ def test_long_text_is_cut_without_a_change_of_its_tokens(
 )  # fmt: skip
 def test_text_without_words_takes_no_time(call: Call, text: str) -> None:
     start = time.process_time()
-    tokens = encoding.encode(text)
+    tokens = gpt2.encode_ordinary(text)
     assert time.process_time() - start < 5
-    assert tokenizer.gpt2_encoding().decode(tokens.tolist()) == text
+    assert gpt2.gpt2_encoding().decode(tokens.tolist()) == text
 
 
 def test_white_space_is_cut_where_the_encoding_cuts_it(
     monkeypatch: pytest.MonkeyPatch, official: tiktoken.Encoding
 ) -> None:
-    monkeypatch.setattr(encoding, "LONGEST_SPACE", 3)
-    short = encoding.LONG_SPACE.pattern.replace("100000", "3")
-    monkeypatch.setattr(encoding, "LONG_SPACE", encoding.re.compile(short))
+    monkeypatch.setattr(gpt2, "LONGEST_SPACE", 3)
+    short = gpt2.LONG_SPACE.pattern.replace("100000", "3")
+    monkeypatch.setattr(gpt2, "LONG_SPACE", gpt2.re.compile(short))
     generator = np.random.default_rng(1)
     for _ in range(300):
         text = "".join(generator.choice([*"a1!' \n\t\x1c\u3000", "    ", "\n\n\n"], 60))
-        assert encoding.encode(text).tolist() == official.encode(text, disallowed_special=())
+        assert gpt2.encode_ordinary(text).tolist() == official.encode(text, disallowed_special=())
 
 
 def test_half_a_pair_of_surrogates_is_the_replacement_character(
@@ -271,7 +272,7 @@ def test_a_single_document_is_cut_in_two(call: Call, tmp_path: Path, words: tupl
     found = splits(tmp_path / "out")
     assert all(tokens[-1] == 50256 and (tokens == 50256).sum() == 1 for tokens in found.values())
     joined = [*found["train"][:-1].tolist(), *found["validation"][:-1].tolist()]
-    assert tokenizer.gpt2_encoding().decode(joined) == text
+    assert gpt2.gpt2_encoding().decode(joined) == text
     counted = [int(metadata(tmp_path / "out", split)["bytes"]) for split in found]
     assert sum(counted) == len(text.encode())
 
@@ -495,7 +496,7 @@ def test_commands_of_the_page_work(call: Call, tmp_path: Path, monkeypatch: pyte
     commands = commands_of("data.md")
     assert len(commands) == 5
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("preparation.readers.python_docs", lambda: iter(TEXTS))  # these are tested by themselves
+    monkeypatch.setitem(EMBEDDED, "python-docs", EmbeddedText(lambda: iter(TEXTS), 10**7))
     monkeypatch.setattr("preparation.prepare.commit_of", lambda *_: "1" * 40)
     monkeypatch.setattr("preparation.prepare.hub_files", lambda *_: sources.local_files("corpus", tmp_path))
     for words in commands:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import prepare_dataset
-from harness.tokens.tokenizer import gpt2_encoding
+from harness.tokens.gpt2 import gpt2_encoding
 from preparation import html_text, readers, records
 from tests.conftest import Called
 from tests.preparation_helpers import all_tokens, metadata

@@ -13,7 +13,7 @@ import test_smoke
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.streams import MOST_CHARACTERS, escaped, fit_on_a_line
-from harness.tokens.tokenizer import gpt2_encoding
+from harness.tokens.gpt2 import gpt2_encoding
 from model import load_model_config, uninitialized_model
 from tests.conftest import Called
 

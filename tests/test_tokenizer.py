@@ -10,8 +10,8 @@ import pytest
 import regex
 
 from harness.run.errors import DataError
-from harness.tokens import tokenizer
-from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token, gpt2_encoding
+from harness.tokens import gpt2
+from harness.tokens.gpt2 import END_OF_TEXT_ID, VOCAB_SIZE, bytes_per_token, gpt2_encoding
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,7 +180,7 @@ def no_name(*arguments, **named):
     raise AssertionError("a name was looked up")
 
 socket.getaddrinfo = socket.create_connection = no_name
-from harness.tokens.tokenizer import bytes_per_token, gpt2_encoding
+from harness.tokens.gpt2 import bytes_per_token, gpt2_encoding
 
 print(gpt2_encoding().encode("Every effort moves you"), len(bytes_per_token()))
 """
@@ -192,7 +192,7 @@ print(gpt2_encoding().encode("Every effort moves you"), len(bytes_per_token()))
 
 @pytest.mark.parametrize("change", ["a byte", "a line less", "a line more", "line ends", "empty"])
 def test_changed_merges_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    raw = tokenizer.MERGES.read_bytes()
+    raw = gpt2.MERGES.read_bytes()
     changed = {
         "a byte": raw.replace(b"h e\n", b"h f\n", 1),
         "a line less": raw[: raw.rstrip().rindex(b"\n") + 1],
@@ -203,20 +203,20 @@ def test_changed_merges_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert changed != raw
     path = tmp_path / "vocab.bpe"
     path.write_bytes(changed)
-    monkeypatch.setattr(tokenizer, "MERGES", path)
-    tokenizer.gpt2_encoding.cache_clear()
+    monkeypatch.setattr(gpt2, "MERGES", path)
+    gpt2.gpt2_encoding.cache_clear()
     try:
         with pytest.raises(DataError) as caught:
             gpt2_encoding()
     finally:
-        tokenizer.gpt2_encoding.cache_clear()
+        gpt2.gpt2_encoding.cache_clear()
     (line,) = caught.value.lines
     assert str(path) in line
     assert "wanted GPT-2's merges" in line
 
 
 def test_source_and_licence_of_the_merges_are_noted() -> None:
-    notes = [path for path in tokenizer.MERGES.parent.iterdir() if path != tokenizer.MERGES]
+    notes = [path for path in gpt2.MERGES.parent.iterdir() if path != gpt2.MERGES]
     text = "\n".join(path.read_text(encoding="utf-8") for path in notes)
-    assert tokenizer.MERGES_SHA256 in text
+    assert gpt2.MERGES_SHA256 in text
     assert "licen" in text.lower()

@@ -491,6 +491,22 @@ def test_advice_counts_the_fewest_seeds_for_the_word_in_this_table() -> None:
     )
 
 
+def test_advice_on_a_single_run_reckons_with_the_pairs_that_it_would_have() -> None:
+    """On the baseline's seeds a second run makes two pairs, on one degree of freedom: fewer than Welch's."""
+    baseline = make_group("base", [3.600, 3.605, 3.602], seeds(1, 2, 3))
+    judgement = judge(baseline, [make_group("it", [3.6], seeds(1))])
+    noise = judgement.arms[0].comparison.noise
+    assert noise is not None
+    count = 2
+    while power(0.01, noise.sd * math.sqrt(2 / count), count - 1) < 0.8:
+        count += 1
+    assert count > 2
+    said = advice_on(judgement.arms[0], judgement)
+    assert said.startswith(
+        f"To settle an effect of 0.01 four times in five: {count - 1 + max(0, count - 3)} more runs"
+    )
+
+
 def test_advice_says_what_no_seed_removes() -> None:
     sequences = np.random.default_rng(5).normal(3.6, 0.1, 12)
     baseline = make_group("base", [3.6, 3.61], seeds(1, 2), sequence_losses=np.full(12, 3.605))

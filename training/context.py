@@ -27,6 +27,7 @@ from harness.run.config import ModelConfig, TrainConfig
 from harness.run.plan import Plan
 from harness.run.run_folder import RunFolder
 from harness.run.train_state import TrainState
+from harness.tokens.tokenizer import Tokenizer, tokenizer_of_model
 from model import GPTModel, initialise, load_weights, uninitialized_model
 from training.arguments import RunRequest
 from training.reading import ReadAhead
@@ -65,6 +66,11 @@ class TrainContext:
     def plan(self) -> Plan:
         """Counts of the run."""
         return self.splits.plan
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the data; where they do not say, GPT-2's if the model has its ids."""
+        return self.splits.tokenizer or tokenizer_of_model(self.folder.tokenizer_json, self.model_config.vocab_size)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which a forward pass has the configured precision."""
@@ -176,7 +182,7 @@ def synthetic_context(request: RunRequest, plan: Plan, device: torch.device) -> 
         folder=RunFolder(Path(os.devnull)),
         model_config=request.model_config,
         config=request.config,
-        splits=data.Splits(plan, source, None, {}, ""),
+        splits=data.Splits(plan, source, None, None, {}, ""),
         reader=ReadAhead(source, 0, plan, range(0)),
         model=model,
         optimizer=optimizer,

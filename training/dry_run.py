@@ -3,7 +3,7 @@
 import data
 from harness.engine.checkpoint import save_tensors
 from harness.engine.costs import cost_of, describe
-from harness.run.plan import make_plan
+from harness.run.plan import epoch_sequences, make_plan
 from harness.tokens.token_files import split_files
 from model import fingerprint
 from training.arguments import RunRequest
@@ -20,6 +20,9 @@ def dry_run(request: RunRequest, world_size: int) -> None:
         available = data.tokens_available(files, model_config, config)
     plan = make_plan(model_config, config, world_size, available)
     rows = describe(cost_of(model_config, config, plan), config)
+    if available is not None:
+        times = plan.train_tokens / (epoch_sequences(available, plan.context_length) * plan.context_length)
+        rows.insert(2, ("Epochs", f"{times:,.2f}, of at most {config.epochs}: so often is a token trained on"))
     rows.append(
         ("Dataset", f"{config.dataset_shares}, {'there' if is_there else 'to be downloaded by the first start'}")
     )

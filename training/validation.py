@@ -17,7 +17,6 @@ from harness.run.errors import CheckpointError, DataError
 from harness.run.files import json_number
 from harness.run.plan import validation_sequences
 from harness.tokens.randomness import stream_seed
-from harness.tokens.tokenizer import VOCAB_SIZE
 from training.context import TrainContext
 
 
@@ -32,11 +31,11 @@ def validate_and_sample(context: TrainContext, is_scheduled: bool) -> tuple[floa
     if context.splits.validation is not None:
         validation = validation_loss(context)
         measured["val/loss"] = json_number(validation)
-    if is_scheduled and context.launch.is_main and context.model_config.vocab_size >= VOCAB_SIZE:
+    if is_scheduled and context.launch.is_main and context.tokenizer is not None:
         settings = SampleSettings(seed=stream_seed("sample", context.config.random_seed))
         with suppress(CheckpointError):  # of weights that are not numbers; saving, which is next, tells all ranks
             measured["sample"] = continue_text(
-                context.model, context.model_config, context.config.sample_prompt, settings
+                context.model, context.model_config, context.tokenizer, context.config.sample_prompt, settings
             )
     return validation, measured
 

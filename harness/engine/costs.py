@@ -84,11 +84,12 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
 
     A block keeps for its backward pass, per position and channel: the residual stream twice in float32; in the type
     of the products two normalised inputs, query, key and value, the attention's output, and the hidden layer before
-    and after its activation; and a byte for each of two dropout masks. Rotation, QK norm and the mixing of values keep
-    two more tensors each, gates one more hidden layer (where they are not compiled, two). With recomputation a block
-    keeps the stream once, and after the loss one block everything. Half-precision copies of the blocks' weights are kept too. The
-    loss holds a chunk of logits and of their gradient, the head in half precision and the head's gradient in float32;
-    where it is not compiled, float32 copies of the logits besides. Tested against `benchmarks/memory.py`.
+    and after its activation; and a byte for each of two dropout masks. Rotation, QK norm and the mixing of values
+    keep two more tensors each, gates one more hidden layer (where they are not compiled, two). With recomputation a
+    block keeps the stream once, and after the loss one block everything. Half-precision copies of the blocks' weights
+    are kept too. The loss holds a chunk of logits and of their gradient, the head in half precision and the head's
+    gradient in float32; where it is not compiled, float32 copies of the logits besides. Tested against
+    `benchmarks/memory.py`, and against generated code in benchmarks/results/cuda-check.json.
     """
     width, product, is_eager = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES, train.compile is False
     pairs = (model.positions == "rotary") + model.qk_norm + model.value_residual

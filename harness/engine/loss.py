@@ -91,9 +91,9 @@ def loss_and_gradients(
     divided by their number and multiplied with the incoming gradient, they would underflow in float16. They are those
     of the loss with the z-loss; the loss returned is without, so that it can be compared.
 
-    `terms` are a softcap (infinite for none) and the weight of the z-loss. `is_compiled` compiles what happens between
-    the products. The vocabulary is padded with ids of no probability, so that all three products have sides that
-    tensor cores like.
+    `terms` are a softcap (infinite for none) and the weight of the z-loss. `is_compiled` compiles what happens
+    between the products. The vocabulary is padded with ids of no probability, so that all three products have sides
+    that tensor cores like.
     """
     vocab_size, width = weight.shape
     rows = hidden.to(dtype)  # (N, C)

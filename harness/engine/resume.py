@@ -11,7 +11,7 @@ from harness.engine.opening import CheckpointMetadata, VerifiedCheckpoint, open_
 from harness.run.errors import CheckpointError, ConfigError, DataError, PeerError
 from harness.run.files import replace_link
 from harness.run.provenance import RunRecord
-from harness.run.run_folder import RunFolder
+from harness.run.run_folder import IMPORTED_STEP, MODEL_FILE, RunFolder, open_run
 from harness.run.train_state import TrainState
 
 RESTARTS_WITHOUT_PROGRESS = 3
@@ -118,6 +118,27 @@ def _prepare(
 
 def _in_words(split: dict[str, int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in split.items())
+
+
+def find_weights(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
+    """Return the run and the step that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError.
+
+    Without a name: the newest valid checkpoint, or the imported weights of a run that was not trained on from them.
+    """
+    run, _, rest = words.rstrip("/").partition("/")
+    folder = open_run(runs_dir, run)
+    place, _, name = rest.partition("/")
+    if rest and (place != "checkpoints" or not name or "/" in name):
+        raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
+    is_imported = folder.weights(IMPORTED_STEP).is_file()
+    if is_imported and name and (folder.checkpoints / name).resolve() == folder.imported.resolve():
+        return folder, IMPORTED_STEP
+    # Not the link `latest`: a kill may have left it on an older checkpoint.
+    if (found := find(folder, name or None)) is not None:
+        return folder, found.step
+    if not is_imported:
+        raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted one with {MODEL_FILE}")
+    return folder, IMPORTED_STEP
 
 
 def find(folder: RunFolder, name: str | None) -> VerifiedCheckpoint | None:

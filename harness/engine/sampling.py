@@ -1,13 +1,14 @@
 """Continue a text with a model: temperature and top-k, repeatable with a seed."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from harness.run.config import ModelConfig
-from harness.run.errors import CheckpointError, ConfigError
-from harness.tokens.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, gpt2_encoding
+from harness.run.errors import CheckpointError
+from harness.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,28 +21,23 @@ class SampleSettings:
     seed: int | None = None
 
 
-def encode_prompt(prompt: str, vocab_size: int) -> list[int]:
-    """Encode a prompt with the GPT-2 encoding; raises ConfigError where the model cannot know its ids."""
-    require_gpt2_ids(vocab_size)
-    tokens = gpt2_encoding().encode_ordinary(prompt)
-    return tokens or [END_OF_TEXT_ID]
-
-
-def require_gpt2_ids(vocab_size: int) -> None:
-    """Raise ConfigError where a model knows fewer ids than the GPT-2 encoding has."""
-    if vocab_size < VOCAB_SIZE:
-        raise ConfigError(
-            f"model.json: vocab_size: found {vocab_size}, wanted at least {VOCAB_SIZE} to read and write text "
-            "with the GPT-2 encoding"
-        )
+def continue_text(
+    model: nn.Module, config: ModelConfig, tokenizer: Tokenizer, prompt: str, settings: SampleSettings
+) -> str:
+    """Return the prompt followed by its sampled continuation; see `sample_tokens`."""
+    tokens = tokenizer.encode(prompt)
+    drawn = list(sample_tokens(model, config, tokenizer, tokens, settings))
+    return tokenizer.decode([*(tokens or [tokenizer.end_of_text_id]), *drawn])
 
 
 @torch.no_grad()
-def continue_text(model: nn.Module, config: ModelConfig, prompt: str, settings: SampleSettings) -> str:
-    """Return the prompt followed by its sampled continuation.
+def sample_tokens(
+    model: nn.Module, config: ModelConfig, tokenizer: Tokenizer, prompt: Sequence[int], settings: SampleSettings
+) -> Iterator[int]:
+    """Yield the tokens that a model writes after a prompt; an empty prompt begins a document.
 
-    `model` maps ids (1, T) to logits (1, T, V) and is put into evaluation mode for the time being. Draws come from
-    a CPU generator of their own, so sampling is the same on every device up to rounding and disturbs no other
+    `model` maps ids (1, T) to logits (1, T, V) and is in evaluation mode while this generator runs. Draws come from a
+    CPU generator of their own, so sampling is the same on every device up to rounding and disturbs no other
     randomness; every token waits for the device once.
     """
     device = next(model.parameters()).device
@@ -52,16 +48,16 @@ def continue_text(model: nn.Module, config: ModelConfig, prompt: str, settings: 
         generator.manual_seed(settings.seed)
     was_training = model.training
     model.eval()
+    tokens = list(prompt) or [tokenizer.end_of_text_id]
     try:
-        tokens = encode_prompt(prompt, config.vocab_size)
         for _ in range(settings.num_tokens):
             visible = torch.tensor([tokens[-config.context_length :]], device=device)
-            # Ids beyond the encoding (a padded vocabulary) cannot be written as text.
-            logits = model(visible)[0, -1, :VOCAB_SIZE].float().cpu()  # (V,)
+            # Ids beyond the tokenizer's (a padded vocabulary) cannot be written as text.
+            logits = model(visible)[0, -1, : tokenizer.vocab_size].float().cpu()  # (V,)
             tokens.append(_draw(logits, settings, generator))
+            yield tokens[-1]
     finally:
         model.train(was_training)
-    return gpt2_encoding().decode(tokens)
 
 
 def _draw(logits: torch.Tensor, settings: SampleSettings, generator: torch.Generator) -> int:

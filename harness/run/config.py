@@ -125,6 +125,8 @@ class TrainConfig:
     """Hub commit to pin; in a list, each dataset's `revision`."""
     min_train_tokens: Execution[Annotated[int, AfterValidator(_not_zero)]] = Field(ge=-1, le=10**15)
     """Tokens to train on, rounded up to whole global batches; -1 takes all whole global batches that fit."""
+    epochs: Later[Execution[int]] = Field(default=1, gt=0, le=2**20)
+    """Most often that a token may be trained on; with shuffle, each epoch has an order of its own."""
     start_train_token: Recipe[int] = Field(ge=0)
     """First token used of the train split."""
     start_val_token: Recipe[int] = Field(ge=0)

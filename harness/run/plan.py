@@ -93,21 +93,30 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
         global_steps=1,
     )
     per_step = one_step.tokens_per_global_step
+    most_steps = None
+    if tokens_available is not None:
+        most_steps = train.epochs * epoch_sequences(tokens_available, model.context_length) // one_step.global_batch
     if train.min_train_tokens == -1:
-        if tokens_available is None:
+        if most_steps is None:
             raise DataError("train.json: min_train_tokens: found -1 (all that fit), wanted a number to plan with")
-        # -1, because the last target is one token beyond the last input.
-        plan = replace(one_step, global_steps=(tokens_available - 1) // per_step)
+        plan = replace(one_step, global_steps=most_steps)
     else:
         plan = replace(one_step, global_steps=math.ceil(train.min_train_tokens / per_step))
-    if tokens_available is not None and (plan.global_steps < 1 or plan.tokens_needed > tokens_available):
+    if most_steps is not None and not 1 <= plan.global_steps <= most_steps:
+        assert tokens_available is not None
+        often = f", {train.epochs} times (train.json: epochs)" if train.epochs > 1 else ""
         wanted = max(plan.global_steps, 1)
         raise DataError(
             f"train split of {train.dataset_shares}: found {max(tokens_available, 0):,} tokens from token "
-            f"{train.start_train_token:,} on, wanted {wanted * per_step + 1:,} "
+            f"{train.start_train_token:,} on{often}, wanted {wanted * per_step + 1:,} "
             f"({wanted:,} global steps x {per_step:,} tokens + 1)"
         )
     return plan
+
+
+def epoch_sequences(tokens_available: int, context_length: int) -> int:
+    """Return the whole sequences in so many tokens; the last target is one token beyond the last input."""
+    return max(0, tokens_available - 1) // context_length
 
 
 def validation_sequences(train: TrainConfig, plan: Plan) -> int:

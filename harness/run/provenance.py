@@ -12,7 +12,7 @@ from harness.run.files import ROOT, read_json, utc_now, write_json
 from harness.run.plan import Plan
 from harness.run.recipe import recipe_hash
 
-PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "huggingface_hub", "pydantic")
+PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "tokenizers", "huggingface_hub", "pydantic")
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,11 @@ class RunFolder:
         return self.path / "loggers"
 
     @property
+    def tokenizer_json(self) -> Path:
+        """The tokenizer of the run's data; not there for GPT-2's."""
+        return self.path / "tokenizer.json"
+
+    @property
     def imported(self) -> Path:
         """Folder of imported weights, from which the run starts."""
         return self.path / IMPORTED

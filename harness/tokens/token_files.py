@@ -63,6 +63,11 @@ class TokenFile:
         """Tokens in the split."""
         return sum(shard.length for shard in self.shards)
 
+    @property
+    def is_llmc(self) -> bool:
+        """Whether it is llm.c's, whose version 1 is defined to hold GPT-2's tokens."""
+        return any(shard.path.suffix == ".bin" and shard.offset for shard in self.shards)
+
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Read tokens [start, start + count) as int64, (count,); fewer at the end of the split. Raises OSError."""
         dtype = np.dtype(DTYPES[self.dtype])

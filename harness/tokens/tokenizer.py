@@ -1,73 +1,299 @@
-"""The GPT-2 encoding, built from the merges file in assets/, so tokenising never needs a network."""
+"""The tokenizers that a dataset can have: GPT-2's, plain bytes, or any byte-level one with a tokenizer.json.
+
+A dataset's folder holds its tokenizer.json (GPT-2's ships with the project and needs none), its token files name the
+SHA-256 of that file, and a run keeps a copy. All of them give every text back as it was, so a token stands for a
+known number of bytes, and losses per byte compare between tokenizers.
+"""
 
 import functools
 import hashlib
-from collections.abc import Iterator
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-import tiktoken
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from harness.run.errors import DataError
-from harness.run.files import ASSETS
+from harness.run.errors import ConfigError, DataError
+from harness.tokens.gpt2 import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    VOCAB_SIZE,
+    bytes_per_token,
+    encode_ordinary,
+    gpt2_encoding,
+    printable_bytes,
+)
+from harness.tokens.token_files import TokenFile
 
-MERGES = ASSETS / "gpt2" / "vocab.bpe"
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_ID = 50256
-VOCAB_SIZE = 50257
+GPT2 = "gpt2"
+BYTES = "bytes"
+TOKENIZER_FILE = "tokenizer.json"
+MAX_FILE_BYTES = 2**26
+# What tokenizers of the field call the token that ends a document, in the order in which they are looked for.
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>")
+PUBLISHED_IN_GPT2 = ("fineweb-gpt2-tokens", "fineweb-edu-gpt2-tokens")
+"""Hub datasets whose files have no metadata, and are documented to hold GPT-2's tokens."""
 
-# GPT-2 splits text by this pattern before merging: contractions, words, numbers, other characters, white space
-# (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", released code).
-SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+class Tokenizer(ABC):
+    """Turns text into ids and back."""
+
+    name: str
+    """"gpt2", "bytes", or "bpe" for any other."""
+    vocab_size: int
+    """One more than the highest id."""
+    end_of_text_id: int
+    """The id that ends a document; no text is encoded as it."""
+    end_of_text: str = END_OF_TEXT
+    """How that token is written."""
+    document: str | None = None
+    """The content of its tokenizer.json; None for GPT-2's."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Return each text's ids, (T,); a control token written in a text is ordinary text. Releases the GIL."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids; bytes that are not UTF-8 become U+FFFD."""
+
+    @abstractmethod
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Return how many bytes of UTF-8 every id stands for, (vocab_size,); 0 for a control token."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return one text's ids."""
+        return [int(number) for number in self.encode_batch([text])[0]]
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 (hex) of its tokenizer.json; None for GPT-2's."""
+        return None if self.document is None else hashlib.sha256(self.document.encode()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """ "gpt2", "bytes", or the SHA-256 of any other: equal for two that encode every text alike."""
+        return self.name if self.name in (GPT2, BYTES) else str(self.sha256)
+
+    @property
+    def dtype(self) -> type[np.uint16] | type[np.uint32]:
+        """The smallest type of a token file that holds all ids."""
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    def __str__(self) -> str:
+        return self.identity if self.name in (GPT2, BYTES) else f"{self.name} {self.identity[:12]}"
+
+
+class Gpt2Tokenizer(Tokenizer):
+    """GPT-2's, by tiktoken, which is twice as fast as the general library."""
+
+    name, vocab_size, end_of_text_id = GPT2, VOCAB_SIZE, END_OF_TEXT_ID
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Return each text's ids."""
+        return [encode_ordinary(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids."""
+        return gpt2_encoding().decode(list(ids))
+
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Return how many bytes every id stands for."""
+        return np.array(bytes_per_token(), dtype=np.int64)
+
+
+class ByteTokenizer(Tokenizer):
+    """A byte of UTF-8 is a token, its value the id; 256 ends a document."""
+
+    name, vocab_size, end_of_text_id = BYTES, 257, 256
+
+    def __init__(self) -> None:
+        library = tokenizers.Tokenizer(models.BPE({letter: byte for byte, letter in printable_bytes().items()}, []))
+        self.document = _byte_level(library, use_regex=False).to_str(pretty=True)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Return each text's bytes."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some bytes."""
+        text = b"".join(bytes([number]) if number < 256 else END_OF_TEXT.encode() for number in ids)
+        return text.decode("utf-8", "replace")
+
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Return 1 for every byte."""
+        return np.array([1] * 256 + [0])
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any byte-level tokenizer of the `tokenizers` library."""
+
+    name = "bpe"
+
+    def __init__(self, document: str, place: object) -> None:
+        """Read the content of a tokenizer.json; raises DataError, naming `place`, where it cannot be used."""
+        self.document = document
+        try:
+            self._library = tokenizers.Tokenizer.from_str(document)
+            described = json.loads(document)
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{place}: cannot be read as a tokenizer ({str(error)[:200]})") from None
+        self._library.no_padding()
+        self._library.no_truncation()
+        self._library.encode_special_tokens = True
+        self._added = self._library.get_added_tokens_decoder()
+        self.end_of_text, self.end_of_text_id = self._find_document_end(place)
+        vocabulary = self._library.get_vocab()
+        self.vocab_size = 1 + max(vocabulary.values())
+        _require_lossless(self._library, described, vocabulary, place)
+
+    def _find_document_end(self, place: object) -> tuple[str, int]:
+        ids = {token.content: number for number, token in self._added.items() if token.special}
+        for name in DOCUMENT_ENDS:
+            if name in ids:
+                return name, ids[name]
+        raise DataError(f"{place}: found no token that ends a document, wanted one of {', '.join(DOCUMENT_ENDS)}")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Return each text's ids."""
+        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(item.ids, dtype=np.uint32) for item in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids."""
+        return str(self._library.decode(list(ids), skip_special_tokens=False))
+
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Return how many bytes every id stands for; an id that nothing has counts 0."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, number in self._library.get_vocab(with_added_tokens=False).items():
+            lengths[number] = len(token)  # spelled with one printable character for each byte
+        for number, added in self._added.items():
+            lengths[number] = 0 if added.special else len(added.content.encode())
+        return lengths
+
+
+def _require_lossless(library: Any, described: Any, vocabulary: dict[str, int], place: object) -> None:
+    """Raise DataError unless the tokenizer gives back every text, and words do not go on over a space."""
+    wrong = None
+    if described.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
+        wrong = f"a normalizer ({described['normalizer'].get('type')}), which changes texts"
+    elif not set(printable_bytes().values()) <= vocabulary.keys() or "ByteLevel" not in str(described.get("decoder")):
+        wrong = "one that is not byte-level"
+    elif (described.get("model") or {}).get("dropout"):
+        wrong = "dropout, which encodes a text each time in another way"
+    elif '"add_prefix_space": true' in json.dumps(described.get("pre_tokenizer")):
+        wrong = "add_prefix_space, which changes texts"
+    elif not _splits_at_spaces(library.pre_tokenizer):
+        wrong = "words that go on over a space or a line"
+    if wrong is not None:
+        raise DataError(f"{place}: found {wrong}, wanted a byte-level tokenizer that gives every text back")
+
+
+def _splits_at_spaces(splitter: Any) -> bool:
+    """Return whether a word ends before a space and a line end, where long texts are cut."""
+    return splitter is not None and {2, 5} <= {start for _, (start, _) in splitter.pre_tokenize_str("ab cd\nef")}
+
+
+def _byte_level(library: Any, use_regex: bool) -> Any:
+    """Complete a tokenizer as GPT-2's is: byte-level, with an <|endoftext|> after all other ids."""
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return library
 
 
 @functools.cache
-def gpt2_encoding() -> tiktoken.Encoding:
-    """Return the GPT-2 encoding (50,257 ids); raises DataError if the merges file is missing or changed."""
-    raw = MERGES.read_bytes() if MERGES.is_file() else b""
-    if hashlib.sha256(raw).hexdigest() != MERGES_SHA256:
-        raise DataError(f"{MERGES}: found a missing or changed file, wanted GPT-2's merges (SHA-256 {MERGES_SHA256})")
-    return tiktoken.Encoding(
-        "gpt2",
-        explicit_n_vocab=VOCAB_SIZE,
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks=dict(_ranked_tokens(raw.decode())),
-        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
-    )
+def gpt2_tokenizer() -> Tokenizer:
+    """Return GPT-2's tokenizer."""
+    return Gpt2Tokenizer()
 
 
-def _ranked_tokens(merges: str) -> Iterator[tuple[bytes, int]]:
-    """Yield every token's bytes with its rank: the 256 single bytes first, then the merges in file order."""
-    byte_of = {character: byte for byte, character in _byte_alphabet()}
-    rank = 0
-    for byte, _ in _byte_alphabet():
-        yield bytes([byte]), rank
-        rank += 1
-    for line in merges.splitlines()[1:]:  # the first line is a version
-        yield bytes(byte_of[character] for character in line.replace(" ", "")), rank
-        rank += 1
+@functools.cache
+def byte_tokenizer() -> Tokenizer:
+    """Return the tokenizer whose tokens are bytes."""
+    return ByteTokenizer()
 
 
-def _byte_alphabet() -> list[tuple[int, str]]:
-    """Return (byte, printable character that stands for it in the merges file) in rank order.
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE of `vocab_size` ids from texts (Sennrich et al. 2016), split into words as GPT-2's is.
 
-    Bytes that print as themselves in Latin-1 come first; the others are shifted to code points from 256 on.
+    The ids are the 256 bytes, the merges in their order, and <|endoftext|>. A small text may give fewer merges. The
+    same texts in any order give the same tokenizer, on any number of cores.
     """
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 0x20]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [(byte, chr(byte)) for byte in printable] + [(byte, chr(256 + n)) for n, byte in enumerate(others)]
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = sorted(printable_bytes().values())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=letters, show_progress=False)
+    library.train_from_iterator(texts, trainer)
+    return LibraryTokenizer(_byte_level(library, use_regex=True).to_str(pretty=True), "trained")
 
 
-def printable_vocabulary() -> dict[str, int]:
-    """Return token -> id for all GPT-2 ids, with tokens spelled in the merges file's printable characters."""
-    character_of = dict(_byte_alphabet())
-    encoding = gpt2_encoding()
-    tokens = ("".join(character_of[b] for b in encoding.decode_single_token_bytes(n)) for n in range(END_OF_TEXT_ID))
-    return {**{token: number for number, token in enumerate(tokens)}, END_OF_TEXT: END_OF_TEXT_ID}
+def read_tokenizer(path: Path, wanted_sha256: str | None = None) -> Tokenizer:
+    """Read a tokenizer.json; raises DataError where it is missing, has another SHA-256, or cannot be used."""
+    if not path.is_file():
+        raise DataError(f"{path}: found no such file, wanted a tokenizer.json")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise DataError(
+            f"{path}: found {path.stat().st_size:,} bytes, wanted a tokenizer of at most {MAX_FILE_BYTES:,}"
+        )
+    try:
+        document = path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: cannot be read as a tokenizer (not UTF-8)") from None
+    found = byte_tokenizer() if document == byte_tokenizer().document else LibraryTokenizer(document, path)
+    if wanted_sha256 is not None and found.sha256 != wanted_sha256:
+        raise DataError(
+            f"{path}: found SHA-256 {found.sha256}, wanted {wanted_sha256}, with which the tokens were made"
+        )
+    return found
 
 
-@functools.cache
-def bytes_per_token() -> tuple[int, ...]:
-    """Return the length in UTF-8 bytes of every GPT-2 id; a document end counts 0."""
-    encoding = gpt2_encoding()
-    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(END_OF_TEXT_ID)]
-    return (*lengths, 0)
+def tokenizer_of_tokens(file: TokenFile) -> Tokenizer | None:
+    """Return the tokenizer that a token file was made with; None where neither it nor its format says."""
+    name = file.metadata.get("tokenizer")
+    if name is None:
+        known = file.is_llmc or file.path.parent.name in PUBLISHED_IN_GPT2
+        return gpt2_tokenizer() if known else None
+    if name == GPT2:
+        return gpt2_tokenizer()
+    if (sha256 := file.metadata.get("tokenizer_sha256")) is None:
+        return None
+    return read_tokenizer(file.path.with_name(TOKENIZER_FILE), sha256)
+
+
+def tokenizer_of_model(path: Path, vocab_size: int) -> Tokenizer | None:
+    """Return the tokenizer of a model: the file `path` if it is there, else GPT-2's; None if the ids are too few.
+
+    Raises ConfigError for a tokenizer.json with more ids than the model.
+    """
+    if not path.is_file():
+        return gpt2_tokenizer() if vocab_size >= VOCAB_SIZE else None
+    found = read_tokenizer(path)
+    require_room(found, vocab_size)
+    return found
+
+
+def require_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a model, as `tokenizer_of_model`; raises ConfigError where there is none."""
+    found = tokenizer_of_model(path, vocab_size)
+    if found is None:
+        raise ConfigError(
+            f"model.json: vocab_size: found {vocab_size} and no {path}, wanted at least {VOCAB_SIZE} ids to read and "
+            "write text with the GPT-2 encoding, or that file"
+        )
+    return found
+
+
+def require_room(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise ConfigError where a model has fewer ids than a tokenizer."""
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.json: vocab_size: found {vocab_size}, wanted at least the {tokenizer.vocab_size:,} ids of the "
+            f"dataset's tokenizer ({tokenizer})"
+        )

@@ -75,7 +75,7 @@ def test_a_full_factorial_finds_effects_and_their_interaction(
     assert found["drop"]["verdict"] == "HELPS"
     assert found["drop x bias"]["verdict"] == "INTERACTS"
     assert found["clip"]["verdict"] == "NO DIFFERENCE LARGER THAN 0.01"
-    assert found["drop"]["df"] == 2  # each effect varies over three seeds by its own amount
+    assert found["drop"]["df"] == pytest.approx(2, abs=0.1)  # each effect varies over three seeds by its own amount
 
 
 def test_a_fraction_names_what_it_cannot_tell_apart(

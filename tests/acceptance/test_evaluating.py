@@ -20,7 +20,7 @@ import test_smoke
 from harness.engine.evaluate import LossTally
 from harness.run.config import load_model_config, load_run_configs
 from harness.run.recipe import recipe_hash, run_hash
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
 from model import GPTModel, initialise
 from preparation.python_docs import docstrings, documented_modules
 from tests.conftest import Called

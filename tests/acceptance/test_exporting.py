@@ -27,6 +27,7 @@ from harness.engine.sampling import SampleSettings, continue_text
 from harness.observers.charts import ChartPainter
 from harness.run.config import ModelConfig, TrainConfig, config_from, load_model_config, load_run_configs
 from harness.run.run_folder import RunFolder
+from harness.tokens.tokenizer import gpt2_tokenizer
 from model import load_model
 from study.statistics import clustered_mean
 from tests.conftest import Called
@@ -150,7 +151,7 @@ def test_the_folder_is_what_users_expect(exported: Path) -> None:
 def test_greedy_text_is_ours(trained: Path, exported: Path) -> None:
     ours = load_model(trained / "model.json", trained / "checkpoints" / "latest" / "model.safetensors", CPU)
     prompt = "Every effort moves you"
-    wanted = continue_text(ours, ours.config, prompt, SampleSettings(num_tokens=8, temperature=0.0))
+    wanted = continue_text(ours, ours.config, gpt2_tokenizer(), prompt, SampleSettings(num_tokens=8, temperature=0.0))
     pipeline = transformers.pipeline("text-generation", model=str(exported), device="cpu")
     assert pipeline(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"] == wanted
     assert len(pipeline(prompt)[0]["generated_text"]) > len(prompt)  # by default no longer than the context

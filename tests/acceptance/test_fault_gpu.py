@@ -23,6 +23,7 @@ from tests.helpers import (
     assert_same_run,
     run,
     start_process,
+    status,
     wait_for,
     write_demanding,
 )
@@ -102,3 +103,14 @@ def test_a_checkpoint_of_gpt2_small_is_saved_and_verified_in_seconds(tmp_path: P
     )
     assert written - began < 60
     assert verified - written < 30
+
+
+@pytest.mark.fault("F29")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_survivor_of_a_rank_that_died_under_nccl_says_so(tmp_path: Path, datasets_dir: Path) -> None:
+    """It waits inside the driver, where no signal handler runs; torchrun would kill it after 30 seconds."""
+    folder = write_demanding(tmp_path / "runs" / "survivor", **EXACT)
+    run(*place(folder, datasets_dir), processes=2, check=1, TRAIN_FAULT="step.start@7#1:kill9")
+    found = status(folder)
+    assert (found["state"], found["exit_code"]) == ("failed", 8)
+    assert "rank 1" in found["reason"]

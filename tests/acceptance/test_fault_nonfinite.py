@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from harness.run.run_folder import RunFolder
-from harness.tokens.tokenizer import VOCAB_SIZE
+from harness.tokens.gpt2 import VOCAB_SIZE
 from tests.helpers import assert_tidy, metrics, status, strict_json, train_in_fork
 
 PRECISIONS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from exchange import importing, parity
 from exchange.vocabulary import tokenizer_files
 from harness.run.config import load_run_configs
 from harness.run.files import file_sha256
-from harness.tokens.tokenizer import END_OF_TEXT, MERGES, printable_vocabulary
+from harness.tokens.gpt2 import END_OF_TEXT, MERGES, printable_vocabulary
 from tests.conftest import Called
 from tests.helpers import ROOT, command, metrics
 from tests.model_hub import COMMIT, ModelHub

@@ -170,8 +170,8 @@ def test_tables_say_the_same_in_every_format(call: Callable[..., Called]) -> Non
     assert table[0].split()[:2] == ["recipe", "n"]
     sentence = (
         "schedule-learning-rate: LEANS BETTER: Δ -0.0722 (95% CI -0.1045..-0.0399), t -5.47 on 6 df. "
-        "Holm p 1 of 11, n 1 v 7. Noise of a run 0.0123 on 6 df: the spread of 7 runs of the other side. "
-        "P(better) 1.00; adopting it now loses 1.3e-05 on average by being wrong."
+        "Holm p 1 of 11 at 5 times the noise of the single run, n 1 v 7. Noise of a run 0.0123 on 6 df: the spread "
+        "of 7 runs of the other side. P(better) >0.99; adopting it now loses 1.3e-05 on average by being wrong."
     )
     assert sentence in table
     assert f"- {sentence}" in lines

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import convert
-from harness.tokens.tokenizer import END_OF_TEXT_ID, gpt2_encoding
+from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
 from model import load_model
 from tests.acceptance.test_exporting import with_random_weights
 from tests.conftest import Called

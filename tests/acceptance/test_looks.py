@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import experiment
 import study.running
@@ -64,6 +65,8 @@ def test_decided_arms_stop_and_the_table_counts_all_looks(runs_dir: Path, call: 
     assert arms["good"]["verdict"] == "HELPS"
     assert arms["good"]["n"] < 9
     assert arms["same"]["verdict"] != "HELPS"
+    good = arms["good"]  # its interval is one of three that hold the truth together
+    assert good["high"] - good["low"] > 2.2 * good["se"] * stats.t.ppf(0.975, good["df"])
     record = json.loads((runs_dir / "study" / "looks.json").read_text())
     assert arms["good"]["p_holm"] == record["looks"][-1]["p_holm"]["good"]
     again = run(call, runs_dir)

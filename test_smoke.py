@@ -63,8 +63,8 @@ def main() -> None:
         assert arguments.model_safetensors is not None
         model_json, weights = arguments.model_json, arguments.model_safetensors
     config = load_model_config(model_json)
-    tokenizer = require_tokenizer(model_json.with_name(TOKENIZER_FILE), config.vocab_size)
     opened = open_weights(weights)
+    tokenizer = require_tokenizer(model_json.with_name(TOKENIZER_FILE), config.vocab_size)
     if arguments.interactive:
         chat(model_of(config, opened, device), config, tokenizer, settings_of(arguments))
     else:

@@ -6,7 +6,7 @@
 Every case is the objective that ddp_train.py trains, GPT-2 small at 1024 tokens, traced and lowered by Inductor
 (`generated_code.py`), with flash attention as an operator that nothing looks into. Checked: the graph is whole, and a
 second micro-batch compiles nothing; no buffer of float32 logits; no atomic addition in deterministic mode; and the
-loss holds at most 1.6 GiB at any micro-batch. Buffers are counted as the program allocates them, without the
+loss holds at most 1.6 GiB. Buffers are counted as the program allocates them, without the
 allocator's rounding. Written to benchmarks/results/cuda-check.md and .json; exit status 1 where a check fails.
 """
 

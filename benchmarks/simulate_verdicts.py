@@ -28,7 +28,7 @@ from unittest.mock import patch
 import numpy as np
 
 from harness.report.text import markdown_table
-from harness.run.files import write_json, write_text
+from harness.run.files import read_json, write_json, write_text
 from study import looking
 from study.assemble import ComparisonRequest, assemble
 from study.comparisons import compare
@@ -383,20 +383,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=4000, metavar="N", help="a situation (default 4000)")
     parser.add_argument("--seed", type=int, default=1, help="(default 1)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="situations whose name holds it")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="situations whose name holds it; others keep the rows that FILE has",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
     arguments = parser.parse_args()
     names = [name for name in SIMULATIONS if arguments.only in name]
-    outcomes = []
+    found = kept_outcomes(arguments.output) if arguments.only else {}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for outcome in pool.map(partial(simulated, arguments.seed, arguments.studies), names):
             print("  ".join(row_of(outcome)), flush=True)
-            outcomes.append(outcome)
+            found[outcome.name] = outcome
+            outcomes = [found[name] for name in SIMULATIONS if name in found]
             rows = [{"situation": one.name, "false": one.false, **one.rates} for one in outcomes]
             write_json(arguments.output, {"studies": arguments.studies, "seed": arguments.seed, "outcomes": rows})
     lines = markdown_table(["situation", "false, %", "rates, %"], [row_of(one) for one in outcomes])
     write_text(arguments.output.with_suffix(".md"), "\n".join(lines) + "\n")
+
+
+def kept_outcomes(path: Path) -> dict[str, Outcome]:
+    """Return what an earlier run wrote, by situation."""
+    rows = read_json(path).get("outcomes", [])
+    rates = [{key: tuple(value) for key, value in row.items() if isinstance(value, list)} for row in rows]
+    names = [row["situation"] for row in rows]
+    return {name: Outcome(name, row.pop("false"), row) for name, row in zip(names, rates, strict=True)}
 
 
 def simulated(seed: int, studies: int, name: str) -> Outcome:

@@ -234,6 +234,6 @@ def render(study: Study, format_name: Format) -> str:
 
 def _not_a_formula(text: str) -> str:
     """Return a cell that no spreadsheet takes for a formula: what begins like one, and is no number, gets a quote."""
-    if not text.startswith(("=", "+", "-", "@", "\t", "\r")) or re.fullmatch(r"[-+]?[\d.,]+%?", text):
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")) or re.fullmatch(r"[-+\d.,e]+%?", text):
         return text
     return f"'{text}"

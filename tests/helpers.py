@@ -26,7 +26,7 @@ from harness.run.run_folder import MODEL_FILE, RunFolder
 from harness.run.train_state import TrainState
 
 ROOT = Path(__file__).parent.parent
-OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 STARTS = itertools.count()
 # One process imports torch, once, and every worker is a fork of it: a start takes a tenth of a second, not seconds.
 FORKS = multiprocessing.get_context("forkserver")

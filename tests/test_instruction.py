@@ -553,7 +553,7 @@ def test_a_kill_costs_nothing_that_was_answered(ready: Ready, call: Callable[...
     journal = folder / "again" / "partial" / "one-seed-2.jsonl"
     process = subprocess.Popen(
         [sys.executable, "instruct.py", "respond", "one", *map(str, again)], cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_for(lambda: journal.is_file() and journal.read_bytes().count(b"\n") >= 6)
     process.send_signal(signal.SIGKILL)

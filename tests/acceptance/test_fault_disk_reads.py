@@ -189,7 +189,7 @@ def test_no_command_reads_damaged_weights(trained: Path, datasets_dir: Path, cal
         call(convert.main, "import", weights.resolve(), "mine", "--n-heads", 2, *place),
         call(convert.main, "export", "tiny/checkpoints/latest", tmp_path / "out", "--no-check", *place),
     ):
-        assert (done.status, done.stdout) == (4, "")
+        assert (done.status, done.stdout) == (4, ""), done.stderr
         (line,) = done.stderr.splitlines()
         assert line.startswith(str(weights.resolve()))
         assert "SHA-256" in line

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.engine import checkpoint
-from harness.engine.opening import open_checkpoint
-from harness.run.errors import RunLockedError
+from harness.engine.opening import FILES, open_checkpoint
+from harness.run.errors import CheckpointError, RunLockedError
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
@@ -135,7 +134,7 @@ def die(folder: Path, datasets_dir: Path, fault: str) -> Worker:
     return worker
 
 
-LEAVES_A_PART = (*(f"ckpt.file:{name}" for name in checkpoint.FILES), "ckpt.manifest")
+LEAVES_A_PART = (*(f"ckpt.file:{name}" for name in FILES), "ckpt.manifest")
 POINTS = ("ckpt.begin", *LEAVES_A_PART, "ckpt.rename", "ckpt.latest", "ckpt.best", "ckpt.prune", "ckpt.end")
 
 
@@ -205,6 +204,6 @@ def test_killed_while_pruning(whole: Path, tmp_path: Path, datasets_dir: Path) -
 def is_valid(path: Path) -> bool:
     try:
         open_checkpoint(path)
-    except checkpoint.CheckpointError:
+    except CheckpointError:
         return False
     return True

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,7 +65,10 @@ def _lock_file(path: Path) -> int | None:
 
 
 def _holder(folder: Path) -> str:
-    try:
-        return read_bytes(folder / HOLDER, 200).decode("utf-8", "replace").strip() or "an unknown process"
-    except OSError:
-        return "an unknown process"
+    """Return who holds the lock, which the holder writes a moment after it has it."""
+    for _ in range(20):
+        with suppress(OSError):
+            if name := read_bytes(folder / HOLDER, 200).decode("utf-8", "replace").strip():
+                return name
+        time.sleep(0.05)
+    return "an unknown process"

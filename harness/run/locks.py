@@ -38,22 +38,16 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 def _lock(folder: Path) -> int | None:
     """Return a descriptor that holds the lock until it is closed; None where another process has it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _locked_descriptor(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            return None
         if error.errno not in CANNOT_LOCK_FOLDERS:
             raise
-        return _lock_file(folder / ".locked")
-    return descriptor
+    return _locked_descriptor(folder / ".locked", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def _lock_file(path: Path) -> int | None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+def _locked_descriptor(path: Path, flags: int) -> int | None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,17 @@ def as_complex(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.fault("F54")
-@pytest.mark.parametrize("file", FILES[:2])
-@pytest.mark.parametrize("change", [with_a_name_too_many, without_a_name, in_another_shape, as_int64, as_complex])
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *product(FILES[:2], [with_a_name_too_many, in_another_shape, as_complex]),
+        *product(FILES[:1], [without_a_name, as_int64]),  # an optimizer may keep no state, or a whole number
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused_before_anything_moves(
     trained: Path, datasets_dir: Path, file: str, change: Callable[[dict[str, torch.Tensor]], None]
 ) -> None:
     """An older checkpoint is named, so that newer ones would be moved aside if it were believed."""
-    if (file, change) in [(FILES[1], without_a_name), (FILES[1], as_int64)]:
-        pytest.skip("a parameter may have no state, and a count may be whole")
     target = trained / "checkpoints" / BEFORE
     tensors = load_file(target / file)
     change(tensors)

@@ -37,6 +37,7 @@ from study.effects import ADDS_UP, stack_findings
 from study.factorials import Reading, factorial_findings
 from study.looking import Look, LookRecord, take_look
 from study.losses_table import COLUMNS
+from study.measures import NATS, Measured
 from study.results import Group, Result, RunMetadata
 from study.statistics import Floats, NoisePrior, detectable
 from study.verdicts import (
@@ -145,7 +146,7 @@ def losses_of(recipe: str, s: Situation, losses: Floats, arm: int, generator: np
             continue
         seed = "" if s.follows is None else str(number)
         metadata = None if sequences is None else known_of(recipe, loss + sequences, s.documents)
-        value = loss if metadata is None else metadata.sequence_losses.mean()
+        value = loss if metadata is None else metadata.measured.loss
         has_diverged = s.diverging > 0 and generator.random() < s.diverging
         kept = None if has_diverged else round(float(value), s.decimals)
         results.append(Result(f"{recipe}-{number}", recipe, seed, seed, kept, None if has_diverged else metadata))
@@ -161,10 +162,12 @@ def document_noise(generator: np.random.Generator, documents: Sequence[int]) -> 
 
 def known_of(recipe: str, sequence_losses: Floats, documents: Sequence[int]) -> RunMetadata:
     """Make what a run folder would know, of which only the sequences matter here."""
+    clusters = np.repeat(np.arange(len(documents)), documents)
+    measured = Measured(NATS, float(sequence_losses.mean()), sequence_losses, clusters)
     return RunMetadata(
         recipe={}, recipe_hash=recipe, parameters=1, step=0, tokens_seen=1, hardware="none", decays=False,
-        tokens_per_second=None, cost=None, currency="", tokens_sha256="", sequence_losses=sequence_losses,
-        documents=np.repeat(np.arange(len(documents)), documents), curve=(np.empty(0), np.empty(0)), samples=(),
+        tokens_per_second=None, cost=None, currency="", tokenizer=None, measured=measured,
+        curve=(np.empty(0), np.empty(0)), samples=(),
     )  # fmt: skip
 
 

@@ -34,7 +34,9 @@ def page(study: Study | None, title: str, live: Sequence[Curve] = (), reloads: b
     finished = [curve for group in groups if (curve := _curve(group)) is not None]
     # How many bytes a token of a run stands for is known once it is scored.
     drawn = [*finished, *(live if unit == NATS else ())]
-    judged = study is not None and study.judgement.arms
+    differences = "<p>Nothing to compare yet.</p>"
+    if study is not None and study.judgement.arms:
+        differences = forest(_intervals(study), f"{unit}, negative is better")
     template = string.Template((ASSETS / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
         style=style(),
@@ -44,9 +46,7 @@ def page(study: Study | None, title: str, live: Sequence[Curve] = (), reloads: b
         title=escape(title),
         subtitle=escape(_subtitle(study) if study else f"No run is scored yet · written {utc_now()}"),
         leaderboard=_leaderboard(study) if study else "<p>Nothing to rank yet.</p>",
-        forest=forest(_intervals(study), f"{unit}, negative is better")
-        if study and judged
-        else "<p>Nothing to compare yet.</p>",
+        forest=differences,
         findings=_findings(study.findings if study else (), unit),
         legend=_legend(drawn),
         curves=curves(drawn, unit) if drawn else "<p>No run has metrics.</p>",

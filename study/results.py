@@ -99,7 +99,7 @@ class Group:
         return self.metadata[0].measured.unit if self.metadata else NATS
 
     def mean_parts(self) -> Floats | None:
-        """Return the loss of every part of the test set, averaged over the runs that have one; None if one has none."""
+        """Return every test part's loss averaged over the runs that have a loss; None where one has none."""
         if len(self.metadata) < len(self.losses) or not self.metadata:
             return None
         mean: Floats = np.mean([item.measured.parts for item in self.metadata], axis=0)

@@ -170,10 +170,10 @@ def clustered_mean(values: Floats, clusters: NDArray[np.int64], weights: Floats 
     count = float(weights.sum())
     mean = float(np.average(values, weights=weights))
     _, index = np.unique(clusters, return_inverse=True)
-    sizes = np.bincount(index, weights=weights)
+    sizes = np.bincount(index, weights=weights).astype(np.float64)
     if len(sizes) < 2:
         return Estimate(mean, math.inf, 1)
-    sums = np.bincount(index, weights=weights * (values - mean))
+    sums = np.bincount(index, weights=weights * (values - mean)).astype(np.float64)
     variance = float((sums**2 / (1 - sizes / count)).sum()) / count**2
     within = float((weights * (values - mean) ** 2).sum() - (sums**2 / sizes).sum()) / max(1, count - len(sizes))
     return Estimate(mean, math.sqrt(variance), _degrees_of_freedom(sizes, within, sums))

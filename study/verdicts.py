@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from harness.report.html import Tone
 from harness.run.errors import ConfigError
 from study.comparisons import Comparison, PriorFinder, compare, evaluation_estimate, no_prior
-from study.measures import NATS
 from study.results import Group
 from study.statistics import ALPHA, Estimate, Noise, holm
 
@@ -158,8 +157,7 @@ def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:
     if len(counts) > 1:
         raise ConfigError(f"found scores of {_listed(counts)} sequences, wanted the same test sequences for all runs")
     for group in (baseline, *arms):
-        seen = {item.tokens_seen for item in group.metadata}
-        if len(seen) > 1 and (group is baseline or group.unit != NATS):
+        if len(seen := {item.tokens_seen for item in group.metadata}) > 1:
             raise ConfigError(f"{group.recipe}: its replicates saw {_listed(seen)} tokens, wanted the same for all")
     problems = [
         f"{arm.recipe}: saw {_seen_in_words(arm)} and {baseline.recipe} {_seen_in_words(baseline)}, so a difference "
@@ -181,7 +179,7 @@ def _saw_as_much(arm: Group, baseline: Group) -> bool:
 
 def _seen_in_words(group: Group) -> str:
     text = group.metadata[0].text_seen
-    about = "" if text is None else f" (about {text:,.3g} bytes of text)"
+    about = "" if text is None else f" (about {float(f'{text:.3g}'):,.0f} bytes of text)"
     return f"{_listed({item.tokens_seen for item in group.metadata})} tokens{about}"
 
 

@@ -14,6 +14,22 @@ CONTEXT_GIB = 0.7
 NCCL_GIB = 0.5
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What a machine trains with."""
+
+    kind: str
+    """cuda, mps or cpu."""
+    name: str
+    count: int
+    """GPUs, or 1."""
+    memory_gib: float
+    """Of one GPU, or of the machine."""
+    has_bfloat16: bool
+    flops_per_second: float
+    """Of one device in matrix products, at best."""
+
+
 def loss_chunk_rows(device_type: str) -> int:
     """Return the most rows of logits that training holds at a time.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cuda_check, generated_code, gpu_check, memory, throughput
+from benchmarks import checkpoint_cost, cuda_check, generated_code, gpu_check, memory, throughput
 from benchmarks.arrangements import (
     PlainObjective,
     Shape,
@@ -23,6 +23,7 @@ from benchmarks.arrangements import (
 from harness.engine.costs import GIB, microbatch_gib
 from harness.engine.loss import Objective
 from harness.run.config import ModelConfig, TrainConfig
+from harness.run.model_size import count_parameters
 from model import GPTModel, initialise, uninitialized_model
 from tests.conftest import Called
 from tests.helpers import REQUIRED_TRAIN, run
@@ -193,6 +194,13 @@ def test_a_step_of_the_gpu_check_that_fails_is_reported_and_the_others_go_on(
         "first",
         "no such card",
     ]
+
+
+def test_the_cost_of_a_checkpoint_is_measured() -> None:
+    shape = Shape(gpu_check.TINY, 2)
+    seconds, size = checkpoint_cost.measure(shape.model, train_config(shape), torch.device("cpu"), rounds=2)
+    assert [len(values) for values in seconds.values()] == [2, 2, 2]
+    assert size > 3 * 4 * count_parameters(shape.model).total
 
 
 @pytest.mark.slow

@@ -138,14 +138,14 @@ def _findings(findings: Sequence[Finding], unit: str) -> str:
     cells = [
         [
             escape(row.label),
+            verdict_mark(row.verdict, row.tone),
             f"{row.value:+.4f}",
             f"{row.low:+.4f}..{row.high:+.4f}",
             f"{item.p_holm:.2g}",
-            verdict_mark(row.verdict, row.tone),
         ]
         for row, item in zip(rows, findings, strict=True)
     ]
-    words = table(["effect", "Δ", "95% interval", "Holm p", "verdict"], cells, ["", "number", "", "number", ""])
+    words = table(["effect", "verdict", "Δ", "95% interval", "Holm p"], cells, ["", "", "number", "", "number"])
     chart = forest(rows, f"{unit}, negative is better")
     return f'<h2>Effects of the design</h2><div class="scroll">{words}</div><div class="scroll">{chart}</div>'
 

@@ -93,21 +93,22 @@ def _subtitle(study: Study) -> str:
 
 def _leaderboard(study: Study) -> str:
     """Order recipes by their mean test loss; diverged ones come last."""
-    headings, rows = without_empty_columns(*rows_of(study))
+    headings, rows = rows_of(study)
+    place = headings.index(BITS if study.judgement.unit == BITS else LOSS)
+    rows.sort(key=lambda row: float(row[place]) if row[place] else math.inf)
+    headings, rows = without_empty_columns(headings, rows)
     shown = [column for column, name in enumerate(headings) if name not in LEFT_TO_WORDS]
     if "verdict" in headings:  # beside the name, where it is in view on a phone
         shown.remove(headings.index("verdict"))
         shown.insert(1, headings.index("verdict"))
     headings, rows = [headings[column] for column in shown], [[row[column] for column in shown] for row in rows]
-    place = headings.index(BITS if study.judgement.unit == BITS else LOSS)
-    ordered = sorted(rows, key=lambda row: float(row[place]) if row[place] else math.inf)
     verdict = headings.index("verdict") if "verdict" in headings else None
     cells = [
         [
             verdict_mark(cell, tone_of(cell)) if column == verdict and cell else escape(cell)
             for column, cell in enumerate(row)
         ]
-        for row in ordered
+        for row in rows
     ]
     kinds = ["number" if name in NUMBER_HEADINGS else "" for name in headings]
     return table([escape(name) for name in headings], cells, kinds)

@@ -20,6 +20,7 @@ import numpy as np
 
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.run_folder import RunFolder
+from study.losses_table import COLUMNS
 from study.results import Result, read_runs
 from study.statistics import Estimate, sample_sd
 
@@ -35,7 +36,7 @@ def main() -> None:
     reached, by = results[: len(arguments.reached)], results[len(arguments.reached) :]
     print(in_words(ratios(reached, by)))
     if arguments.table:
-        write_table(arguments.table, {result.run: "reached" for result in reached} | named_by_tokens(by), results)
+        write_table(arguments.table, reached, by)
 
 
 def ratios(reached: Sequence[Result], by: Sequence[Result]) -> dict[str, float]:
@@ -78,18 +79,14 @@ def in_words(found: dict[str, float]) -> str:
     )
 
 
-def named_by_tokens(by: Sequence[Result]) -> dict[str, str]:
-    """Return a recipe's name for every run: the tokens that it saw."""
-    return {result.run: f"{tokens_of(result)} tokens" for result in by}
-
-
-def write_table(path: Path, names: dict[str, str], results: Sequence[Result]) -> None:
-    """Write the losses as `experiment.py compare --losses` reads them."""
+def write_table(path: Path, reached: Sequence[Result], by: Sequence[Result]) -> None:
+    """Write the losses as `experiment.py compare --losses` reads them, with numbers of tokens as recipes."""
+    rows = [(item, "reached") for item in reached] + [(item, f"{tokens_of(item)} tokens") for item in by]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("run", "recipe", "init_seed", "train_seed", "test_loss"))
+        writer.writerow(COLUMNS)
         writer.writerows(
-            (item.run, names[item.run], item.init_seed, item.train_seed, f"{loss_of(item):.6f}") for item in results
+            (item.run, recipe, item.init_seed, item.train_seed, f"{loss_of(item):.6f}") for item, recipe in rows
         )
 
 

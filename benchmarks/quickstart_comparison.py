@@ -4,8 +4,9 @@
 
 Both learn the same text and are scored on the same held-out bytes, on one thread. The example's public settings are
 written anew here: 4 layers, 4 heads, width 128, no biases, a tied head, single characters (here bytes, since held-out
-text has characters that training never saw), 12 random crops of 64 a step, 2,000 steps, AdamW at 0.001. The quickstart
-then trains for as many steps as fit into the CPU seconds that these took, start and checkpoints of its process included.
+text has characters that training never saw), 12 random crops of 64 a step, 2,000 steps, AdamW at 0.001. The
+quickstart then trains for as many steps as fit into the CPU seconds that these took, start and checkpoints of its
+process included.
 """
 
 import argparse
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         self.inputs, self.output = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix positions; (B, T, C)."""
         parts = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.inputs(x).chunk(3, dim=-1))
         return self.output(F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(2))
 
@@ -75,6 +77,7 @@ class Block(nn.Module):
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add both branches; (B, T, C)."""
         x = x + self.attention(x)
         out: Tensor = x + self.feed_forward(x)
         return out
@@ -91,6 +94,7 @@ class Example(nn.Module):
         self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH, bias=False))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return logits for the id after each position."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         return F.linear(self.blocks(x), self.tokens.weight)
 
@@ -192,7 +196,9 @@ def compare(place: Path) -> list[Result]:
         steps = int((seconds - start_seconds) / step_seconds)
         own_seconds = train_quickstart(runs, datasets, seed, steps)
         bits, text_bytes = score_quickstart(runs, datasets, f"s{seed}-{steps}")
-        results.append(Result("nanoGPT's example", seed, STEPS, seconds, bits_per_byte(model, validation, text_bytes)))
+        results.append(
+            Result("nanoGPT's example", seed, STEPS, seconds, bits_per_byte(model, validation, text_bytes))
+        )
         results.append(Result("quickstart", seed, steps, own_seconds, bits))
         for result in results[-2:]:
             print(result, flush=True)

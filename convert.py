@@ -104,7 +104,8 @@ def export_verb(words: list[str]) -> None:
 
 def interval_of(score: Score) -> tuple[float, float] | None:
     """Return the 95% interval of a test loss that the choice of test text leaves; None where nothing is known."""
-    estimate = clustered_mean(*score.read_losses())
+    arrays = score.read_arrays()
+    estimate = clustered_mean(arrays.sequence_losses, arrays.sequence_documents)
     return estimate.interval() if np.isfinite(estimate.se) else None
 
 

@@ -115,7 +115,7 @@ def main() -> None:
         start = StartRecord(point.state.next_step, launch.restart, devices, splits.describe())
 
         def record() -> None:
-            report_devices(devices)
+            report_devices(devices, device.type, config)
             record_start(folder.run_json, model_config, config, plan, start)
             Status("running", start.from_step - 1 if start.from_step else None).write(folder.status_json)
 

@@ -1,4 +1,4 @@
-"""Plan an experiment, run it, and judge what helped.
+"""Plan an experiment, run it, and judge what helped; or lay out a new run.
 
   python experiment.py plan quickstart interventions.json --name my-study
   python experiment.py run my-study datasets
@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from harness.run.arguments import add_runs_dir, dispatch, new_file, parse_into, parser_of, positive, whole_number
+from harness.run.arguments import (
+    add_device,
+    add_runs_dir,
+    dispatch,
+    new_file,
+    parse_into,
+    parser_of,
+    positive,
+    whole_number,
+)
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
 from study.assemble import PRIORS, ComparisonRequest, PriorChoice, assemble
@@ -21,6 +30,7 @@ from study.designs import DESIGNS, RESOLUTIONS
 from study.following import follow
 from study.looking import note_unplanned
 from study.looks import RULES
+from study.new_run import TOKENS_PER_PARAMETER, NewRunRequest, new_run
 from study.noise import learn, learn_pairs, show_ledger
 from study.page import SECONDS_TO_RELOAD, page
 from study.planning import PlanRequest, plan
@@ -35,8 +45,42 @@ def main() -> None:
     """Do what the verb asks for; raises HarnessError."""
     dispatch(
         __doc__,
-        {"plan": plan_verb, "run": run_verb, "compare": compare_verb, "report": report_verb, "noise": noise_verb},
+        {
+            "new": new_verb,
+            "plan": plan_verb,
+            "run": run_verb,
+            "compare": compare_verb,
+            "report": report_verb,
+            "noise": noise_verb,
+        },
     )
+
+
+def new_verb(words: list[str]) -> None:
+    """Write a run folder whose size, batch, steps, precision and learning rate follow from the data and this machine.
+
+      python experiment.py new my-run --data books --dry-run
+
+    DATASET is a folder that prepare_dataset.py wrote. Every choice is printed and noted with its reason.
+    """
+    parser = parser_of(new_verb.__doc__, "experiment.py new")
+    parser.add_argument("name", metavar="NAME", help="of the run")
+    parser.add_argument("--data", metavar="DATASET", required=True, help="a folder in --datasets-dir")
+    parser.add_argument(
+        "--datasets-dir", type=Path, default=Path("datasets"), metavar="DIR", help="(default: datasets)"
+    )
+    parser.add_argument(
+        "--tokens-per-parameter", type=positive, default=TOKENS_PER_PARAMETER, metavar="X", help="(default: 20)"
+    )
+    parser.add_argument("--epochs", type=whole_number(), metavar="N", help="(default: 4 of a short text, else 1)")
+    parser.add_argument("--hours", type=positive, default=12.0, metavar="H", help="at most (default: 12)")
+    parser.add_argument("--dry-run", action="store_true", help="print and write nothing")
+    add_device(parser)
+    add_runs_dir(parser)
+    request = parse_into(NewRunRequest, parser, words)
+    from harness.engine.hardware import find_hardware  # imports torch, which no other verb needs
+
+    new_run(request, find_hardware(parser.parse_args(words).device))
 
 
 def plan_verb(words: list[str]) -> None:

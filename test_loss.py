@@ -20,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import data
@@ -34,8 +33,17 @@ from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError, StorageError, exit_status_of
 from harness.run.files import json_number, utc_now
 from harness.run.run_folder import AVERAGED_FILE, run_of_model_file
-from harness.run.score import Score, describe_model, perplexity_of, score_path, scored_name
+from harness.run.score import (
+    DocumentLosses,
+    Score,
+    ScoreArrays,
+    describe_model,
+    perplexity_of,
+    score_path,
+    scored_name,
+)
 from harness.tokens.checked_tokens import CHECK_CHUNK_TOKENS, CheckedTokens, check_tokens
+from harness.tokens.documents import Documents, read_documents
 from harness.tokens.token_files import SPLITS, open_split, split_files
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of_model, tokenizer_of_tokens
 from model import model_of
@@ -96,13 +104,14 @@ def main() -> None:
     length, sequences = config.context_length, test.sequences
 
     batches = data.evaluation_batches(test.file, test.start_token, range(sequences), length, arguments.batch_size)
-    tally = LossTally(length, config.vocab_size)
+    documents = read_documents(test.file, test.tokenizer) if test.tokenizer else None
+    tally = LossTally(length, config.vocab_size, test.tokenizer.end_of_text_id if test.tokenizer else None)
     dtype = getattr(torch, arguments.dtype)
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         tally_losses(model, with_progress(batches, sequences), device, tally)
     losses = tally.sequence_losses()
     loss = float(losses.mean())
-    text_bytes = target_bytes(test)
+    text_bytes = documents.target_bytes if documents else 0
     bits_per_byte = json_number(loss * sequences * length / math.log(2) / text_bytes) if text_bytes else None
     score = Score(
         dataset=test.dataset,
@@ -111,6 +120,7 @@ def main() -> None:
         tokens=sequences * length,
         sequences=sequences,
         tokens_sha256=test.file.check.sha256,
+        tokenizer=test.tokenizer.identity if test.tokenizer else None,
         loss=json_number(loss),
         perplexity=perplexity_of(loss),
         bits_per_byte=bits_per_byte,
@@ -127,8 +137,10 @@ def main() -> None:
         if value is not None:
             print(f"{name}: {value:.6f}")
     print(f"Loss against our test dataset: {loss:.6f}", flush=True)  # even if it cannot be stored
-    documents = first_documents(test, length)
-    score.write(losses, np.arange(sequences) if documents is None else documents)  # each its own where unknown
+    starts = np.arange(sequences)  # each sequence counts as its own document where ends are not known
+    if documents is not None:
+        starts = np.searchsorted(documents.ends, starts * length)
+    score.write(ScoreArrays(losses, starts, document_losses(documents, tally)))
 
 
 def parse_arguments() -> ScoreArguments:
@@ -245,34 +257,14 @@ def with_progress(batches: Iterator[tuple[Tensor, Tensor]], sequences: int) -> I
             bar.update(len(tokens))
 
 
-def target_bytes(test: TestTokens) -> int | None:
-    """Return the UTF-8 bytes that the targets stand for; None where their tokenizer is not known."""
-    if test.tokenizer is None:
-        return None
-    lengths, total = test.tokenizer.byte_lengths(), 0
-    start, end = test.start_token + 1, test.start_token + test.file.check.count
-    for first in range(start, end, CHECK_CHUNK_TOKENS):
-        tokens = test.file.read(first, min(CHECK_CHUNK_TOKENS, end - first))
-        if tokens.max() >= len(lengths):
-            return None
-        total += int(lengths[tokens].sum())
-    return total
-
-
-def first_documents(test: TestTokens, length: int) -> NDArray[np.int64] | None:
-    """Return for each sequence the number of the document that its first token belongs to, counted from the first.
-
-    Sequences that begin in one document are not independent of each other, so they form a cluster. None where
-    document ends are not known.
-    """
-    if test.tokenizer is None:
-        return None
-    ends: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    for first in range(0, test.sequences * length, CHECK_CHUNK_TOKENS):
-        count = min(CHECK_CHUNK_TOKENS, test.sequences * length - first)
-        tokens = test.file.read(test.start_token + first, count)
-        ends.append(np.flatnonzero(tokens == test.tokenizer.end_of_text_id) + first)
-    return np.searchsorted(np.concatenate(ends), np.arange(test.sequences) * length).astype(np.int64)
+def document_losses(documents: Documents | None, tally: LossTally) -> DocumentLosses:
+    """Return what whole documents cost; empty ones, which no tokenizer has anything to say about, are left out."""
+    if documents is None or len(documents.keys) == 0:
+        return DocumentLosses.none()
+    nats = tally.document_losses()[-len(documents.keys) :]  # what ended first may have begun before the stretch
+    kept = documents.num_bytes > 0
+    tokens = np.diff(documents.ends)
+    return DocumentLosses(documents.keys[kept], documents.num_bytes[kept], tokens[kept], nats[kept])
 
 
 def by_frequency(
@@ -304,7 +296,6 @@ def output_file(arguments: ScoreArguments, test: TestTokens, length: int, weight
     """
     path = arguments.output
     if path is None:
-        owner = run_of_model_file(weights)
         owner = run_of_model_file(weights)
         place = owner[0].evals if owner else weights.parent / "evals"
         tokens = test.sequences * length

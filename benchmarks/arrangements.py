@@ -8,7 +8,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,10 @@ class Shape:
     def tokens_per_step(self) -> int:
         """Trained tokens per global step."""
         return self.microbatch_size * self.accumulation_steps * self.model.context_length
+
+    def tied(self) -> "Shape":
+        """Return the shape with its output head tied to the embedding, as most other projects' models are."""
+        return replace(self, model=replace(self.model, tie_weights=True))
 
     def microbatches(self) -> list[tuple[Tensor, Tensor]]:
         """Return the same random tokens and targets, each (B, T), to every arrangement."""

@@ -72,11 +72,12 @@ def measure(
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = RunFolder(Path(name))
         seconds: dict[str, list[float]] = {TAKE: [], WRITE: [], VERIFY: []}
+        state = TrainState()
         for step in range(rounds):
-            state = TrainState(next_step=step + 1)
+            state.count(TOKENS_PER_STEP, 0.0, was_skipped=False)
             snapshots: list[checkpoint.Snapshot] = []
             actions: dict[str, Callable[[], object]] = {
-                TAKE: lambda state=state, taken=snapshots: taken.append(
+                TAKE: lambda taken=snapshots: taken.append(
                     checkpoint.snapshot(model, optimizer, scaler, state, ResumeIdentity({}))
                 ),
                 WRITE: lambda taken=snapshots: checkpoint.save(folder, taken[0], 2, False),

@@ -37,6 +37,7 @@ from study.effects import ADDS_UP, stack_findings
 from study.factorials import Reading, factorial_findings
 from study.looking import Look, LookRecord, take_look
 from study.losses_table import COLUMNS
+from study.measures import BITS, NATS, Measured
 from study.results import Group, Result, RunMetadata
 from study.statistics import Floats, NoisePrior, detectable
 from study.verdicts import (
@@ -89,6 +90,8 @@ class Situation:
     """The prior is of single runs, though seeds are shared; noises are then as without it."""
     documents: tuple[int, ...] = ()
     """Sequences in each document of the test set; none where losses of sequences are not there."""
+    by_bytes: bool = False
+    """Losses are of whole documents, weighted by their lengths: bits per byte of different tokenizers."""
 
     def own_effect(self) -> float:
         """Return the size of an effect that the first arm's own test finds four times in five."""
@@ -144,8 +147,8 @@ def losses_of(recipe: str, s: Situation, losses: Floats, arm: int, generator: np
         if (arm, number) == s.missing:
             continue
         seed = "" if s.follows is None else str(number)
-        metadata = None if sequences is None else known_of(recipe, loss + sequences, s.documents)
-        value = loss if metadata is None else metadata.sequence_losses.mean()
+        metadata = None if sequences is None else known_of(recipe, loss + sequences, s)
+        value = loss if metadata is None else metadata.measured.loss
         has_diverged = s.diverging > 0 and generator.random() < s.diverging
         kept = None if has_diverged else round(float(value), s.decimals)
         results.append(Result(f"{recipe}-{number}", recipe, seed, seed, kept, None if has_diverged else metadata))
@@ -159,12 +162,18 @@ def document_noise(generator: np.random.Generator, documents: Sequence[int]) -> 
     return noise
 
 
-def known_of(recipe: str, sequence_losses: Floats, documents: Sequence[int]) -> RunMetadata:
-    """Make what a run folder would know, of which only the sequences matter here."""
+def known_of(recipe: str, sequence_losses: Floats, s: Situation) -> RunMetadata:
+    """Make what a run folder would know, of which only the losses matter here."""
+    clusters, mean = np.repeat(np.arange(len(s.documents)), s.documents), float(sequence_losses.mean())
+    measured = Measured(NATS, mean, sequence_losses, clusters)
+    if s.by_bytes:
+        lengths = np.array(s.documents, dtype=np.float64)
+        of_documents = np.bincount(clusters, weights=sequence_losses) / lengths
+        measured = Measured(BITS, mean, of_documents, np.arange(len(lengths)), lengths, bytes_per_token=1.0)
     return RunMetadata(
         recipe={}, recipe_hash=recipe, parameters=1, step=0, tokens_seen=1, hardware="none", decays=False,
-        tokens_per_second=None, cost=None, currency="", tokens_sha256="", sequence_losses=sequence_losses,
-        documents=np.repeat(np.arange(len(documents)), documents), curve=(np.empty(0), np.empty(0)), samples=(),
+        tokens_per_second=None, cost=None, currency="", tokenizer=None, measured=measured,
+        curve=(np.empty(0), np.empty(0)), samples=(),
     )  # fmt: skip
 
 
@@ -375,6 +384,10 @@ SIMULATIONS: Mapping[str, Simulation] = {
     "a factorial whose effects differ between seeds": crossed,
     "one run in ten diverges, 4 v 4": table(diverging=0.1),
     "one run in ten diverges, 5 shared seeds": shared(5, follows=(0.9,) * ARMS, diverging=0.1),
+    "tokenizers, 43 unequal documents, 4 v 4": table(documents=UNEQUAL, by_bytes=True),
+    "tokenizers, 43 unequal documents, 3 shared seeds": shared(
+        3, follows=(0.4,) * ARMS, sd=0.001, documents=UNEQUAL, by_bytes=True
+    ),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.arrangements import Shape, Step, Techniques, build_arrangement, build_default
+from benchmarks.arrangements import Shape, Step, Techniques, build_arrangement, build_default, keep_freed_memory
 from harness.engine import distributed
 from harness.engine.costs import GIB
 from harness.engine.gpu_peaks import peak_flops_per_second
@@ -42,7 +42,7 @@ Builder = Callable[[Shape, torch.device], Step]
 
 
 def arrangements(device: torch.device) -> dict[str, Builder]:
-    """Return the arrangements, each with one technique more than the one before it; the last is the default path."""
+    """Return the arrangements, each with one technique more than the one before; the default is last, also tied."""
     rows: list[tuple[str, dict[str, bool]]] = [
         ("published", {}),
         ("+ fused attention (SDPA)", {"fused_attention": True}),
@@ -60,7 +60,10 @@ def arrangements(device: torch.device) -> dict[str, Builder]:
         techniques = techniques | added
         chosen = Techniques(**techniques)
         built[name] = lambda shape, place, chosen=chosen: build_arrangement(shape, place, chosen)  # type: ignore[misc]
-    return built | {"default (ddp_train.py)": build_default}
+    return built | {
+        "default (ddp_train.py)": build_default,
+        "default, tied": lambda shape, place: build_default(shape.tied(), place),
+    }
 
 
 def main() -> None:
@@ -95,14 +98,23 @@ def main() -> None:
 
 
 def load_contender(path: Path) -> Builder:
-    """Load `build` from a Python file."""
+    """Load `build` from a Python file; its steps run under the allocator's defaults, as they would elsewhere."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    builder: Builder = module.build
-    return builder
+
+    def build(shape: Shape, device: torch.device) -> Step:
+        train: Step = module.build(shape, device)
+
+        def step() -> None:
+            keep_freed_memory(False)  # what the process's allocator does for others is ours
+            train()
+
+        return step
+
+    return build
 
 
 def measured_peak(device: torch.device) -> float:

@@ -191,8 +191,8 @@ def best_buy(judgement: Judgement) -> str:
         return ""
     value, bought, recipe = options[-1]
     return (
-        f"Worth most for {what}: {recipe}, {bought.in_words()}: it saves {value:.2g} nats per token on average of "
-        "what acting now loses."
+        f"Worth most for {what}: {recipe}, {bought.in_words()}: it saves {value:.2g} {judgement.unit} on average "
+        "of what acting now loses."
     )
 
 

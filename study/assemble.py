@@ -15,6 +15,7 @@ from study.factorials import Reading, factorial_findings
 from study.ledger import LEDGER, Scale, load_ledger
 from study.looking import as_looked_at, looked_at, read_record
 from study.losses_table import read_losses
+from study.measures import NATS
 from study.prior import Subject, find_pair_prior, find_run_prior
 from study.results import (
     CheckpointRule,
@@ -119,8 +120,8 @@ def assemble(request: ComparisonRequest) -> Study:
 
 def prior_finder(request: ComparisonRequest, groups: Sequence[Group]) -> PriorFinder:
     """Return the function that finds what is known of a comparison's noise beforehand."""
-    if request.prior == "none":
-        return no_prior
+    if request.prior == "none" or any(group.unit != NATS for group in groups):
+        return no_prior  # what is known beforehand is known in nats per token
     entries = load_ledger(request.runs_dir / LEDGER)
     runs = frozenset(result.run for group in groups for result in group.results)
     public = True if request.prior == "public" else None

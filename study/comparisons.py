@@ -255,17 +255,18 @@ def with_noise(mine: Side, theirs: Side, noise: Noise) -> Estimate:
 
 
 def evaluation_estimate(weights: Sequence[tuple[Group, float]]) -> Estimate | None:
-    """Return a weighted sum of recipes, paired by test sequence and clustered by document.
+    """Return a weighted sum of recipes, paired by parts of the test set and clustered by document.
 
-    A difference has the weights 1 and -1. None without losses of every sequence.
+    A difference has the weights 1 and -1. None without losses of every part.
     """
-    losses = [group.mean_sequence_losses() for group, _ in weights]
+    losses = [group.mean_parts() for group, _ in weights]
     total = np.zeros(1)
     for (_, weight), values in zip(weights, losses, strict=True):
         if values is None:
             return None
         total = total + weight * values
-    return clustered_mean(total, weights[0][0].metadata[0].documents)
+    measured = weights[0][0].metadata[0].measured
+    return clustered_mean(total, measured.clusters, measured.weights)
 
 
 def _believed(prior: NoisePrior | None, own: Sequence[Noise], warnings: list[str]) -> NoisePrior | None:

@@ -11,6 +11,7 @@ from harness.run.errors import ConfigError
 from harness.run.run_folder import open_run
 from study.experiment import find_experiment, load_experiment
 from study.ledger import LEDGER, Component, Entry, load_ledger, record
+from study.measures import NATS
 from study.results import (
     CheckpointRule,
     Group,
@@ -65,6 +66,8 @@ def _sets_that_vary(results: Sequence[Result], component: str) -> list[list[Resu
 def _entry(group: Group, component: Component, noise: Noise, results: Sequence[Result]) -> Entry:
     first = results[0].metadata
     assert first is not None
+    if first.measured.unit != NATS:
+        raise ConfigError(f"{group.recipe}: found losses in {first.measured.unit}, wanted runs of one tokenizer")
     return Entry(
         component=component,
         recipe=group.recipe,

@@ -13,14 +13,15 @@ from harness.report.svg import COLOURS, Curve, Interval, curve_of, curves, fores
 from harness.run.files import ASSETS, utc_now
 from study.assemble import Study
 from study.effects import Finding
+from study.measures import BITS, NATS
 from study.results import Group
 from study.statistics import Estimate
-from study.tables import notes_of, rows_of, without_empty_columns
+from study.tables import LOSS, notes_of, rows_of, without_empty_columns
 from study.verdicts import tone_of
 
 SECONDS_TO_RELOAD = 20
 LEFT_TO_WORDS = {"se train", "se eval", "t", "df", "p", "changes"}
-NUMBER_HEADINGS = {"n", "test loss", "Δ", "Holm p", "P(better)", "tok/s", "cost", "worth"}
+NUMBER_HEADINGS = {"n", LOSS, BITS, "Δ", "Holm p", "P(better)", "tok/s", "cost", "worth"}
 
 
 def page(study: Study | None, title: str, live: Sequence[Curve] = (), reloads: bool = False) -> str:
@@ -29,8 +30,13 @@ def page(study: Study | None, title: str, live: Sequence[Curve] = (), reloads: b
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     # Only this script may run, whatever a run's notes or samples say.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    drawn = [*(curve for group in groups if (curve := _curve(group)) is not None), *live]
-    judged = study is not None and study.judgement.arms
+    unit = study.judgement.unit if study else NATS
+    finished = [curve for group in groups if (curve := _curve(group)) is not None]
+    # How many bytes a token of a run stands for is known once it is scored.
+    drawn = [*finished, *(live if unit == NATS else ())]
+    differences = "<p>Nothing to compare yet.</p>"
+    if study is not None and study.judgement.arms:
+        differences = forest(_intervals(study), f"{unit}, negative is better")
     template = string.Template((ASSETS / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
         style=style(),
@@ -40,10 +46,10 @@ def page(study: Study | None, title: str, live: Sequence[Curve] = (), reloads: b
         title=escape(title),
         subtitle=escape(_subtitle(study) if study else f"No run is scored yet · written {utc_now()}"),
         leaderboard=_leaderboard(study) if study else "<p>Nothing to rank yet.</p>",
-        forest=forest(_intervals(study)) if study and judged else "<p>Nothing to compare yet.</p>",
-        findings=_findings(study.findings if study else ()),
+        forest=differences,
+        findings=_findings(study.findings if study else (), unit),
         legend=_legend(drawn),
-        curves=curves(drawn) if drawn else "<p>No run has metrics.</p>",
+        curves=curves(drawn, unit) if drawn else "<p>No run has metrics.</p>",
         differences=_differences(groups),
         samples=_samples(groups),
         notes="".join(f"<li>{escape(note)}</li>" for note in (notes_of(study) if study else ())),
@@ -78,7 +84,7 @@ def _leaderboard(study: Study) -> str:
         shown.remove(headings.index("verdict"))
         shown.insert(1, headings.index("verdict"))
     headings, rows = [headings[column] for column in shown], [[row[column] for column in shown] for row in rows]
-    place = headings.index("test loss")
+    place = headings.index(BITS if study.judgement.unit == BITS else LOSS)
     ordered = sorted(rows, key=lambda row: float(row[place]) if row[place] else math.inf)
     verdict = headings.index("verdict") if "verdict" in headings else None
     cells = [
@@ -105,7 +111,7 @@ def _interval(label: str, estimate: Estimate, ends: tuple[float, float, float, f
     return Interval(label, estimate.difference, *ends, verdict, tone_of(verdict))
 
 
-def _findings(findings: Sequence[Finding]) -> str:
+def _findings(findings: Sequence[Finding], unit: str) -> str:
     if not findings:
         return ""
     rows = [
@@ -114,11 +120,12 @@ def _findings(findings: Sequence[Finding]) -> str:
         )
         for item in findings
     ]
-    return f'<h2>Effects of the design</h2><div class="scroll">{forest(rows)}</div>'
+    return f'<h2>Effects of the design</h2><div class="scroll">{forest(rows, f"{unit}, negative is better")}</div>'
 
 
 def _curve(group: Group) -> Curve | None:
-    return curve_of(group.recipe, [item.curve for item in group.metadata])
+    of_runs = [(item.curve, item.measured.per_nat) for item in group.metadata]
+    return curve_of(group.recipe, [(tokens, losses * per_nat) for (tokens, losses), per_nat in of_runs])
 
 
 def _legend(drawn: Sequence[Curve]) -> str:

@@ -82,7 +82,7 @@ def refuse_incomparable(experiment: Experiment, runs_dir: Path, bill: Bill) -> N
     """Raise ConfigError, a line for each arm, for what `compare` would refuse once the money is spent.
 
     Other tokens trained than the first arm's, or another test set: another dataset, or sequences or ids of other
-    sizes.
+    sizes. Another dataset with other ids is taken for the same text in another tokenizer.
     """
     first = {run.arm: run for run in reversed(experiment.runs)}
     names = [arm.name for arm in experiment.arms]
@@ -94,6 +94,8 @@ def refuse_incomparable(experiment: Experiment, runs_dir: Path, bill: Bill) -> N
     for name in names[1:]:
         other, other_train = configs_of(experiment, runs_dir, first[name])
         theirs = bill.arms[name].plan.train_tokens
+        if other_train.scored_dataset != train.scored_dataset and other.vocab_size != model.vocab_size:
+            continue  # as much text may be other tokens; judged in bits per byte
         if theirs != tokens:
             problems.append(
                 f"{name}: would train on {theirs:,} tokens and {names[0]} on {tokens:,}; wanted the same, so "

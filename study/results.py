@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import ConfigError
 from harness.run.model_size import count_parameters
 from harness.run.provenance import RunRecord
@@ -21,9 +19,10 @@ from harness.run.run_folder import IMPORTED_STEP, STEP_FOLDER, RunFolder
 from harness.run.score import Score
 from harness.run.status import Status
 from study.experiment import Experiment
+from study.measures import NATS, Measured, measure
+from study.statistics import Floats
 
 CheckpointRule = Literal["last", "best", "averaged"]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,23 @@ class RunMetadata:
     tokens_per_second: float | None
     cost: float | None
     currency: str
-    tokens_sha256: str
-    sequence_losses: Floats
-    documents: NDArray[np.int64]
+    tokenizer: str | None
+    measured: Measured
     curve: tuple[Floats, Floats]
     """Tokens and train loss of every global step."""
     samples: tuple[tuple[int, str], ...]
     """Texts sampled while training, by global step."""
 
+    @property
+    def text_seen(self) -> float | None:
+        """Bytes of text trained on, if it is like the test documents; known where tokenizers are compared."""
+        per_token = self.measured.bytes_per_token
+        return None if per_token is None else self.tokens_seen * per_token
+
 
 @dataclass(frozen=True)
 class Result:
-    """One run's test loss in nats per token; None where training diverged."""
+    """One run's test loss, in nats per token or what its metadata says; None where training diverged."""
 
     run: str
     recipe: str
@@ -89,16 +93,21 @@ class Group:
         """What is known of the runs that lie in folders."""
         return [result.metadata for result in self.results if result.metadata is not None]
 
-    def mean_sequence_losses(self) -> Floats | None:
-        """Return every test sequence's loss averaged over the runs that have a loss; None where one has none."""
+    @property
+    def unit(self) -> str:
+        """The unit of its losses."""
+        return self.metadata[0].measured.unit if self.metadata else NATS
+
+    def mean_parts(self) -> Floats | None:
+        """Return every test part's loss averaged over the runs that have a loss; None where one has none."""
         if len(self.metadata) < len(self.losses) or not self.metadata:
             return None
-        mean: Floats = np.mean([item.sequence_losses for item in self.metadata], axis=0)
+        mean: Floats = np.mean([item.measured.parts for item in self.metadata], axis=0)
         return mean
 
 
-def scores_of(folder: RunFolder, rule: CheckpointRule) -> dict[str, Score]:
-    """Return the stored scores of the checkpoint that the rule names, by the SHA-256 of the test tokens.
+def scores_of(folder: RunFolder, rule: CheckpointRule) -> list[Score]:
+    """Return the stored scores of the checkpoint that the rule names.
 
     `last` is the last step of the whole plan, `averaged` the average of the weights in that checkpoint, `best` the
     checkpoint that looked best while training. Raises ConfigError where there is no score.
@@ -107,7 +116,7 @@ def scores_of(folder: RunFolder, rule: CheckpointRule) -> dict[str, Score]:
     step = (RunRecord.read(folder.run_json).global_steps or 0) - 1
     if rule == "best" and (match := STEP_FOLDER.fullmatch(_target(folder.checkpoints / "best"))):
         step = int(match[1])
-    scores = {score.tokens_sha256: score for score in Score.of_checkpoint(folder, step, rule == "averaged")}
+    scores = list(Score.of_checkpoint(folder, step, rule == "averaged"))
     if not scores:
         what = "averaged weights" if rule == "averaged" else f"{rule} checkpoint"
         command = "test_loss.py --weights averaged" if rule == "averaged" else "test_loss.py"
@@ -125,12 +134,12 @@ def is_diverged(folder: RunFolder) -> bool:
 
 
 def read_runs(folders: Sequence[RunFolder], rule: CheckpointRule) -> list[Result]:
-    """Read runs with the scores on the test tokens that all of them were scored on.
+    """Read runs with their losses on what all of them were scored on (study/measures.py).
 
-    Raises ConfigError where a run has no score, or where there are no tokens that all share.
+    Raises ConfigError where a run has no score, or where they have no test in common.
     """
     problems: list[str] = []
-    scores: dict[str, dict[str, Score]] = {}
+    scores: dict[str, list[Score]] = {}
     for folder in folders:
         if not is_diverged(folder):
             try:
@@ -139,15 +148,8 @@ def read_runs(folders: Sequence[RunFolder], rule: CheckpointRule) -> list[Result
                 problems += error.lines
     if problems:
         raise ConfigError(*problems)
-    shared = set.intersection(*(set(found) for found in scores.values())) if scores else set()
-    if scores and not shared:
-        raise ConfigError(
-            *(f"{run}: scored on {_tests(found)}" for run, found in scores.items()),
-            "these runs were not all scored on the same test tokens, so their losses cannot be compared",
-        )
-    first: dict[str, Score] = next(iter(scores.values()), {})
-    chosen = max(shared, key=lambda sha: (first[sha].tokens, sha), default="")
-    return [_result(folder, scores.get(folder.path.name, {}).get(chosen)) for folder in folders]
+    measured = measure(scores)
+    return [_result(folder, measured.get(folder.path.name)) for folder in folders]
 
 
 def is_scored(folder: RunFolder, rule: CheckpointRule) -> bool:
@@ -158,11 +160,7 @@ def is_scored(folder: RunFolder, rule: CheckpointRule) -> bool:
         return False
 
 
-def _tests(found: dict[str, Score]) -> str:
-    return ", ".join(score.test_in_words() for score in found.values())
-
-
-def _result(folder: RunFolder, score: Score | None) -> Result:
+def _result(folder: RunFolder, found: tuple[Score, Measured] | None) -> Result:
     """Put a run's result together; without a score it diverged. Raises ConfigError where its files changed since."""
     model, train = folder.read_configs()
     seeds = train.seeds()
@@ -173,8 +171,9 @@ def _result(folder: RunFolder, score: Score | None) -> Result:
         train_seed=f"{seeds['order_seed']}/{seeds['dropout_seed']}",
         loss=None,
     )
-    if score is None or score.loss is None:
+    if found is None or found[0].loss is None:
         return result
+    score, measured = found
     if score.model.run_hash != run_hash(model, train):
         raise ConfigError(f"{folder.path}: scored with another model.json or train.json, wanted a new score")
     if score.model.step == IMPORTED_STEP:
@@ -182,14 +181,14 @@ def _result(folder: RunFolder, score: Score | None) -> Result:
             f"{folder.path}: found imported weights, which nobody knows to have seen as many tokens as another run, "
             "wanted a run trained here (--losses compares numbers alone)"
         )
-    return replace(result, loss=float(score.loss), metadata=_metadata(folder, model, train, score))
+    return replace(result, loss=measured.loss, metadata=_metadata(folder, score, measured))
 
 
-def _metadata(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: Score) -> RunMetadata:
+def _metadata(folder: RunFolder, score: Score, measured: Measured) -> RunMetadata:
+    model, train = folder.read_configs()
     step, tokens_seen = score.model.step, score.model.tokens_seen
     if step is None or tokens_seen is None:
         raise ConfigError(f"{score.path}: does not say what the model had seen, wanted a new score")
-    losses, documents = score.read_losses()
     lines = folder.metrics.read()
     last: dict[str, Any] = lines[-1] if lines else {}
     return RunMetadata(
@@ -203,9 +202,8 @@ def _metadata(folder: RunFolder, model: ModelConfig, train: TrainConfig, score: 
         tokens_per_second=folder.metrics.tokens_per_second(),
         cost=last.get("cost"),
         currency=train.currency or "",
-        tokens_sha256=score.tokens_sha256,
-        sequence_losses=losses,
-        documents=documents,
+        tokenizer=score.tokenizer,
+        measured=measured,
         curve=(
             np.array([line["tokens"] for line in lines], dtype=np.float64),
             np.array([math.nan if line["train/loss"] is None else line["train/loss"] for line in lines]),

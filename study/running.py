@@ -52,7 +52,7 @@ def run(name: str, datasets_dir: Path, runs_dir: Path, world_size: int, looks: A
     path = find_experiment(runs_dir, name)
     runs_dir = path.resolve().parent.parent
     experiment = load_experiment(path)
-    check_test_set(experiment, open_run(runs_dir, experiment.runs[0].run), datasets_dir)
+    check_test_set(experiment, runs_dir, datasets_dir)
     if looks is not None:
         experiment = fix_looks(experiment, path, runs_dir, looks)
     place = Place(runs_dir, datasets_dir, world_size)
@@ -171,24 +171,25 @@ def train(folder: RunFolder, datasets_dir: Path, world_size: int) -> int:
     return subprocess.run([sys.executable, *(launcher if world_size > 1 else []), *script]).returncode
 
 
-def check_test_set(experiment: Experiment, folder: RunFolder, datasets_dir: Path) -> None:
-    """Raise DataError where the validation split is too short for the test set: before training, not after it.
+def check_test_set(experiment: Experiment, runs_dir: Path, datasets_dir: Path) -> None:
+    """Raise DataError where an arm's validation split is too short for the test set: before training, not after it.
 
     A dataset that is still to be downloaded cannot be checked yet.
     """
-    model, train = folder.read_configs()
-    if not split_files(datasets_dir / train.scored_dataset, "validation"):
-        return
-    file = open_split(datasets_dir, train.scored_dataset, "validation")
     test_set = experiment.test_set
-    wanted = test_set.start_token + test_set.sequences * model.context_length + 1
-    if file.length < wanted:
-        raise DataError(
-            f"{file.path}: found {file.length:,} tokens, wanted {wanted:,} "
-            f"(--test-start-token {test_set.start_token:,} + --test-batches {test_set.batches} x 6 sequences "
-            f"x {model.context_length} tokens + 1); "
-            "plan anew with fewer, under another --name"
-        )
+    for run in {run.arm: run for run in reversed(experiment.runs)}.values():
+        model, train = open_run(runs_dir, run.run).read_configs()
+        if not split_files(datasets_dir / train.scored_dataset, "validation"):
+            continue
+        file = open_split(datasets_dir, train.scored_dataset, "validation")
+        wanted = test_set.start_token + test_set.sequences * model.context_length + 1
+        if file.length < wanted:
+            raise DataError(
+                f"{file.path}: found {file.length:,} tokens, wanted {wanted:,} "
+                f"(--test-start-token {test_set.start_token:,} + --test-batches {test_set.batches} x 6 sequences "
+                f"x {model.context_length} tokens + 1); "
+                "plan anew with fewer, under another --name"
+            )
 
 
 class ExecutionError(HarnessError):

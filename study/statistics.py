@@ -153,8 +153,11 @@ def moderated(variance: float, df: float, prior: NoisePrior | None, runs: float 
     return (prior.df * runs * prior.sd**2 + own) / total, total
 
 
-def clustered_mean(values: Floats, clusters: NDArray[np.int64]) -> Estimate:
+def clustered_mean(values: Floats, clusters: NDArray[np.int64], weights: Floats | None = None) -> Estimate:
     """Return the mean of values with a standard error robust to clusters of dependent values, few or unequal.
+
+    With `weights` (all 1 if left out) a value counts as so many equal values of its cluster. Of ratios such as bits
+    per byte, weighted by their denominators, that mean is the ratio of the sums.
 
     The variance is CR2 (Bell and McCaffrey 2002, Survey Methodology 28, 169): the sum over clusters of
     (sum of deviations)^2 / (1 - share of the cluster) / n^2. The degrees of freedom are Bell and McCaffrey's, under
@@ -163,15 +166,16 @@ def clustered_mean(values: Floats, clusters: NDArray[np.int64]) -> Estimate:
     arXiv:2411.00640, section 2.2) on G - 1 degrees of freedom. With one cluster nothing is known: the error is
     infinite.
     """
-    mean = float(values.mean())
+    weights = np.ones(len(values)) if weights is None else weights
+    count = float(weights.sum())
+    mean = float(np.average(values, weights=weights))
     _, index = np.unique(clusters, return_inverse=True)
-    sizes = np.bincount(index).astype(np.float64)
+    sizes = np.bincount(index, weights=weights).astype(np.float64)
     if len(sizes) < 2:
         return Estimate(mean, math.inf, 1)
-    sums = np.bincount(index, weights=values - mean).astype(np.float64)
-    weights = 1 / (1 - sizes / len(values))
-    variance = float((weights * sums**2).sum()) / len(values) ** 2
-    within = float(((values - mean) ** 2).sum() - (sums**2 / sizes).sum()) / max(1, len(values) - len(sizes))
+    sums = np.bincount(index, weights=weights * (values - mean)).astype(np.float64)
+    variance = float((sums**2 / (1 - sizes / count)).sum()) / count**2
+    within = float((weights * (values - mean) ** 2).sum() - (sums**2 / sizes).sum()) / max(1, count - len(sizes))
     return Estimate(mean, math.sqrt(variance), _degrees_of_freedom(sizes, within, sums))
 
 

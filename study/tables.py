@@ -14,6 +14,7 @@ from harness.report.text import aligned, markdown_table
 from harness.run.files import json_number
 from study.advice import advice_on, best_buy
 from study.assemble import Study
+from study.measures import BITS
 from study.results import Group, difference_in_words
 from study.statistics import ALPHA, Estimate, sample_sd
 from study.verdicts import Judged, Judgement
@@ -21,8 +22,9 @@ from study.wording import chance, curve_slope, sentence_of, tokens_worth_of
 
 Format = Literal["table", "markdown", "csv", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+LOSS = "test loss"
 HEADINGS = (
-    "recipe", "n", "test loss", "Δ", "95% interval", "se train", "se eval", "t", "df", "p", "Holm p", "P(better)",
+    "recipe", "n", LOSS, "Δ", "95% interval", "se train", "se eval", "t", "df", "p", "Holm p", "P(better)",
     "verdict",
 )  # fmt: skip
 MORE_HEADINGS = ("tok/s", "cost", "worth")
@@ -42,6 +44,8 @@ def as_json(study: Study) -> dict[str, Any]:
         },
         "arms": [_arm_as_json(item, judgement) for item in judgement.arms],
         "family": judgement.family,
+        "unit": judgement.unit,
+        "margin": judgement.rules.margin,
     }
     if study.findings:
         document["findings"] = [
@@ -155,6 +159,8 @@ def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
             ]
         )
     headings = [*HEADINGS, *MORE_HEADINGS, "changes"]
+    if judgement.unit == BITS:
+        headings[headings.index(LOSS)] = BITS
     return headings, rows
 
 
@@ -200,6 +206,14 @@ def table_notes(study: Study) -> list[str]:
     """Return what is to be said of a table as a whole."""
     baseline = study.judgement.baseline
     notes = []
+    if study.judgement.unit == BITS:
+        measured = baseline.metadata[0].measured
+        assert measured.weights is not None
+        notes.append(
+            f"Different tokenizers: losses, differences and the margin of {study.judgement.rules.margin:g} are in "
+            f"{BITS}, on the {len(measured.parts):,} test documents ({int(measured.weights.sum()):,} bytes) that "
+            "every run was scored on from their first byte to their end. No noise known beforehand is lent to them."
+        )
     if baseline.diverged:
         counts = f"{len(baseline.diverged)} of {len(baseline.results)} runs"
         notes.append(f"{baseline.recipe}: {counts} diverged and have no loss: {', '.join(baseline.diverged)}.")

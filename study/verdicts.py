@@ -21,6 +21,8 @@ SLIGHTLY_BETTER, SLIGHTLY_WORSE = "BETTER BY LESS THAN", "WORSE BY LESS THAN"
 CANNOT_TELL, NO_LARGER = "CANNOT TELL", "NO DIFFERENCE LARGER THAN"
 DIVERGES = "DIVERGES"
 MARGIN = 0.01
+SAME_TEXT = 0.05
+"""Runs of different tokenizers saw as much text if it differs by no more than this share."""
 
 
 def tone_of(verdict: str) -> Tone:
@@ -40,7 +42,7 @@ class Rules:
     """How a table is judged."""
 
     margin: float = MARGIN
-    """The smallest difference that matters, in nats per token."""
+    """The smallest difference that matters, in the unit of the losses."""
     given: Noise | None = None
     """A training noise by hand, which overrides what the runs show."""
     find_prior: PriorFinder = no_prior
@@ -105,6 +107,11 @@ class Judgement:
     looks: int = 1
     """How many looks the p values count."""
 
+    @property
+    def unit(self) -> str:
+        """The unit of all losses, differences and margins."""
+        return self.baseline.unit
+
 
 def judge(baseline: Group, arms: Sequence[Group], rules: Rules | None = None) -> Judgement:
     """Judge all arms against the baseline as one family; raises ConfigError where a comparison would be unfair.
@@ -142,21 +149,38 @@ def verdict_of(estimate: Estimate, p: float, p_same: float, margin: float) -> st
 
 
 def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:
-    """Raise ConfigError, with every reason, where arms did not see as many tokens, or other test sequences."""
-    counts = {len(item.sequence_losses) for group in (baseline, *arms) for item in group.metadata}
+    """Raise ConfigError, with every reason, where arms did not see as much as the baseline, or other test sequences.
+
+    That is as many tokens, or with another tokenizer as much text.
+    """
+    counts = {len(item.measured.parts) for group in (baseline, *arms) for item in group.metadata}
     if len(counts) > 1:
         raise ConfigError(f"found scores of {_listed(counts)} sequences, wanted the same test sequences for all runs")
-    seen = {item.tokens_seen for item in baseline.metadata}
-    if len(seen) > 1:
-        raise ConfigError(f"{baseline.recipe}: its replicates saw {_listed(seen)} tokens, wanted the same for all")
+    for group in (baseline, *arms):
+        if len(seen := {item.tokens_seen for item in group.metadata}) > 1:
+            raise ConfigError(f"{group.recipe}: its replicates saw {_listed(seen)} tokens, wanted the same for all")
     problems = [
-        f"{arm.recipe}: saw {_listed({item.tokens_seen for item in arm.metadata})} tokens and {baseline.recipe} "
-        f"{_listed(seen)}, so a difference would not be the change's"
+        f"{arm.recipe}: saw {_seen_in_words(arm)} and {baseline.recipe} {_seen_in_words(baseline)}, so a difference "
+        "would not be the change's"
         for arm in arms
-        if arm.metadata and seen and {item.tokens_seen for item in arm.metadata} != seen
+        if arm.metadata and baseline.metadata and not _saw_as_much(arm, baseline)
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def _saw_as_much(arm: Group, baseline: Group) -> bool:
+    theirs = baseline.metadata[0]
+    if {item.tokens_seen for item in arm.metadata} == {theirs.tokens_seen}:
+        return True
+    text, their_text = arm.metadata[0].text_seen, theirs.text_seen
+    return text is not None and their_text is not None and abs(text / their_text - 1) <= SAME_TEXT
+
+
+def _seen_in_words(group: Group) -> str:
+    text = group.metadata[0].text_seen
+    about = "" if text is None else f" (about {float(f'{text:.3g}'):,.0f} bytes of text)"
+    return f"{_listed({item.tokens_seen for item in group.metadata})} tokens{about}"
 
 
 def _listed(counts: set[int]) -> str:
@@ -190,6 +214,8 @@ def _warnings(baseline: Group, arm: Group) -> list[str]:
     sizes = [group.metadata[0].parameters for group in (baseline, arm) if group.metadata]
     if len(set(sizes)) > 1:
         found.append(f"{sizes[1] - sizes[0]:+,} parameters")
+    if arm.metadata and baseline.metadata and arm.metadata[0].tokenizer != baseline.metadata[0].tokenizer:
+        found.append(f"another tokenizer: saw {_seen_in_words(arm)}, the baseline {_seen_in_words(baseline)}")
     return found
 
 

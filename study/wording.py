@@ -85,9 +85,12 @@ def _divergence(item: Judged) -> str:
 
 
 def curve_slope(baseline: Group) -> float | None:
-    """Return the mean slope of the baseline's training curves, dL/d ln(tokens); None where it is not known."""
-    slopes = [loss_slope(*item.curve) for item in baseline.metadata]
-    known = [slope for slope in slopes if slope is not None]
+    """Return the mean slope of the baseline's training curves, dL/d ln(tokens), in the unit of its test losses.
+
+    None where it is not known.
+    """
+    slopes = [(loss_slope(*item.curve), item.measured.per_nat) for item in baseline.metadata]
+    known = [slope * per_nat for slope, per_nat in slopes if slope is not None]
     return float(np.mean(known)) if known else None
 
 

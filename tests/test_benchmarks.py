@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import generated_code, gpu_check, memory, throughput
+from benchmarks import checkpoint_cost, cuda_check, generated_code, gpu_check, memory, throughput
 from benchmarks.arrangements import (
     PlainObjective,
     Shape,
@@ -23,6 +23,7 @@ from benchmarks.arrangements import (
 from harness.engine.costs import GIB, microbatch_gib
 from harness.engine.loss import Objective
 from harness.run.config import ModelConfig, TrainConfig
+from harness.run.model_size import count_parameters
 from model import GPTModel, initialise, uninitialized_model
 from tests.conftest import Called
 from tests.helpers import REQUIRED_TRAIN, run
@@ -155,6 +156,12 @@ def get_args():
     assert program.kept_bytes == 4000 + 80
 
 
+@pytest.mark.parametrize("sequences", [1, 12, 64, 128, 192])
+def test_the_compiled_loss_is_lean_at_every_size(sequences: int) -> None:
+    """A chunk's logits and their gradient, weight and its gradient, and what the result itself takes."""
+    assert cuda_check.loss_bytes(cuda_check.Case("sm_90", sequences)) <= cuda_check.MOST_LOSS_BYTES
+
+
 def test_memory_estimate_is_what_generated_code_allocates() -> None:
     """The plan's estimate of a micro-batch against benchmarks/results/cuda-check.json, within a tenth."""
     rows = {row["case"]: row for row in json.loads((throughput.RESULTS / "cuda-check.json").read_text())["rows"]}
@@ -168,9 +175,7 @@ def test_memory_estimate_is_what_generated_code_allocates() -> None:
         for words, changes, drop_rate in cases:
             model = replace(throughput.GPT2, drop_rate=drop_rate)
             estimated = microbatch_gib(model, replace(config, **changes)) * 1024
-            if row := rows.get(f"sm_90, {size} x 1024, {words}"):
-                assert estimated == pytest.approx(row["peak_mib"], rel=0.1), words
-    assert len(rows) >= 4
+            assert estimated == pytest.approx(rows[f"sm_90, {size} x 1024, {words}"]["peak_mib"], rel=0.1), words
     assert not any(row["problems"] for row in rows.values())
 
 
@@ -189,6 +194,13 @@ def test_a_step_of_the_gpu_check_that_fails_is_reported_and_the_others_go_on(
         "first",
         "no such card",
     ]
+
+
+def test_the_cost_of_a_checkpoint_is_measured() -> None:
+    shape = Shape(gpu_check.TINY, 2)
+    seconds, size = checkpoint_cost.measure(shape.model, train_config(shape), torch.device("cpu"), rounds=2)
+    assert [len(values) for values in seconds.values()] == [2, 2, 2]
+    assert size > 3 * 4 * count_parameters(shape.model).total
 
 
 @pytest.mark.slow

@@ -241,6 +241,15 @@ def test_clustered_mean_is_cr2_with_its_degrees_of_freedom(sizes: Sequence[int])
     assert found.df == pytest.approx(df)
 
 
+def test_a_weight_counts_as_so_many_equal_values() -> None:
+    generator = np.random.default_rng(9)
+    values, weights = generator.normal(0.1, 1, 12), generator.integers(1, 9, 12)
+    for clusters in (np.arange(12), np.repeat(np.arange(4), 3)):
+        found = clustered_mean(values, clusters, weights.astype(np.float64))
+        wanted = clustered_mean(np.repeat(values, weights), np.repeat(clusters, weights))
+        assert (found.difference, found.se, found.df) == pytest.approx((wanted.difference, wanted.se, wanted.df))
+
+
 @pytest.mark.parametrize("sizes", [(1, 1), (1,) * 20, (5, 5, 5, 5)])
 def test_equal_clusters_are_cluster_robust_least_squares(sizes: Sequence[int]) -> None:
     generator = np.random.default_rng(8)

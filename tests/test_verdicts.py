@@ -20,6 +20,7 @@ from study.advice import advice_on, best_buy
 from study.assemble import Study
 from study.ledger import Entry, Scale, find_noise, load_ledger, record
 from study.losses_table import read_losses
+from study.measures import NATS, Measured
 from study.noise import learn_noise
 from study.results import Group, Result, RunMetadata, group_results
 from study.statistics import Noise, NoisePrior, clustered_mean, moderated, power
@@ -47,6 +48,12 @@ def seeds(*numbers: int) -> Seeds:
     return [(str(number), f"{number}/{number}") for number in numbers]
 
 
+def measured(sequences: NDArray[np.float64], documents: NDArray[np.int64] | None = None) -> Measured:
+    """Make losses of test sequences, two a document unless their documents are given."""
+    documents = np.repeat(np.arange(len(sequences) // 2), 2) if documents is None else documents
+    return Measured(NATS, float(sequences.mean()), sequences, documents)
+
+
 def make_metadata(**changes: Any) -> RunMetadata:
     """Make what a run folder knows, with a test set of 6 documents of 2 sequences."""
     defaults: dict[str, Any] = {
@@ -60,9 +67,8 @@ def make_metadata(**changes: Any) -> RunMetadata:
         "tokens_per_second": None,
         "cost": None,
         "currency": "",
-        "tokens_sha256": "t",
-        "sequence_losses": np.zeros(12),
-        "documents": np.repeat(np.arange(6), 2),
+        "tokenizer": "gpt2",
+        "measured": measured(np.zeros(12)),
         "curve": (np.empty(0), np.empty(0)),
         "samples": (),
     }
@@ -328,8 +334,10 @@ def test_an_arm_equal_on_every_shared_seed_is_no_difference() -> None:
 # --- evaluation noise ----------------------------------------------------------------------------------------
 
 
-def with_sequences(recipe: str, loss: float, sequences: NDArray[np.float64], **changes: Any) -> Group:
-    return make_group(recipe, [loss], sequence_losses=sequences, **changes)
+def with_sequences(
+    recipe: str, loss: float, sequences: NDArray[np.float64], documents: NDArray[np.int64] | None = None
+) -> Group:
+    return make_group(recipe, [loss], measured=measured(sequences, documents))
 
 
 def test_evaluation_noise_is_added_to_training_noise() -> None:
@@ -348,7 +356,7 @@ def test_evaluation_noise_is_added_to_training_noise() -> None:
 
 
 def test_a_diverged_run_does_not_hide_the_test_sequences_of_the_others() -> None:
-    baseline = make_group("base", [3.6, None, 3.61], sequence_losses=np.linspace(3.5, 3.7, 12))
+    baseline = make_group("base", [3.6, None, 3.61], measured=measured(np.linspace(3.5, 3.7, 12)))
     assert judge_one(baseline, with_sequences("it", 3.5, np.linspace(3.4, 3.6, 12))).evaluation is not None
 
 
@@ -509,8 +517,8 @@ def test_advice_on_a_single_run_reckons_with_the_pairs_that_it_would_have() -> N
 
 def test_advice_says_what_no_seed_removes() -> None:
     sequences = np.random.default_rng(5).normal(3.6, 0.1, 12)
-    baseline = make_group("base", [3.6, 3.61], seeds(1, 2), sequence_losses=np.full(12, 3.605))
-    judgement = judge(baseline, [make_group("it", [3.6, 3.609], seeds(1, 2), sequence_losses=sequences)])
+    baseline = make_group("base", [3.6, 3.61], seeds(1, 2), measured=measured(np.full(12, 3.605)))
+    judgement = judge(baseline, [make_group("it", [3.6, 3.609], seeds(1, 2), measured=measured(sequences))])
     assert "no number of seeds; the test set's own uncertainty is 0.0" in advice_on(judgement.arms[0], judgement)
 
 

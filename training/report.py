@@ -1,17 +1,24 @@
 """What a start of a run says at its end, and the last status it leaves."""
 
 import math
+import sys
 from collections import Counter
 
+from harness.run.config import TrainConfig
 from harness.run.plan import Plan
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
 from harness.run.train_state import TrainState
 
 
-def report_devices(names: list[str]) -> None:
-    """Name what a run trains on, given the device of every rank."""
+def report_devices(names: list[str], device_type: str, config: TrainConfig) -> None:
+    """Name what a run trains on, given the device of every rank; warn of a precision that is slow there."""
     print("Training on " + ", ".join(f"{count} x {name}" for name, count in Counter(names).items()))
+    if device_type == "cpu" and config.use_amp and config.amp_dtype == "float16":
+        print(
+            'warning: float16 is many times slower than float32 on a CPU; write "use_amp": false in train.json',
+            file=sys.stderr,
+        )
 
 
 def report_nothing_to_do(folder: RunFolder, plan: Plan, state: TrainState) -> None:

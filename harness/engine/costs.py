@@ -14,6 +14,22 @@ CONTEXT_GIB = 0.7
 NCCL_GIB = 0.5
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What a machine trains with."""
+
+    kind: str
+    """cuda, mps or cpu."""
+    name: str
+    count: int
+    """GPUs, or 1."""
+    memory_gib: float
+    """Of one GPU, or of the machine."""
+    has_bfloat16: bool
+    flops_per_second: float
+    """Of one device in matrix products, at best."""
+
+
 def loss_chunk_rows(device_type: str) -> int:
     """Return the most rows of logits that training holds at a time.
 
@@ -87,9 +103,9 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     and after its activation; and a byte for each of two dropout masks. Rotation, QK norm and the mixing of values
     keep two more tensors each, gates one more hidden layer (where they are not compiled, two). With recomputation a
     block keeps the stream once, and after the loss one block everything. Half-precision copies of the blocks' weights
-    are kept too. The loss holds a chunk of logits and of their gradient, the head in half precision and the head's
-    gradient in float32; where it is not compiled, float32 copies of the logits besides. Tested against
-    `benchmarks/memory.py`, and against generated code in benchmarks/results/cuda-check.json.
+    are kept too, unless compiled code makes them again. The loss holds a chunk of logits and of their gradient, the
+    head in half precision and the head's gradient in float32; where it is not compiled, float32 copies of the logits
+    besides. Tested against `benchmarks/memory.py`, and against generated code in benchmarks/results/cuda-check.json.
     """
     width, product, is_eager = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES, train.compile is False
     pairs = (model.positions == "rotary") + model.qk_norm + model.value_residual
@@ -98,7 +114,8 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     per_block += hidden_layers * feed_forward_width(model) * product
     tokens = train.microbatch_size * model.context_length
     ends = (2 * FLOAT32_BYTES + 3 * product) * width  # embeddings and final norm; the loss's input and its gradient
-    weights = product * count_parameters(model).without_embeddings if train.use_amp else 0
+    keeps_casts = train.use_amp and (is_eager or not train.activation_checkpointing)
+    weights = product * count_parameters(model).without_embeddings if keeps_casts else 0
     per_logit = 2 * product
     if is_eager and train.use_amp:  # the softmax, and in bfloat16 its input
         per_logit += FLOAT32_BYTES + (2 if train.amp_dtype == "bfloat16" and model.logit_softcap is None else 0)

@@ -60,13 +60,18 @@ def sequence_losses(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], 
 
 
 class LossTally:
-    """Adds up token losses in float64: by sequence, by position in the sequence, and by target id."""
+    """Adds up token losses in float64: by sequence, by position in the sequence, by target id, and by document."""
 
-    def __init__(self, context_length: int, vocab_size: int) -> None:
+    def __init__(self, context_length: int, vocab_size: int, document_end: int | None = None) -> None:
+        """Take what batches will be like; `document_end` is the id that ends a document, None where none is known."""
         self._sequences: list[Floats] = []
         self._by_position = np.zeros(context_length)
         self._by_target = np.zeros(vocab_size)
         self._target_count = np.zeros(vocab_size, dtype=np.int64)
+        self._document_end = document_end
+        self._documents: list[Floats] = []
+        self._unfinished = 0.0
+        """Losses of the document that has not ended yet."""
 
     def add(self, losses: Floats, targets: NDArray[np.int64]) -> None:
         """Take a batch: losses in nats and target ids, each (B, T)."""
@@ -75,10 +80,21 @@ class LossTally:
         size = len(self._by_target)
         self._by_target += np.bincount(targets.ravel(), weights=losses.ravel(), minlength=size)
         self._target_count += np.bincount(targets.ravel(), minlength=size)
+        sums = np.cumsum(losses, dtype=np.float64)
+        ended = sums[targets.ravel() == self._document_end] if self._document_end is not None else sums[:0]
+        self._documents.append(np.diff(ended, prepend=-self._unfinished))
+        self._unfinished = float(sums[-1] - ended[-1]) if len(ended) else self._unfinished + float(sums[-1])
 
     def sequence_losses(self) -> Floats:
         """Return each sequence's mean loss in nats per token, (N,)."""
         return np.concatenate(self._sequences)
+
+    def document_losses(self) -> Floats:
+        """Return the summed loss in nats of each document that has ended, with its end, in the order of targets.
+
+        The first may have begun before the targets.
+        """
+        return np.concatenate(self._documents)
 
     def by_position(self) -> list["Bucket"]:
         """Return the mean loss in buckets of positions that double in width: 0, 1, 2-3, 4-7, ..."""

@@ -57,8 +57,8 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative is better") -> str:
-    """Return a chart of differences with their 95% intervals, one a row, around a line at zero."""
+def forest(intervals: Sequence[Interval], unit: str) -> str:
+    """Return a chart of differences with their 95% intervals, one a row, around a line at zero; `unit` in words."""
     row, top, left, right = 30, 8, 180, 16
     ends = [0.0, *(x for item in intervals for x in (item.low, item.high) if math.isfinite(x))]
     pad = 0.05 * (max(ends) - min(ends) or 1.0)
@@ -90,8 +90,8 @@ def forest(intervals: Sequence[Interval], unit: str = "nats per token, negative 
     return _svg(height, "Differences from the baseline with 95% intervals", parts)
 
 
-def curves(series: Sequence[Curve]) -> str:
-    """Draw training curves over tokens, each with its band; values of the first tenth may be cut off."""
+def curves(series: Sequence[Curve], unit: str) -> str:
+    """Draw training curves in a unit over tokens, each with its band; values of the first tenth may be cut off."""
     height, left, right, top, bottom = 360, 52, 12, 10, 40
     late = [np.concatenate([item.low[len(item.low) // 10 :], item.high[len(item.high) // 10 :]]) for item in series]
     values = np.concatenate(late)
@@ -125,9 +125,7 @@ def curves(series: Sequence[Curve]) -> str:
             f"<title>{escape(item.label)}</title>"
             f'<polygon points="{" ".join([*upper, *reversed(lower)])}"/><polyline points="{" ".join(points)}"/></g>'
         )
-    parts.append(
-        f'<text class="tick" x="{left}" y="{height - 5}">train loss, nats per token, by tokens trained on</text>'
-    )
+    parts.append(f'<text class="tick" x="{left}" y="{height - 5}">train loss, {unit}, by tokens trained on</text>')
     return _svg(height, "Training loss by tokens", parts)
 
 

@@ -1,12 +1,16 @@
-"""evals/loss-*.json: a checkpoint's score on test tokens, and a .npz beside it with one loss for every sequence."""
+"""evals/loss-*.json: a checkpoint's score on test tokens, and a .npz beside it with what the score is made of.
+
+The .npz holds one loss for every sequence, and what every whole document of the text cost, whatever its tokens are:
+by that, runs of different tokenizers compare.
+"""
 
 import io
 import json
 import math
 import sys
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,6 +24,36 @@ from harness.run.files import json_number, read_bytes, read_json, write_bytes, w
 from harness.run.provenance import RunRecord
 from harness.run.recipe import recipe_hash, run_hash
 from harness.run.run_folder import AVERAGED_FILE, RunFolder, run_of_model_file
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """What the test documents cost that were predicted whole, from first token to document end: arrays (D,)."""
+
+    keys: NDArray[np.uint64]
+    """The first 8 bytes of the SHA-256 of each one's UTF-8 text, by which tokenizers know the same document."""
+    num_bytes: NDArray[np.int64]
+    """Of UTF-8; not 0."""
+    tokens: NDArray[np.int64]
+    """With the document end."""
+    nats: NDArray[np.float64]
+    """Summed over its tokens."""
+
+    @classmethod
+    def none(cls) -> "DocumentLosses":
+        """Return those of a test set without whole documents, or of a tokenizer that is not known."""
+        return cls(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+
+
+@dataclass(frozen=True)
+class ScoreArrays:
+    """The content of a score's .npz: N sequences, D documents."""
+
+    sequence_losses: NDArray[np.float64]
+    """Each sequence's mean loss in nats per token, (N,)."""
+    sequence_documents: NDArray[np.int64]
+    """The number of the document that each sequence begins in, (N,)."""
+    documents: DocumentLosses
 
 
 @dataclass(frozen=True)
@@ -48,6 +82,8 @@ class Score:
     tokens: int
     sequences: int = 0
     tokens_sha256: str
+    tokenizer: str | None = None
+    """Of the tokens: its identity, equal for two that encode every text alike; None where it is not known."""
     loss: float | None
     """None where it is not finite."""
     perplexity: float | None = None
@@ -74,7 +110,7 @@ class Score:
         model = {key: known.pop(key) for key in ScoredModel.__dataclass_fields__ if key in known}
         try:
             score = SCORE.validate_json(json.dumps({**known, "model": model, "path": str(path)}), strict=True)
-            score.read_losses()
+            score.read_arrays()
         except ValidationError:
             return None
         except ConfigError as error:
@@ -90,11 +126,17 @@ class Score:
             if (score := cls.read(path)) is not None:
                 yield score
 
-    def write(self, losses: NDArray[np.float64], documents: NDArray[np.int64]) -> None:
-        """Write each sequence's mean loss and document number, both (N,), and then the score."""
-        arrays = io.BytesIO()
-        np.savez(arrays, sequence_losses=losses, sequence_documents=documents)
-        write_bytes(self.path.with_suffix(".npz"), arrays.getvalue())
+    def write(self, arrays: ScoreArrays) -> None:
+        """Write the arrays and then the score."""
+        file = io.BytesIO()
+        documents = {f"document_{name}": array for name, array in vars(arrays.documents).items()}
+        np.savez(
+            file,
+            sequence_losses=arrays.sequence_losses,
+            sequence_documents=arrays.sequence_documents,
+            **documents,
+        )
+        write_bytes(self.path.with_suffix(".npz"), file.getvalue())
         document = asdict(self)
         del document["path"]
         of_run = document.pop("model")
@@ -102,21 +144,23 @@ class Score:
             of_run = {key: of_run[key] for key in ("model_file", "model_sha256")}
         write_json(self.path, {**document, **of_run, "time": document["time"]})
 
-    def read_losses(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return each sequence's mean loss, and the number of the document that it begins in, both (N,).
+    def read_arrays(self) -> ScoreArrays:
+        """Read what the score is made of; raises ConfigError where it cannot be read or is something else.
 
-        Raises ConfigError where the file cannot be read or holds something else.
+        Earlier versions kept no documents: there are none then.
         """
         path = self.path.with_suffix(".npz")
         try:
             with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
-                losses, documents = arrays["sequence_losses"], arrays["sequence_documents"]
+                sequences = arrays["sequence_losses"], arrays["sequence_documents"]
+                documents = DocumentLosses.none()
+                if "document_keys" in arrays:
+                    documents = DocumentLosses(*(arrays[f"document_{item.name}"] for item in fields(DocumentLosses)))
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
             raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
-        kinds = losses.dtype.kind, documents.dtype.kind
-        if losses.ndim != 1 or losses.shape != documents.shape or kinds not in (("f", "i"), ("f", "u")):
+        if not (_are_alike(sequences, "fi") and _are_alike(tuple(vars(documents).values()), "uiif")):
             raise ConfigError(f"{path}: found something else than a loss and a document for each sequence")
-        return losses, documents
+        return ScoreArrays(*sequences, documents)
 
     def test_in_words(self) -> str:
         """Return a description of the test tokens."""
@@ -124,6 +168,14 @@ class Score:
 
 
 SCORE = TypeAdapter(Score)
+
+
+def _are_alike(arrays: Sequence[NDArray[Any]], kinds: str) -> bool:
+    """Return whether arrays have one dimension, one length and these kinds of number; "i" may be unsigned too."""
+    return len({array.shape for array in arrays}) == 1 and all(
+        array.ndim == 1 and array.dtype.kind in ("iu" if kind == "i" else kind)
+        for array, kind in zip(arrays, kinds, strict=True)
+    )
 
 
 def scored_name(weights: Path) -> str:

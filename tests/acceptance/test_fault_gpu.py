@@ -87,7 +87,9 @@ def test_a_checkpoint_of_gpt2_small_is_saved_and_verified_in_seconds(tmp_path: P
     optimizer.zero_grad()
     scaler = torch.amp.GradScaler("cuda")
     began = time.monotonic()
-    snapshot = checkpoint.snapshot(model, optimizer, scaler, TrainState(next_step=1), ResumeIdentity({}))
+    snapshot = checkpoint.snapshot(
+        model, optimizer, scaler, TrainState(next_step=1, optimizer_steps=1), ResumeIdentity({})
+    )
     taken = time.monotonic()
     saved = checkpoint.write(RunFolder(tmp_path), snapshot)
     written = time.monotonic()

@@ -277,7 +277,7 @@ def test_table_of_the_baseline_alone_has_nothing_to_compare(call: Callable[..., 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("verb", ["plan", "run", "compare", "report", "noise"])
+@pytest.mark.parametrize("verb", ["new", "plan", "run", "compare", "report", "noise"])
 def test_help_needs_no_torch_and_fits_a_screen(tmp_path: Path, verb: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

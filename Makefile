@@ -21,11 +21,11 @@ $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 
 # Trains a small model on Python's language reference, shows what it has learned, and judges a first change to a recipe:
 # dropout on or off, on three seeds, two runs at a time on a core each.
-DATASETS := datasets/python-reference datasets/python-reference-bytes
-datasets/python-reference: TOKENIZER = train:2048
-datasets/python-reference-bytes: TOKENIZER = bytes
-$(DATASETS): $(VENV)/.installed
-	$(BIN)/python prepare_dataset.py python-reference $@ --tokenizer $(TOKENIZER) --validation-fraction 0.1
+DATASETS := $(patsubst %,datasets/%/train.safetensors,python-reference python-reference-bytes)
+datasets/python-reference/train.safetensors: TOKENIZER := train:2048
+datasets/python-reference-bytes/train.safetensors: TOKENIZER := bytes
+$(DATASETS): | $(VENV)/.installed
+	$(BIN)/python prepare_dataset.py python-reference $(@D) --tokenizer $(TOKENIZER) --validation-fraction 0.1
 
 quickstart: $(VENV)/.installed $(DATASETS)
 	$(BIN)/python ddp_train.py $(RUN) datasets

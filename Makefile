@@ -11,24 +11,37 @@ RUN := quickstart
 TORCH := $(shell sed -n 's/^    "\(torch[><=].*\)",$$/\1/p' pyproject.toml)
 $(VENV)/.installed: requirements/train.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --no-deps --require-hashes --requirement $<
+	$(BIN)/python -m pip install "$(TORCH)"
 	touch $@
 
 $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
 	touch $@
 
-# Trains a small model on Python's own documentation, scores it, and lets it write.
-quickstart: $(VENV)/.installed
-	test -f datasets/python-docs/train.safetensors || \
-	  $(BIN)/python prepare_dataset.py python-docs datasets/python-docs --validation-fraction 0.05
-	$(BIN)/torchrun --standalone --nproc_per_node=1 ddp_train.py $(RUN) datasets
-	$(BIN)/python test_loss.py datasets runs/$(RUN)/model.json runs/$(RUN)/checkpoints/latest/model.safetensors \
-	  --dataset python-docs --start-token 0 --batches 20
-	$(BIN)/python test_smoke.py runs/$(RUN)/model.json runs/$(RUN)/checkpoints/latest/model.safetensors \
-	  --prompt "Return a new list" --seed 1
-	@echo "Charts, samples and numbers of the run: open runs/$(RUN)/training-run-chart.html"
+# Trains a small model on Python's language reference, shows what it has learned, and judges a first change to a recipe:
+# dropout on or off, on three seeds, two runs at a time on a core each.
+DATASETS := $(patsubst %,datasets/%/train.safetensors,python-reference python-reference-bytes)
+datasets/python-reference/train.safetensors: TOKENIZER := train:2048
+datasets/python-reference-bytes/train.safetensors: TOKENIZER := bytes
+$(DATASETS): | $(VENV)/.installed
+	$(BIN)/python prepare_dataset.py python-reference $(@D) --tokenizer $(TOKENIZER) --validation-fraction 0.1
+
+quickstart: $(VENV)/.installed $(DATASETS)
+	$(BIN)/python ddp_train.py $(RUN) datasets
+	$(BIN)/python test_loss.py datasets --run $(RUN)
+	$(BIN)/python -m harness.report.terminal $(RUN)
+	@echo; echo "What it writes, before training and after:"
+	$(BIN)/python test_smoke.py --timeline $(RUN) --prompt "The statement" --num-tokens 150 --temperature 0.8 --seed 1
+	@echo; echo "Does it help to train without dropout? Three runs each with and without it, on the same three seeds:"
+	test -f runs/first-verdict/experiment.json || \
+	  $(BIN)/python experiment.py plan lab runs/lab/no-dropout.json --name first-verdict --seeds 1,2,3 --test-batches 100
+	OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets >/dev/null 2>&1 & \
+	  OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets; wait
+	$(BIN)/python experiment.py compare --experiment first-verdict
+	@printf '\n%s\n' "Next: charts and samples of the run:   open runs/$(RUN)/training-run-chart.html" \
+	  "      let it go on with what you type: $(BIN)/python test_smoke.py --run $(RUN) --interactive" \
+	  "      a run of your own text:          $(BIN)/python prepare_dataset.py \"books/*.txt\" datasets/books"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -25,6 +25,7 @@ from harness.run.metrics_file import MetricsFile
 from harness.run.plan import Plan
 from harness.run.train_state import TrainState
 
+PROGRESS = "Training: {percentage:3.0f}% |{bar:24}| step {n_fmt} of {total_fmt}, {remaining} left{postfix}"
 VALUES_PER_RANK = 4  # mean, lowest and highest micro-batch loss, and whether this rank was asked to stop
 
 
@@ -106,7 +107,11 @@ class StepLog:
         self._began = now - self.progress.elapsed_seconds
         self._step_began = now
         self._bar = progress_bar(
-            self.plan.global_steps, "step", initial=self.progress.next_step, disable=not self.launch.is_main
+            self.plan.global_steps,
+            "step",
+            initial=self.progress.next_step,
+            disable=not self.launch.is_main,
+            bar_format=PROGRESS,
         )
 
     def submit(self, step: int, pending: PendingMetrics, learning_rate: float) -> None:
@@ -127,7 +132,7 @@ class StepLog:
         tokens_per_second = self.plan.tokens_per_global_step / max(metrics.done_at - self._step_began, 1e-9)
         self._step_began = metrics.done_at
         self._line = self._describe(step, metrics, learning_rate, tokens_per_second)
-        self._bar.set_postfix({"loss": f"{metrics.loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}, refresh=False)
+        self._bar.set_postfix_str(f"loss {metrics.loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
 
     def settle(self, **extras: object) -> None:

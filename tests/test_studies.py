@@ -9,11 +9,17 @@ import pytest
 
 from tests.helpers import ROOT
 
+STUDIES = ROOT / "studies"
+NAMES = ("*/experiment.json", "*/plan.json", "tokens.csv")
+JUDGED = [path for page in STUDIES.glob("*/README.md") for name in NAMES for path in page.parent.glob(name)]
 
-@pytest.mark.parametrize("readme", sorted((ROOT / "studies").glob("*/README.md")), ids=lambda path: path.parent.name)
-def test_a_study_still_comes_to_its_verdicts(readme: Path) -> None:
-    (experiment,) = [*readme.parent.glob("*/experiment.json"), *readme.parent.glob("*/plan.json")]
-    words = ["experiment.py", "compare", "--experiment", experiment, "--format", "json"]
+
+@pytest.mark.parametrize("judged", sorted(JUDGED), ids=lambda path: str(path.relative_to(STUDIES)))
+def test_a_study_still_comes_to_its_verdicts(judged: Path) -> None:
+    is_table = judged.suffix == ".csv"
+    readme = STUDIES / judged.relative_to(STUDIES).parts[0] / "README.md"
+    what = ["--losses", judged, "--baseline", "reached"] if is_table else ["--experiment", judged]
+    words = ["experiment.py", "compare", *what, "--format", "json"]
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=600
     )

@@ -91,6 +91,6 @@ lock: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.fuzz --output benchmarks/results/fuzz.txt $(FUZZ)
 
-# Kills a run at random 220 times and races 50 pairs of trainers for one: 20 minutes on two cores.
+# Kills all that writes at random, races trainers, copies live runs (SOAK="--command-kills 100 --steps 0" and others).
 soak: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.soak --output benchmarks/results/soak.txt
+	$(BIN)/python -m benchmarks.soak --output benchmarks/results/soak.txt $(SOAK)

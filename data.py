@@ -134,6 +134,11 @@ class TrainData:
         block = torch.from_numpy(np.stack([self.parts[part].read(index) for part, index in places]))  # (B, T + 1)
         return block[:, :-1], block[:, 1:]
 
+    def epochs(self) -> list[float]:
+        """Return how often the plan goes through each dataset."""
+        counts = self.mixture.counts(self.plan.global_steps * self.plan.global_batch)
+        return [count / part.sequences for part, count in zip(self.parts, counts, strict=True)]
+
     def spans(self) -> list[tuple[int, int]]:
         """Return the first token and the number of tokens that the plan may read of each file.
 

@@ -27,6 +27,7 @@ from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
 from study.assemble import PRIORS, ComparisonRequest, PriorChoice, assemble
 from study.designs import DESIGNS, RESOLUTIONS
+from study.experiment import find_experiment, load_experiment
 from study.following import follow
 from study.looking import note_unplanned
 from study.looks import RULES
@@ -245,14 +246,13 @@ def report_verb(words: list[str]) -> None:
     parser.add_argument("--output", type=new_file, default=Path("report.html"), help="(default: report.html)")
     parser.add_argument("--follow", action="store_true", help="write it anew while runs train, with their curves")
     sources, parsed = _sources(parser, words)
-    title = parsed.title or (f"Experiment {sources.experiment}" if sources.experiment else "Runs compared")
+    experiment = find_experiment(sources.runs_dir, sources.experiment) if sources.experiment else None
+    title = parsed.title or (f"Experiment {load_experiment(experiment).name}" if experiment else "Runs compared")
     if parsed.follow:
         print(f"Writing {parsed.output} every {SECONDS_TO_RELOAD} seconds until its runs are done", flush=True)
         follow(sources.request(), title, parsed.output)
     else:
-        study = assemble(sources.request())
-        title = f"Experiment {study.experiment.name}" if study.experiment and not parsed.title else title
-        write_text(parsed.output, page(study, title))
+        write_text(parsed.output, page(assemble(sources.request()), title))
     print(f"Wrote {parsed.output}")
 
 

@@ -26,7 +26,7 @@ import data
 from harness.engine.distributed import Launch, choose_device, set_up_kernels
 from harness.engine.evaluate import Bucket, LossTally, token_loss_batches
 from harness.engine.opening import open_weights
-from harness.engine.resume import find_weights
+from harness.engine.resume import find_model
 from harness.run.arguments import add_device, add_runs_dir, parse_into, parser_of, whole_number
 from harness.run.config import ModelConfig, load_model_config
 from harness.run.console import progress_bar
@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
-    model_json, file = find_model(arguments)
+    model_json, file = find_scored(arguments)
     config, weights = load_model_config(model_json), open_weights(file)
     scored = describe_model(weights.path, weights.sha256)  # now: a live run may delete the checkpoint meanwhile
     test = open_test_tokens(
@@ -181,15 +181,10 @@ def parse_arguments() -> ScoreArguments:
     return arguments
 
 
-def find_model(arguments: ScoreArguments) -> tuple[Path, Path]:
+def find_scored(arguments: ScoreArguments) -> tuple[Path, Path]:
     """Return the files of the model and of its weights; raises ConfigError, also where there is no average."""
-    if arguments.run is not None:
-        folder, step = find_weights(arguments.runs_dir, arguments.run)
-        model_json, last = folder.model_json, folder.weights(step)
-    else:
-        assert arguments.model_json is not None
-        assert arguments.model_safetensors is not None
-        model_json, last = arguments.model_json, arguments.model_safetensors
+    files = arguments.model_json, arguments.model_safetensors
+    model_json, last = find_model(arguments.runs_dir, arguments.run, files)
     path = last if arguments.weights == "last" else last.with_name(AVERAGED_FILE)
     if path != last and last.exists() and not path.exists():
         raise ConfigError(

@@ -17,7 +17,7 @@ import torch
 from harness.engine.chat import chat
 from harness.engine.distributed import Launch, choose_device, set_up_kernels
 from harness.engine.opening import Weights, open_weights
-from harness.engine.resume import find_weights
+from harness.engine.resume import find_model
 from harness.engine.sampling import SampleSettings, continue_text
 from harness.run.arguments import add_device, add_runs_dir, parse_into, parser_of, positive_or_zero, whole_number
 from harness.run.config import ModelConfig, load_model_config
@@ -55,13 +55,8 @@ def main() -> None:
     if arguments.timeline is not None:
         sample_timeline(arguments, open_run(arguments.runs_dir, arguments.timeline), device)
         return
-    if arguments.run is not None:
-        folder, step = find_weights(arguments.runs_dir, arguments.run)
-        model_json, weights = folder.model_json, folder.weights(step)
-    else:
-        assert arguments.model_json is not None
-        assert arguments.model_safetensors is not None
-        model_json, weights = arguments.model_json, arguments.model_safetensors
+    files = arguments.model_json, arguments.model_safetensors
+    model_json, weights = find_model(arguments.runs_dir, arguments.run, files)
     config = load_model_config(model_json)
     opened = open_weights(weights)
     tokenizer = require_tokenizer(model_json.with_name(TOKENIZER_FILE), config.vocab_size)

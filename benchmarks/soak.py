@@ -1,331 +1,76 @@
-"""Kill a two-process run at random, many times, and race pairs of trainers for one run; count what was lost.
+"""Kill, copy and race everything that writes, many times, and count what was lost.
 
-  python -m benchmarks.soak --kills 200 --launcher-kills 20 --races 50 --seed 1
+  python -m benchmarks.soak --seed 1
+  python -m benchmarks.soak --command-kills 0 --copies 0 --steps 0     # the trainer's kills and races alone
 
-Kills strike at moments drawn by the seed, at any time of a start. Most strike two workers that were forked from a
-process with torch in memory, which makes a start quick, and hit rank 0, rank 1 or both; the launcher kills strike
-runs under `torchrun --max-restarts 3`, and hit a rank, both, the launcher or everything. Whatever has died is started
-again with the same command until the run is complete; then its model, optimizer, state and losses must equal those of
-an untouched run to the bit. A run has lost something if they do not, or if a start went further back than
-the newest checkpoint that was complete before the kill.
+Parts, each with its number of repeats as an option; 0 leaves it out:
+
+- `--command-kills` of each of scoring, export, preparation and `experiment.py run`, at moments drawn from the time
+  that the command needs. Whatever lies in place after a kill must be what an untouched command leaves, to the bit,
+  and the same command again must complete it.
+- `--copies` of a run's folder, made file by file while it trains; training goes on from the copy, and must end with
+  the bits of the untouched run or be refused in one line.
+- `--steps` global steps of one process, whose memory, descriptors and threads must not grow.
+- `--kills` of forked workers, `--launcher-kills` of runs under torchrun, `--races` of two trainers for one run.
 """
 
 import argparse
-import json
 import os
 import platform
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from harness.run.files import ROOT
-from tests.helpers import final_bits, status, workers, write_run, write_toy_dataset
-
-STEPS = 80
-INTERVAL = 5
-# All that could make a resumed run differ: dropout, accumulation, float16 with its scaler, a schedule, shuffling.
-TRAIN = {
-    "min_train_tokens": STEPS * 8 * 16,
-    "microbatch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "checkpoint_interval": INTERVAL,
-    "checkpoints_to_keep": 3,
-    "use_amp": True,
-    "schedule_learning_rate": True,
-    "warmup_period_percent": 10,
-    "clipping_max_norm": 0.5,
-    "shuffle": True,
-}
-RANKS = ("rank 0", "rank 1", "both ranks")
-VICTIMS = (*RANKS, "launcher", "everything")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@dataclass
-class Tally:
-    """What the soak has seen."""
-
-    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VICTIMS, 0))
-    during_start: int = 0
-    runs: int = 0
-    equal_runs: int = 0
-    steps_back: int = 0
-    races: int = 0
-    won_once: int = 0
-    slowest_refusal: float = 0.0
-    problems: list[str] = field(default_factory=list)
-    pending: tuple[str, int | None, int] | None = None
-    """Of the last kill: the run, the newest complete checkpoint, and the starts until then."""
-
-    def count(self, victim: str, is_early: bool) -> None:
-        """Count a kill; an early one struck before its start had begun to train."""
-        self.kills[victim] += 1
-        self.during_start += is_early
-
-    @property
-    def kill_count(self) -> int:
-        """Kills so far."""
-        return sum(self.kills.values())
+from benchmarks.soak_commands import JOBS, kill_commands
+from benchmarks.soak_live import copy_live_runs, train_long
+from benchmarks.soak_training import kill_runs, race_pairs
 
 
 def main() -> None:
     """Soak, print the tally, and exit with status 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="of forked workers")
-    parser.add_argument("--launcher-kills", type=int, default=20, help="of runs under torchrun")
-    parser.add_argument("--races", type=int, default=50, help="pairs of trainers started together on one run")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the printed result here too")
+    parser.add_argument("--command-kills", type=int, default=40, metavar="N", help="of each kind of command")
+    parser.add_argument("--copies", type=int, default=40, metavar="N", help="of folders of runs that train")
+    parser.add_argument("--steps", type=int, default=10_000, metavar="N", help="of the run that is watched")
+    parser.add_argument("--kills", type=int, default=200, metavar="N", help="of forked workers")
+    parser.add_argument("--launcher-kills", type=int, default=20, metavar="N", help="of runs under torchrun")
+    parser.add_argument("--races", type=int, default=50, metavar="N", help="pairs of trainers started on one run")
+    parser.add_argument("--seed", type=int, default=1, metavar="N")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the printed result here too")
     arguments = parser.parse_args()
-    draw, tally, began = random.Random(arguments.seed), Tally(), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="soak-") as place:
-        base = Path(place)
-        write_toy_dataset(base)
-        reference = write_run(base / "runs" / "reference", {}, TRAIN)
-        untouched_seconds = run_untouched(base, reference)
-        for kills, kill_one in ((arguments.kills, kill_forks), (arguments.launcher_kills, kill_launch)):
-            wanted = tally.kill_count + kills
-            while tally.kill_count < wanted:
-                folder = write_run(base / "runs" / f"killed-{tally.runs}", {}, TRAIN)
-                while not is_complete(folder):
-                    kill_one(base, folder, draw, tally, tally.kill_count < wanted)
-                    wait_for_workers_to_leave(folder, tally)
-                tally.runs += 1
-                if final_bits(folder) == final_bits(reference):
-                    tally.equal_runs += 1
-                else:
-                    tally.problems.append(f"{folder.name}: not the bits of the untouched run")
-                print(f"{tally.kill_count} kills, {tally.equal_runs} of {tally.runs} runs equal", flush=True)
-        for number in range(arguments.races):
-            race(base, write_run(base / "runs" / f"race-{number}", {}, TRAIN), tally)
-            print(f"{tally.races} races, {tally.won_once} with exactly one trainer", flush=True)
-    text = describe(tally, arguments.seed, untouched_seconds, time.monotonic() - began)
+    began = time.monotonic()
+    lines: list[str] = []
+    problems: list[str] = []
+    parts = [
+        *((kill_commands(job), arguments.command_kills) for job in JOBS),
+        (copy_live_runs, arguments.copies),
+        (train_long, arguments.steps),
+        (kill_runs(arguments.launcher_kills), arguments.kills),
+        (race_pairs, arguments.races),
+    ]
+    for part, repeats in parts:
+        if repeats:
+            # Each part draws its own moments, so that leaving one out changes no other.
+            draw = random.Random(f"{arguments.seed} {len(lines)}")
+            with tempfile.TemporaryDirectory(prefix="soak-") as place:
+                found = part(Path(place), draw, repeats, problems)
+            print(found, flush=True)
+            lines.append(found)
+    minutes = (time.monotonic() - began) / 60
+    head = [
+        f"Soak of {datetime.now(UTC):%Y-%m-%d}, seed {arguments.seed}, {minutes:.0f} minutes",
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs",
+    ]
+    text = "\n".join([*head, *lines, f"Lost: {len(problems)}", *(f"  {problem}" for problem in problems)])
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")
-    sys.exit(1 if tally.problems else 0)
-
-
-def command(base: Path, folder: Path) -> list[str]:
-    """Return the command that a user would repeat."""
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"),
-        *("ddp_train.py", folder.name, str(base), "--runs-dir", str(folder.parent), "--device", "cpu"),
-    ]
-
-
-def launch(words: list[str]) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, silently."""
-    silent = subprocess.DEVNULL
-    return subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=silent, stderr=silent, start_new_session=True)
-
-
-def run_untouched(base: Path, folder: Path) -> float:
-    """Train the reference and give the seconds that it took."""
-    began = time.monotonic()
-    if launch(command(base, folder)).wait() != 0:
-        raise RuntimeError(f"the untouched run failed: {status(folder)}")
-    return time.monotonic() - began
-
-
-def kill_forks(base: Path, folder: Path, draw: random.Random, tally: Tally, kills: bool) -> None:
-    """Start two workers once, kill one or both of them at a random moment, and see that the other leaves."""
-    recorded = len(starts_of(folder))
-    with workers(folder, base, count=2) as ranks:
-        if kills:
-            wait_for_the_moment(lambda: ranks[0].process.is_alive(), folder, draw, longest=1.0)
-            victim = draw.choice(RANKS)
-            newest = newest_complete(folder)
-            before = len(starts_of(folder))
-            for pid in [ranks[0].pid, ranks[1].pid] if victim == "both ranks" else [ranks[int(victim[-1])].pid]:
-                send_kill(pid)
-            tally.count(victim, before == recorded)
-            tally.pending = (folder.name, newest, before)
-            time.sleep(0.1)
-            for rank in ranks:
-                if rank.process.is_alive():
-                    rank.send(signal.SIGTERM)  # as torchrun asks the others to leave
-        for rank in ranks:
-            rank.process.join(60)
-            if rank.process.is_alive():
-                tally.problems.append(f"{folder.name}: a worker hung for a minute after the other was killed")
-    check_no_step_back(folder, tally)
-
-
-def kill_launch(base: Path, folder: Path, draw: random.Random, tally: Tally, kills: bool) -> None:
-    """Start the run under torchrun and kill parts of it until nothing is left to kill or it has ended."""
-    recorded = len(starts_of(folder))
-    process = launch(command(base, folder))
-    while kills and process.poll() is None:
-        wait_for_the_moment(lambda: process.poll() is None, folder, draw, longest=6.0)
-        if process.poll() is not None:
-            break
-        victim = draw.choice(VICTIMS)
-        found = workers_of(folder)
-        chosen = {
-            "rank 0": [pid for pid, rank in found.items() if rank == "0"],
-            "rank 1": [pid for pid, rank in found.items() if rank == "1"],
-            "both ranks": list(found),
-            "launcher": [process.pid],
-            "everything": [process.pid, *found],
-        }[victim] or [process.pid]  # no worker yet: the launcher is all there is
-        newest, before = newest_complete(folder), len(starts_of(folder))
-        for pid in chosen:
-            send_kill(pid)
-        tally.count(victim, before == recorded)
-        tally.pending = (folder.name, newest, before)
-        if process.pid in chosen:
-            process.wait()
-        deadline = time.monotonic() + 60
-        while process.poll() is None and len(starts_of(folder)) == before and time.monotonic() < deadline:
-            time.sleep(0.02)
-        check_no_step_back(folder, tally)
-    try:
-        process.wait(timeout=120)
-    except subprocess.TimeoutExpired:
-        tally.problems.append(f"{folder.name}: hung for two minutes; {status(folder)}")
-        process.kill()
-    check_no_step_back(folder, tally)
-
-
-def check_no_step_back(folder: Path, tally: Tally) -> None:
-    """See whether the first start after the last kill began after the newest checkpoint that stood then."""
-    if tally.pending is None or tally.pending[0] != folder.name:
-        return
-    _, newest, before = tally.pending
-    later = starts_of(folder)[before:]
-    if not later:
-        return
-    tally.pending = None
-    if newest is not None and int(str(later[0]["from_step"])) <= newest:
-        tally.steps_back += 1
-        tally.problems.append(f"{folder.name}: resumed from {later[0]['from_step']} though {newest} was complete")
-
-
-def wait_for_the_moment(is_alive: Callable[[], bool], folder: Path, draw: random.Random, longest: float) -> None:
-    """Wait for the moment of a kill: in one of four at any time of a start, else while the run is training."""
-    deadline = time.monotonic()
-    if draw.random() < 0.25:
-        deadline += draw.uniform(0.0, longest)
-    else:
-        lines = folder / "metrics.jsonl"
-        before = lines.stat().st_mtime_ns if lines.exists() else 0
-        while is_alive() and (not lines.exists() or lines.stat().st_mtime_ns == before):
-            time.sleep(0.002)
-        deadline = time.monotonic() + draw.uniform(0.0, 1.0)
-    while is_alive() and time.monotonic() < deadline:
-        time.sleep(0.001)
-
-
-def send_kill(pid: int) -> None:
-    """Send SIGKILL to a process that may have ended in the meantime."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def workers_of(folder: Path) -> dict[int, str]:
-    """Return process numbers and ranks of the run's workers."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if b"ddp_train.py" not in words or folder.name.encode() not in words or b"torch.distributed.run" in words:
-                continue
-            environment = dict(pair.partition(b"=")[::2] for pair in (entry / "environ").read_bytes().split(b"\0"))
-        except OSError:
-            continue  # it has just ended
-        found[int(entry.name)] = environment.get(b"RANK", b"").decode()
-    return found
-
-
-def wait_for_workers_to_leave(folder: Path, tally: Tally) -> None:
-    """Wait for orphans to notice that their launcher is gone."""
-    deadline = time.monotonic() + 30
-    while workers_of(folder):
-        if time.monotonic() > deadline:
-            tally.problems.append(f"{folder.name}: workers outlived their launcher by half a minute")
-            for pid in workers_of(folder):
-                os.kill(pid, signal.SIGKILL)
-            return
-        time.sleep(0.05)
-
-
-def newest_complete(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint that has a manifest, which is written last."""
-    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*/manifest.json")]
-    return max(steps, default=None)
-
-
-def starts_of(folder: Path) -> list[dict[str, object]]:
-    """Return what run.json says of the run's starts."""
-    try:
-        starts: list[dict[str, object]] = json.loads((folder / "run.json").read_text())["starts"]
-    except OSError:
-        return []
-    return starts
-
-
-def is_complete(folder: Path) -> bool:
-    """Say whether the run says that it is complete."""
-    return (folder / "status.json").exists() and status(folder)["state"] == "complete"
-
-
-def race(base: Path, folder: Path, tally: Tally) -> None:
-    """Start two trainers on one run at once: one must train it to its end, the other be refused in seconds."""
-    began = time.monotonic()
-    words = [
-        sys.executable,
-        "ddp_train.py",
-        folder.name,
-        str(base),
-        "--runs-dir",
-        str(folder.parent),
-        "--device",
-        "cpu",
-    ]
-    pair = [launch(words), launch(words)]
-    ends: dict[int, float] = {}
-    while len(ends) < 2:
-        for number, process in enumerate(pair):
-            if process.poll() is not None:
-                ends.setdefault(number, time.monotonic() - began)
-        time.sleep(0.01)
-    statuses = sorted(process.returncode for process in pair)
-    tally.races += 1
-    if statuses == [0, 5] and is_complete(folder):
-        tally.won_once += 1
-        tally.slowest_refusal = max(tally.slowest_refusal, min(ends.values()))
-    else:
-        tally.problems.append(f"{folder.name}: exit statuses {statuses}, {status(folder)['state']}")
-
-
-def describe(tally: Tally, seed: int, untouched_seconds: float, seconds: float) -> str:
-    """Return the result as it is printed."""
-    kills = ", ".join(f"{name} {count}" for name, count in tally.kills.items())
-    lines = [
-        f"Soak of {datetime.now(UTC):%Y-%m-%d}, seed {seed}, {seconds / 60:.0f} minutes",
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs",
-        f"A run: {STEPS} global steps, a checkpoint every {INTERVAL}, {untouched_seconds:.0f} seconds if untouched",
-        f"Kills: {tally.kill_count} ({kills}), {tally.during_start} of them before the start had begun to train",
-        f"Runs: {tally.runs}, completed with the bits of the untouched run: {tally.equal_runs}",
-        f"Starts that went back beyond the newest complete checkpoint: {tally.steps_back}",
-        f"Races for one run: {tally.races}, exactly one trained: {tally.won_once} "
-        f"(slowest refusal {tally.slowest_refusal:.1f} seconds after both were started)",
-        f"Lost: {len(tally.problems)}",
-    ]
-    return "\n".join([*lines, *(f"  {problem}" for problem in tally.problems)])
+    sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ from harness.engine.checkpoint import save_tensors
 from harness.engine.opening import open_weights, read_tensors
 from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError, ConfigError, DataError, hub_errors
-from harness.run.files import atomic_folder, file_sha256, replace_link, utc_now, write_json
+from harness.run.files import atomic_folder, file_sha256, replace_link, utc_now, write_json, write_text
 from harness.run.run_folder import IMPORTED_STEP, RUN_NAME, RunFolder
 from harness.tokens.gpt2 import VOCAB_SIZE, printable_vocabulary
+from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, read_tokenizer
 
 DATASET_TO_NAME = "name-your-dataset"
 # Gentle settings for training on: a tenth of the usual peak rate, because the weights are trained already.
@@ -60,6 +61,8 @@ class Weights:
     """What a user should know, one line each."""
     folder: Path | None = None
     """The Hugging Face folder, where it is one."""
+    tokenizer: Tokenizer | None = None
+    """Its own, where that is not GPT-2's and can be used here."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def import_weights(request: ImportRequest, build_model: BuildModel) -> None:
         )
         origin = replace(origin, logit_parity=asdict(found))
         print(f"Logits equal those of transformers: {found}")
-    write_run(target, weights.config, model.state_dict(), origin)
+    write_run(target, replace(weights, tensors=model.state_dict(), origin=origin))
     print(f"{target}: imported {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f'To train on from here, name a dataset in {RunFolder(target).train_json} (now "{DATASET_TO_NAME}")')
 
@@ -162,11 +165,21 @@ def read_folder(folder: Path, origin: Origin, asked: int | None) -> Weights:
         remarks.append("Query, key and value biases are all zero: left out (qkv_bias false)")
     known = vocabulary.read_vocabulary(folder)
     is_gpt2 = None if known is None else printable_vocabulary().items() <= known.items()
-    if is_gpt2 is False:
-        remarks.append("Its tokenizer is not GPT-2's: prompts, texts and bits per byte here would mean nothing")
+    tokenizer = own_tokenizer(folder, remarks) if is_gpt2 is False else None
     origin = replace(origin, tokenizer_is_gpt2=is_gpt2, files={path.name: file_sha256(path) for path in files})
     kept = vocabulary.real_vocab_size(config.vocab_size, VOCAB_SIZE, known, asked)
-    return with_vocabulary(Weights(config, ours, origin, remarks, folder), kept)
+    return with_vocabulary(Weights(config, ours, origin, remarks, folder, tokenizer), kept)
+
+
+def own_tokenizer(folder: Path, remarks: list[str]) -> Tokenizer | None:
+    """Return a folder's tokenizer that is not GPT-2's; None where it cannot be used here. A remark says which."""
+    try:
+        tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
+    except DataError as error:
+        remarks.append(f"Its tokenizer is not GPT-2's, and texts and prompts here would mean nothing: {error}")
+        return None
+    remarks.append(f"Its own tokenizer goes with it ({tokenizer})")
+    return tokenizer
 
 
 def read_file(path: Path, n_heads: int | None, asked: int | None) -> Weights:
@@ -191,7 +204,8 @@ def with_vocabulary(weights: Weights, kept: int) -> Weights:
         "softmax losses come out a little lower"
     )
     origin = replace(weights.origin, stored_vocab_size=stored)
-    return Weights(config, tensors, origin, [*weights.remarks, remark], weights.folder)
+    remarks = [*weights.remarks, remark]
+    return replace(weights, config=config, tensors=tensors, origin=origin, remarks=remarks)
 
 
 def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -201,25 +215,27 @@ def require_numbers(tensors: Mapping[str, Tensor], source: str) -> None:
             raise CheckpointError(f"{source}: {name}: found values that are not finite, wanted numbers")
 
 
-def write_run(target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], origin: Origin) -> None:
-    """Write the run folder, which appears whole: both files, and the weights where training would begin."""
+def write_run(target: Path, source: Weights) -> None:
+    """Write the run folder, which appears whole: both files, weights where training would begin, the tokenizer."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as path:
         folder = RunFolder(path)
         folder.imported.mkdir()
         folder.checkpoints.mkdir()
         weights = folder.weights(IMPORTED_STEP)
-        save_tensors(tensors, weights)
-        origin.write(folder.imported_source)
+        save_tensors(source.tensors, weights)
+        source.origin.write(folder.imported_source)
         replace_link(folder.checkpoints / "latest", f"../{folder.imported.name}")
         notes = {
             "initial_weights": file_sha256(weights),
-            "notes": f"Starts from the weights of {origin}, imported {origin.time}.",
+            "notes": f"Starts from the weights of {source.origin}, imported {source.origin.time}.",
         }
         schemas = {
             name: {"$schema": f"../schema/{name}.schema.json"} if (target.parent / "schema").is_dir() else {}
             for name in ("model", "train")
         }
-        write_json(folder.model_json, {**schemas["model"], **asdict(config)})
+        write_json(folder.model_json, {**schemas["model"], **asdict(source.config)})
         write_json(folder.train_json, {**schemas["train"], **TRAIN, **notes})
+        if source.tokenizer is not None and source.tokenizer.document is not None:
+            write_text(folder.tokenizer_json, source.tokenizer.document)
         folder.read_configs()

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError, StorageError
 
 Kind = Literal["text", "html", "jsonl", "json", "csv", "parquet", "python-docs", "python-reference"]
@@ -30,6 +31,7 @@ KINDS: dict[str, Kind] = {
 }
 COMPRESSIONS = (".gz", ".xz", ".zst")
 GLOB = re.compile(r"[*?\[]")
+SILENT_SECONDS = 2.0  # of listing a source, before a bar shows that it takes longer
 PARTIAL_FOLDER = ".partial"
 OWN_FILES = ("train.safetensors", "validation.safetensors", "tokenizer.json")
 """What a prepared dataset holds, and so is no source of one."""
@@ -77,17 +79,24 @@ def local_files(source: str, out_dir: Path) -> tuple[list[SourceFile], Counter[s
     or be the source. Raises HarnessError.
     """
     root = Path(source)
+    found: Iterable[Path]
     if root.is_dir():
-        found = list(_below(root))
+        found = _below(root)
     elif root.is_file():
         if kind_of(root.name)[0] is None:
             raise ConfigError(f"SOURCE: found {root}, wanted {WANTED}")
         root, found = root.parent, [root]
     else:
         root = Path(source[: match.start()]).parent if (match := GLOB.search(source)) else root.parent
-        found = [Path(path) for path in glob.glob(source, recursive=True)]
+        found = map(Path, glob.iglob(source, recursive=True))
     own = {(out_dir / name).resolve() for name in OWN_FILES}
-    paths = sorted(path for path in found if path.is_file() and path.resolve() not in own)
+    with progress_bar(None, " files", desc=f"Listing {source}", delay=SILENT_SECONDS, leave=False) as bar:
+        paths = []
+        for path in found:
+            if path.is_file() and path.resolve() not in own:
+                paths.append(path)
+            bar.update()
+    paths.sort()
     files = [_local_file(path, root, kind) for path in paths if (kind := kind_of(path.name)[0])]
     skipped = Counter(suffix_of(path.name) for path in paths if kind_of(path.name)[0] is None)
     if not files:

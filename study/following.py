@@ -29,7 +29,12 @@ def follow(request: ComparisonRequest, title: str, output: Path) -> None:
         unscored = [folder for folder in folders if not is_scored(folder, request.checkpoint)]
         is_over = not running and not (unscored and request.experiment)
         live = [curve for folder in running if (curve := live_curve(folder)) is not None]
-        write_text(output, page(_study(request, unscored), title, live, reloads=not is_over))
+        study, problem = _study(request, unscored), None
+        if isinstance(study, ConfigError):
+            study, problem = None, study
+        write_text(output, page(study, title, live, reloads=not is_over, problem=problem))
+        if is_over and problem is not None:
+            raise problem
         if is_over:
             return
         time.sleep(SECONDS_TO_RELOAD)
@@ -55,13 +60,13 @@ def live_curve(folder: RunFolder) -> Curve | None:
     return curve_of(f"{folder.path.name} (training)", [(tokens, losses)])
 
 
-def _study(request: ComparisonRequest, unscored: Sequence[RunFolder]) -> Study | None:
-    """Return the judgement of what is scored already; None where nothing can be judged yet."""
+def _study(request: ComparisonRequest, unscored: Sequence[RunFolder]) -> Study | ConfigError | None:
+    """Return the judgement of what is scored already, or why there is none; None where nothing is scored yet."""
     missing = {folder.path.name for folder in unscored}
     names = tuple(name for name in request.names if name not in missing)
     if request.baseline in missing or (request.names and not names):
         return None
     try:
         return assemble(replace(request, names=names))
-    except ConfigError:
-        return None
+    except ConfigError as error:
+        return error

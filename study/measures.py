@@ -81,8 +81,8 @@ def in_bits(scores: Mapping[str, Score]) -> dict[str, tuple[Score, Measured]]:
     """
     documents = {run: score.read_arrays().documents for run, score in scores.items()}
     lacking = [
-        f"{run}: scored on {scores[run].test_in_words()}, which has no whole document or is of an unknown tokenizer, "
-        "wanted some, to compare tokenizers on (test_loss.py writes them; more with --batches)"
+        f"{run}: scored on {scores[run].test_in_words()}, found no whole document, wanted some to compare tokenizers "
+        "on (more --batches, or text in more files)"
         for run, found in documents.items()
         if len(found.keys) == 0
     ]

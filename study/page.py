@@ -10,6 +10,7 @@ from html import escape
 
 from harness.report.html import style, table, verdict_mark
 from harness.report.svg import COLOURS, Curve, Interval, curve_of, curves, forest
+from harness.run.errors import ConfigError
 from harness.run.files import ASSETS, utc_now
 from study.assemble import Study
 from study.effects import Finding
@@ -24,19 +25,27 @@ LEFT_TO_WORDS = {"se train", "se eval", "t", "df", "p", "changes"}
 NUMBER_HEADINGS = {"n", LOSS, BITS, "Δ", "Holm p", "P(better)", "tok/s", "cost", "worth"}
 
 
-def page(study: Study | None, title: str, live: Sequence[Curve] = (), reloads: bool = False) -> str:
-    """Return the page as HTML; None is a study with no scored run yet, `live` the curves of runs that train."""
+def page(
+    study: Study | None,
+    title: str,
+    live: Sequence[Curve] = (),
+    reloads: bool = False,
+    problem: ConfigError | None = None,
+) -> str:
+    """Return the page as HTML; None is a study that cannot be judged yet, perhaps for the reason `problem`.
+
+    `live` are the curves of runs that train.
+    """
     groups = _in_order(study) if study else ()
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     # Only this script may run, whatever a run's notes or samples say.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    notes = notes_of(study) if study else problem.lines if problem else ()
+    waiting = "These runs cannot be judged" if problem else "No run is scored yet"
     unit = study.judgement.unit if study else NATS
     finished = [curve for group in groups if (curve := _curve(group)) is not None]
     # How many bytes a token of a run stands for is known once it is scored.
     drawn = [*finished, *(live if unit == NATS else ())]
-    differences = "<p>Nothing to compare yet.</p>"
-    if study is not None and study.judgement.arms:
-        differences = forest(_intervals(study), f"{unit}, negative is better")
     template = string.Template((ASSETS / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
         style=style(),
@@ -44,16 +53,22 @@ def page(study: Study | None, title: str, live: Sequence[Curve] = (), reloads: b
         script=script,
         refresh=f'<meta http-equiv="refresh" content="{SECONDS_TO_RELOAD}">' if reloads else "",
         title=escape(title),
-        subtitle=escape(_subtitle(study) if study else f"No run is scored yet · written {utc_now()}"),
+        subtitle=escape(_subtitle(study) if study else f"{waiting} · written {utc_now()}"),
         leaderboard=_leaderboard(study) if study else "<p>Nothing to rank yet.</p>",
-        forest=differences,
+        forest=_forest(study),
         findings=_findings(study.findings if study else (), unit),
         legend=_legend(drawn),
         curves=curves(drawn, unit) if drawn else "<p>No run has metrics.</p>",
         differences=_differences(groups),
         samples=_samples(groups),
-        notes="".join(f"<li>{escape(note)}</li>" for note in (notes_of(study) if study else ())),
+        notes="".join(f"<li>{escape(note)}</li>" for note in notes),
     )
+
+
+def _forest(study: Study | None) -> str:
+    if study is None or not study.judgement.arms:
+        return "<p>Nothing to compare yet.</p>"
+    return forest(_intervals(study), f"{study.judgement.unit}, negative is better")
 
 
 def _in_order(study: Study) -> list[Group]:
@@ -78,21 +93,22 @@ def _subtitle(study: Study) -> str:
 
 def _leaderboard(study: Study) -> str:
     """Order recipes by their mean test loss; diverged ones come last."""
-    headings, rows = without_empty_columns(*rows_of(study))
+    headings, rows = rows_of(study)
+    place = headings.index(BITS if study.judgement.unit == BITS else LOSS)
+    rows.sort(key=lambda row: float(row[place]) if row[place] else math.inf)
+    headings, rows = without_empty_columns(headings, rows)
     shown = [column for column, name in enumerate(headings) if name not in LEFT_TO_WORDS]
     if "verdict" in headings:  # beside the name, where it is in view on a phone
         shown.remove(headings.index("verdict"))
         shown.insert(1, headings.index("verdict"))
     headings, rows = [headings[column] for column in shown], [[row[column] for column in shown] for row in rows]
-    place = headings.index(BITS if study.judgement.unit == BITS else LOSS)
-    ordered = sorted(rows, key=lambda row: float(row[place]) if row[place] else math.inf)
     verdict = headings.index("verdict") if "verdict" in headings else None
     cells = [
         [
             verdict_mark(cell, tone_of(cell)) if column == verdict and cell else escape(cell)
             for column, cell in enumerate(row)
         ]
-        for row in ordered
+        for row in rows
     ]
     kinds = ["number" if name in NUMBER_HEADINGS else "" for name in headings]
     return table([escape(name) for name in headings], cells, kinds)
@@ -120,7 +136,19 @@ def _findings(findings: Sequence[Finding], unit: str) -> str:
         )
         for item in findings
     ]
-    return f'<h2>Effects of the design</h2><div class="scroll">{forest(rows, f"{unit}, negative is better")}</div>'
+    cells = [
+        [
+            escape(row.label),
+            verdict_mark(row.verdict, row.tone),
+            f"{row.value:+.4f}",
+            f"{row.low:+.4f}..{row.high:+.4f}",
+            f"{item.p_holm:.2g}",
+        ]
+        for row, item in zip(rows, findings, strict=True)
+    ]
+    words = table(["effect", "verdict", "Δ", "95% interval", "Holm p"], cells, ["", "", "number", "", "number"])
+    chart = forest(rows, f"{unit}, negative is better")
+    return f'<h2>Effects of the design</h2><div class="scroll">{words}</div><div class="scroll">{chart}</div>'
 
 
 def _curve(group: Group) -> Curve | None:

@@ -86,6 +86,8 @@ def test_what_was_written_is_read_back(change: dict[str, Any], architecture: str
     [
         ({"value_residual": True}, "value_residual"),
         ({"qk_norm": True}, "qk_norm"),
+        ({"positions": "rotary"}, "positions"),
+        ({"positions": "rotary", "feed_forward": "swiglu"}, "norm"),
         ({"feed_forward": "swiglu"}, "feed_forward"),
         ({**ROTARY, "feed_forward": "swiglu", "value_residual": True}, "value_residual"),
         ({**ROTARY, "feed_forward": "swiglu", "logit_softcap": 15.0}, "logit_softcap"),

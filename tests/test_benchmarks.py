@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkpoint_cost, cuda_check, generated_code, gpu_check, memory, throughput
+from benchmarks import checkpoint_cost, cuda_check, generated_code, gpu_check, memory, throughput, tokens_to_loss
 from benchmarks.arrangements import (
     PlainObjective,
     Shape,
@@ -23,11 +23,15 @@ from benchmarks.arrangements import (
 from harness.engine.costs import GIB, microbatch_gib
 from harness.engine.loss import Objective
 from harness.run.config import ModelConfig, TrainConfig
+from harness.run.errors import ConfigError
 from harness.run.model_size import count_parameters
 from model import GPTModel, initialise, uninitialized_model
+from study.assemble import ComparisonRequest, assemble
+from study.results import Result
 from tests.conftest import Called
 from tests.helpers import REQUIRED_TRAIN, run
 from tests.test_model import INTERVENTIONS, STACKS
+from tests.test_verdicts import make_metadata
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(vocab_size=97, context_length=16, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.0, qkv_bias=True)
@@ -209,3 +213,28 @@ def test_every_step_of_the_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     steps = json.loads((tmp_path / "gpu-cpu.json").read_text())["steps"]
     assert set(steps) == set(gpu_check.STEPS)
+
+
+def of_lengths(name: str, losses: dict[int, float], seed: int) -> list[Result]:
+    return [
+        Result(f"{name}-{tokens}-s{seed}", name, str(seed), f"{seed}/{seed}", loss, make_metadata(tokens_seen=tokens))
+        for tokens, loss in losses.items()
+    ]
+
+
+def test_tokens_to_equal_loss_are_found_between_lengths_of_the_same_seed(tmp_path: Path) -> None:
+    # Losses are 10 - log2(tokens), so that 1.5 below the longest's is reached at 2^-1.5 of its tokens.
+    reached = [run for seed in (1, 2, 3) for run in of_lengths("old", {1024: 1.5 + seed / 10}, seed)]
+    by = [run for seed in (1, 2, 3) for run in of_lengths("new", {256: 2 + seed / 10, 512: 1 + seed / 10}, seed)]
+    found = tokens_to_loss.ratios(reached, by)
+    assert found == {f"old-1024-s{seed}": pytest.approx(2**-1.5) for seed in (1, 2, 3)}
+    assert "On 3 seeds: 35.4% of the tokens, 95% CI 35.4% to 35.4%" in tokens_to_loss.in_words(found)
+    table = tmp_path / "losses.csv"
+    tokens_to_loss.write_table(table, reached, by)
+    judged = assemble(ComparisonRequest(tmp_path, losses=table, baseline="reached")).judgement.arms
+    assert {item.group.recipe: item.estimate.difference for item in judged if item.estimate} == {
+        "256 tokens": pytest.approx(0.5),
+        "512 tokens": pytest.approx(-0.5),
+    }
+    with pytest.raises(ConfigError, match="old-1024-s1: found runs on its seeds with losses 2"):
+        tokens_to_loss.ratios(reached, by[::2])

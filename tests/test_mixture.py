@@ -1,5 +1,6 @@
 """Datasets mixed by weight: exact shares, each dataset in its own order, exact resumption, and what is refused."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from data import open_splits
+from data import TrainData, open_splits
 from harness.engine.identity import ResumeIdentity, identity_of
 from harness.run.config import ModelConfig, TrainConfig, load_train_config
 from harness.run.errors import ConfigError, DataError
@@ -103,6 +104,20 @@ def test_all_that_fits_ends_where_a_dataset_does(counting: Path) -> None:
     short = replace(train, min_train_tokens=1001 * LENGTH)
     with pytest.raises(DataError, match=r"train split of toy \(60%\) \+ code \(30%\) \+ chat \(10%\): found 16,001 "):
         open_splits(counting, MODEL, short, 1, reads_through=True)
+
+
+def test_a_dataset_that_is_used_up_comes_again_in_another_order(counting: Path) -> None:
+    train = config(counting, epochs=2, shuffle=True, min_train_tokens=1500 * LENGTH, microbatch_size=1)
+    places = sequences_trained(counting, train, 1)
+    toy = [sequence for dataset, sequence in places if dataset == 0]
+    assert len(toy) == 900
+    assert Counter(Counter(toy).values()) == {2: 300, 1: 300}
+    assert toy[:300] != toy[600:]
+    splits = open_splits(counting, MODEL, train, 1, reads_through=False)
+    assert isinstance(splits.train, TrainData)
+    assert splits.train.epochs() == [1.5, 1.5, 1.5]
+    with pytest.raises(DataError, match="until one of them is used up"):
+        open_splits(counting, MODEL, replace(train, epochs=1), 1, reads_through=True)
 
 
 def test_datasets_of_two_tokenizers_are_refused(counting: Path) -> None:

@@ -5,13 +5,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import prepare_dataset
 from harness.tokens.gpt2 import gpt2_encoding
-from preparation import html_text, readers, records
+from preparation import html_text, readers, records, sources
+from preparation.opening import Position
+from preparation.sources import SourceFile
 from tests.conftest import Called
-from tests.preparation_helpers import all_tokens, metadata
+from tests.preparation_helpers import all_tokens, metadata, write_corpus
 
 Call = Callable[..., Called]
 
@@ -211,3 +215,47 @@ def test_datasets_of_before_these_options_are_still_theirs(call: Call, tmp_path:
     assert now.difference(before) is None
     assert PreparationSettings("books", skip_bad=True).difference(before) == "skip_bad False there, True now"
     assert PreparationSettings("/a/b/*/c.txt").stored()["source"] == "b/*/c.txt"
+
+
+def test_a_large_source_is_not_listed_in_silence(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "in", {f"{number}.txt": "text" for number in range(3)})
+    assert "Listing" not in call(prepare_dataset.main, folder, tmp_path / "quick").stderr
+    monkeypatch.setattr(sources, "SILENT_SECONDS", 0)
+    assert f"Listing {folder}" in call(prepare_dataset.main, folder, tmp_path / "slow").stderr
+
+
+def test_few_bytes_that_stand_for_many_are_not_unpacked_at_once(tmp_path: Path) -> None:
+    """A text that is repeated costs a Parquet file a few bits a row; rows that are not due must not be in memory."""
+    path, text, rows = tmp_path / "bomb.parquet", "x" * 2**17, 200
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text] * rows}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    file = SourceFile(path.name, "parquet", path.stat().st_size, path)
+    before = pyarrow.total_allocated_bytes()
+    found = 0
+    for item in records.parquet_rows(file, "text", Position(), tmp_path):
+        assert item == text
+        found += 1
+        assert pyarrow.total_allocated_bytes() - before < 20 * len(text)  # of 64 rows at once
+    assert found == rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_text_past_the_bound_ends_its_file_in_one_line(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(records, "LONGEST_BYTES", 5000)
+    texts = ["first", "x" * 6000, "last"]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if name.endswith(".csv"):
+        write(folder, {name: "text\n" + "".join(f"{text}\n" for text in texts)})
+    else:
+        write_corpus(folder / name, texts)
+    done = call(prepare_dataset.main, folder, tmp_path / "out")
+    assert done.status == 3
+    assert len(done.stderr.splitlines()[-1]) < 300
+    assert "5,000" in done.stderr or "5000" in done.stderr
+    write(folder, {"b.txt": "another file"})
+    found, printed = documents(call, folder, "--skip-bad")
+    assert found == ["first", "another file"]
+    assert "Documents skipped because they cannot be read: 1" in printed

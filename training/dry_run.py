@@ -23,6 +23,10 @@ def dry_run(request: RunRequest, world_size: int) -> None:
     if available is not None:
         times = plan.train_tokens / (epoch_sequences(available, plan.context_length) * plan.context_length)
         rows.insert(2, ("Epochs", f"{times:,.2f}, of at most {config.epochs}: so often is a token trained on"))
+        if len(files) > 1:
+            each = data.train_data(files, config, plan).epochs()
+            shown = [f"{part.name} {often:,.2f}" for part, often in zip(config.datasets, each, strict=True)]
+            rows[2] = ("Epochs", f"{', '.join(shown)}, of at most {config.epochs}: so often is a token trained on")
     rows.append(
         ("Dataset", f"{config.dataset_shares}, {'there' if is_there else 'to be downloaded by the first start'}")
     )

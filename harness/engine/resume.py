@@ -141,6 +141,17 @@ def find_weights(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
     return folder, IMPORTED_STEP
 
 
+def find_model(runs_dir: Path, run: str | None, files: tuple[Path | None, Path | None]) -> tuple[Path, Path]:
+    """Return the files of a model and of its weights: those of `run`, as `find_weights`, or else `files`."""
+    if run is not None:
+        folder, step = find_weights(runs_dir, run)
+        return folder.model_json, folder.weights(step)
+    model_json, weights = files
+    assert model_json is not None
+    assert weights is not None
+    return model_json, weights
+
+
 def find(folder: RunFolder, name: str | None) -> VerifiedCheckpoint | None:
     """Find the checkpoint to resume from, verified; only warns about damaged ones that it passes over.
 

@@ -7,6 +7,7 @@ logger exits when its standard input is closed, which happens even if the traine
 
 import hashlib
 import json
+import os
 import select
 import signal
 import subprocess
@@ -141,8 +142,9 @@ class TensorBoard:
     def __init__(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard drops what earlier starts logged from purge_step on.
-        self._writer = SummaryWriter(str(run.place("tensorboard")), purge_step=run.from_step, flush_secs=10)
+        os.chdir(run.place("tensorboard"))  # TensorBoard's own code takes only paths that are UTF-8, which "." is
+        # It drops what earlier starts logged from purge_step on.
+        self._writer = SummaryWriter(".", purge_step=run.from_step, flush_secs=10)
         for name in ("model", "train"):
             text = "".join(f"    {line}\n" for line in json.dumps(getattr(run.record, name), indent=2).splitlines())
             self._writer.add_text(f"{name}.json", text, run.from_step)

@@ -105,6 +105,8 @@ def make_plan(model: ModelConfig, train: TrainConfig, world_size: int, tokens_av
     if most_steps is not None and not 1 <= plan.global_steps <= most_steps:
         assert tokens_available is not None
         often = f", {train.epochs} times (train.json: epochs)" if train.epochs > 1 else ""
+        if len(train.datasets) > 1:
+            often = f" until one of them is used up{often or ' (train.json: epochs lets them be repeated)'}"
         wanted = max(plan.global_steps, 1)
         raise DataError(
             f"train split of {train.dataset_shares}: found {max(tokens_available, 0):,} tokens from token "

@@ -1,6 +1,7 @@
 """Designed experiments from plan to effects, with losses made up so that the truth is known."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,24 @@ def test_a_full_factorial_finds_effects_and_their_interaction(
     assert found["drop x bias"]["verdict"] == "INTERACTS"
     assert found["clip"]["verdict"] == "NO DIFFERENCE LARGER THAN 0.01"
     assert found["drop"]["df"] == pytest.approx(2, abs=0.1)  # each effect varies over three seeds by its own amount
+    page = plan.with_name("page.html")
+    assert call(experiment.main, "report", "--experiment", plan, "--output", page).status == 0
+    (row,) = re.findall(r"<tr><td[^>]*>drop x bias</td>.*?</tr>", page.read_text())
+    assert "INTERACTS" in row  # in words, not only where a mouse points
+
+
+def test_a_followed_report_says_why_nothing_can_be_judged(
+    planned: Callable[..., Path], call: Callable[..., Called]
+) -> None:
+    plan = planned(1, "--seeds", "1,2")
+    (score,) = (plan.parent.parent / "study-drop-s2" / "evals").glob("loss-*.json")
+    score.write_text(score.read_text().replace("a" * 64, "b" * 64))
+    page = plan.with_name("page.html")
+    done = call(experiment.main, "report", "--experiment", plan, "--follow", "--output", page)
+    assert done.status == 2
+    for shown in (done.stderr, page.read_text()):
+        assert "not all scored on the same test tokens" in shown
+    assert "<h1>Experiment study</h1>" in page.read_text()
 
 
 def test_a_fraction_names_what_it_cannot_tell_apart(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu_check, throughput
 from harness.engine import checkpoint
 from harness.engine.identity import ResumeIdentity
 from harness.engine.opening import open_checkpoint
@@ -28,7 +29,6 @@ from tests.helpers import (
     write_demanding,
 )
 
-pytestmark = pytest.mark.gpu
 EXACT: dict[str, Any] = {"deterministic": True, "compile": False}
 
 
@@ -36,6 +36,7 @@ def place(folder: Path, datasets_dir: Path) -> tuple[object, ...]:
     return ("ddp_train.py", folder.name, datasets_dir, "--runs-dir", folder.parent, "--device", "cuda")
 
 
+@pytest.mark.gpu
 @pytest.mark.fault("F01", "F40")
 @pytest.mark.parametrize(("amp_dtype", "compiled"), [("float16", False), ("bfloat16", False), ("bfloat16", True)])
 def test_a_killed_run_is_the_same_to_the_bit_on_cuda(
@@ -51,6 +52,7 @@ def test_a_killed_run_is_the_same_to_the_bit_on_cuda(
     assert_same_run(killed, whole)
 
 
+@pytest.mark.gpu
 @needs_proc
 @pytest.mark.fault("F02", "F03")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -71,21 +73,21 @@ def test_a_killed_rank_is_restarted_with_nccl(tmp_path: Path, datasets_dir: Path
     assert_same_run(restarted, whole)
 
 
-def test_a_checkpoint_of_gpt2_small_is_saved_and_verified_in_seconds(tmp_path: Path) -> None:
-    """Two gigabytes; the times are printed, and bounded so loosely that only a mistake exceeds them."""
-    config = ModelConfig(
-        vocab_size=50257, context_length=1024, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1, qkv_bias=False
-    )
+@pytest.mark.parametrize(
+    ("device_type", "config"), [("cpu", gpu_check.TINY), pytest.param("cuda", throughput.GPT2, marks=pytest.mark.gpu)]
+)
+def test_a_checkpoint_is_saved_and_verified_in_seconds(tmp_path: Path, device_type: str, config: ModelConfig) -> None:
+    """GPT-2 small's has two gigabytes; times are printed, and bounded so loosely that only a mistake exceeds them."""
     model = uninitialized_model(config)
     initialise(model, 1)
-    device = torch.device("cuda")
+    device = torch.device(device_type)
     model.to(device)
     optimizer = make_optimizer(model, TrainConfig(**REQUIRED_TRAIN), device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # now it has its state
     optimizer.zero_grad()
-    scaler = torch.amp.GradScaler("cuda")
+    scaler = torch.amp.GradScaler(device_type)
     began = time.monotonic()
     snapshot = checkpoint.snapshot(
         model, optimizer, scaler, TrainState(next_step=1, optimizer_steps=1), ResumeIdentity({})
@@ -93,10 +95,10 @@ def test_a_checkpoint_of_gpt2_small_is_saved_and_verified_in_seconds(tmp_path: P
     taken = time.monotonic()
     saved = checkpoint.write(RunFolder(tmp_path), snapshot)
     written = time.monotonic()
-    open_checkpoint(saved)
+    found = open_checkpoint(saved)
     verified = time.monotonic()
-    held = torch.cuda.memory_allocated()
-    checkpoint.load(saved, model, make_optimizer(model, TrainConfig(**REQUIRED_TRAIN), device), {})
+    held = torch.cuda.memory_allocated()  # nothing, without a GPU
+    checkpoint.load(found, model, make_optimizer(model, TrainConfig(**REQUIRED_TRAIN), device))
     # The new optimizer's state is all that stays on the GPU: what is loaded passes through main memory.
     assert torch.cuda.memory_allocated() < held + 8 * sum(p.numel() for p in model.parameters()) + 2**28
     print(
@@ -107,6 +109,7 @@ def test_a_checkpoint_of_gpt2_small_is_saved_and_verified_in_seconds(tmp_path: P
     assert verified - written < 30
 
 
+@pytest.mark.gpu
 @pytest.mark.fault("F29")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_survivor_of_a_rank_that_died_under_nccl_says_so(tmp_path: Path, datasets_dir: Path) -> None:

@@ -24,6 +24,7 @@ from exchange.vocabulary import tokenizer_files
 from harness.run.config import load_run_configs
 from harness.run.files import file_sha256
 from harness.tokens.gpt2 import END_OF_TEXT, MERGES, printable_vocabulary
+from harness.tokens.tokenizer import train_tokenizer
 from tests.conftest import Called
 from tests.helpers import ROOT, command, metrics
 from tests.model_hub import COMMIT, ModelHub
@@ -247,6 +248,24 @@ def test_whose_tokenizer_it_was_is_on_record(
     assert ("not GPT-2's" in done.stdout) == (not is_gpt2)
     source = json.loads((tmp_path / "runs" / "mine" / "imported" / "source.json").read_text())
     assert source["tokenizer_is_gpt2"] == is_gpt2
+
+
+def test_a_tokenizer_of_its_own_comes_along(bring: Call, call: Call, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(iter(["the words of a text, the words of a line"]), 280)
+    assert tokenizer.document is not None
+    folder = write_gpt2(tmp_path / "own", vocab_size=tokenizer.vocab_size)
+    (folder / "tokenizer.json").write_text(tokenizer.document)
+    done = bring(folder)
+    assert done.status == 0, done.stderr
+    assert "Its own tokenizer goes with it" in done.stdout
+    assert (tmp_path / "runs" / "mine" / "tokenizer.json").read_text() == tokenizer.document
+    words = ("--run", "mine", "--runs-dir", tmp_path / "runs", "--device", "cpu")
+    sampled = call(test_smoke.main, *words, "--prompt", "words", "--num-tokens", 3)
+    assert sampled.status == 0, sampled.stderr
+    assert sampled.stdout.startswith("words")
+    (folder / "tokenizer.json").write_text(tokenizer.document.replace('"ByteLevel"', '"Whitespace"'))
+    shutil.rmtree(tmp_path / "runs" / "mine")
+    assert "would mean nothing: " in bring(folder).stdout
 
 
 def test_another_harness_s_file(bring: Call, call: Call, tmp_path: Path) -> None:

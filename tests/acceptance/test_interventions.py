@@ -9,9 +9,10 @@ from safetensors.numpy import load_file
 
 from tests.helpers import DEMANDING, TINY_MODEL, assert_same_run, metrics, train_in_fork, write_run
 
+# The softcap is so low that it bends even the logits of so few steps.
 MODERN: dict[str, Any] = {
     "positions": "rotary", "norm": "rms", "feed_forward": "relu_squared", "qk_norm": True, "bias": False,
-    "embedding_norm": True, "value_residual": True, "logit_softcap": 15.0, "init": "zero_projections",
+    "embedding_norm": True, "value_residual": True, "logit_softcap": 0.5, "init": "zero_projections",
 }  # fmt: skip
 LLAMA: dict[str, Any] = {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "init": "torch"}
 SETTINGS = {**DEMANDING, "checkpoint_interval": 20}

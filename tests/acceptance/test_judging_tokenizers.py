@@ -167,7 +167,7 @@ def of_longer_training(score: dict[str, Any], _: dict[str, Any]) -> None:
     ("change", "said"),
     [
         (as_earlier_version, "scores of an earlier version name no tokenizer"),
-        (without_whole_documents, "has no whole document"),
+        (without_whole_documents, "found no whole document"),
         (of_longer_training, "so a difference would not be the change's"),
     ],
 )

@@ -178,6 +178,11 @@ def test_a_diverged_run_is_reported_never_dropped(runs_dir: Path, call: Callable
     done = call(experiment.main, "compare", "--baseline", "better-s1", "plain-s1", "--runs-dir", runs_dir)
     assert "CANNOT TELL: every run of better diverged" in done.stdout
     assert "better: 3 of 3 runs diverged and have no loss: better-s1, better-s2, better-s3." in done.stdout
+    output = runs_dir / "report.html"
+    only = ("report", *(f"better-s{seed}" for seed in SEEDS), "--runs-dir", runs_dir, "--output", output)
+    done = call(experiment.main, *only)
+    assert done.status == 0, done.stderr
+    assert "better: 3 of 3 runs diverged" in output.read_text()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Chromium browser")

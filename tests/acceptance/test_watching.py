@@ -18,6 +18,7 @@ import pytest
 import ddp_train
 from harness.observers import loggers
 from harness.observers import notifications as messages
+from harness.run.run_folder import RunFolder
 from tests.conftest import Called
 from tests.helpers import metrics, status, train, wait_for
 
@@ -190,6 +191,16 @@ def test_a_logger_that_breaks_says_so_once_and_training_goes_on(
     assert len(metrics(folder)) == 12
     (line,) = [line for line in done.stderr.splitlines() if "warning" in line]
     assert "tensorboard gets no more metrics (NotADirectoryError" in line
+
+
+def test_tensorboard_follows_a_run_whose_path_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a logger, a process of its own, goes elsewhere
+    folder = RunFolder(tmp_path / os.fsdecode(b"\xe9"))
+    logger = loggers.TensorBoard(loggers.LoggedRun(folder, 0))
+    logger.log(0, {"train/loss": 4.5})
+    logger.close(0)
+    (file,) = (folder.loggers / "tensorboard").iterdir()
+    assert b"train/loss" in file.read_bytes()
 
 
 @pytest.fixture

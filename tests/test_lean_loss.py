@@ -1,11 +1,13 @@
 """The memory-lean loss is the plain one, and so are its gradients, in every precision."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.engine import evaluate, loss
 from harness.engine.evaluate import sequence_losses
@@ -123,6 +125,24 @@ def test_evaluation_takes_the_softmax_of_few_rows_at_a_time(monkeypatch: pytest.
     monkeypatch.setattr(F, "cross_entropy", lambda x, *a, **k: rows.append(len(x)) or entropy(x, *a, **k))
     assert torch.equal(loss.token_losses(logits, targets), wanted)
     assert rows == [100, 100, 50]
+
+
+def test_evaluation_on_mps_has_no_float64_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[torch.dtype] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mean.dim:
+                computed.append(found.dtype)
+            return found
+
+    losses = torch.rand(3, 5)
+    monkeypatch.setattr(evaluate, "token_loss_batches", lambda *_: [losses])
+    with Record():
+        found = sequence_losses(torch.nn.Identity(), [], torch.device("mps"))
+    assert found == pytest.approx(losses.mean(dim=1).numpy())
+    assert computed == [torch.float32]
 
 
 def test_evaluation_cuts_batches_with_large_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

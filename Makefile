@@ -39,7 +39,7 @@ quickstart: $(VENV)/.installed $(DATASETS)
 	OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets >/dev/null 2>&1 & \
 	  OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets; wait
 	$(BIN)/python experiment.py compare --experiment first-verdict
-	@printf '\n%s\n' "Next: charts and samples of the run:   open runs/$(RUN)/training-run-chart.html" \
+	@echo; printf '%s\n' "Next: charts and samples of the run:   open runs/$(RUN)/training-run-chart.html" \
 	  "      let it go on with what you type: $(BIN)/python test_smoke.py --run $(RUN) --interactive" \
 	  "      a run of your own text:          $(BIN)/python prepare_dataset.py \"books/*.txt\" datasets/books"
 

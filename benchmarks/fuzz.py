@@ -3,10 +3,11 @@
   python -m benchmarks.fuzz --minutes 10 --seed 1
 
 Hypothesis draws command lines of every command and verb, and damage to the files that they read: bytes and JSON
-values of configurations, checkpoints (with a manifest that agrees, half of the time), metrics, scores and token files
-of a small trained run, and texts, JSON lines and Parquet to prepare. Each example runs in a fork of one process. It
-may end with any documented status. It may not end with a traceback, use more than SECONDS of processor time, wait for
-longer than WAIT_SECONDS, need over MEBIBYTES more than at its start, or print a line of over CHARACTERS.
+values of configurations, checkpoints (with a manifest that agrees, half of the time), metrics, scores, token files
+and tokenizers of small trained runs, runs of the published harness, exported models, what is typed, and texts, JSON
+lines and Parquet to prepare. Each example runs in a fork of one process. It may end with any documented status. It
+may not end with a traceback, use more than SECONDS of processor time, wait for longer than WAIT_SECONDS, need over
+MEBIBYTES more than at its start, or print a line of over CHARACTERS or a control character.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,12 +38,15 @@ from benchmarks.fuzz_examples import PROJECT, DrawValue, Example, damaged_files,
 from harness.observers.charts import ChartPainter
 from harness.run.errors import exit_status_of
 from harness.run.files import utc_now
+from study import following
 
 SECONDS = 10  # of the processor
 WAIT_SECONDS = 180  # on a busy machine, more than the seconds above
 MEBIBYTES = 1024
 CHARACTERS = 2100  # fit_on_a_line's 2,000, and the name of the program
-STATUSES = {0, 2, 3, 4, 5, 6, 7, 8, 75}
+STATUSES = {0, 2, 3, 4, 5, 6, 7, 8, 75, 130}
+CONTROL = re.compile("[\0\x1b\x9b\u202e]")
+"""What a terminal obeys; a few of those that are never to be printed."""
 ALLOWED_DEFECT = "training ended with status"  # of an experiment's run, whose status was documented
 
 
@@ -66,6 +71,8 @@ class Outcome:
         longest = max(map(len, re.split(r"[\r\n]", self.output)), default=0)
         if longest > CHARACTERS:
             found.append(f"a line of {longest:,} characters")
+        if control := CONTROL.search(self.output):
+            found.append(f"printed {control[0]!r}")
         return found
 
 
@@ -153,7 +160,10 @@ def _be_the_command(example: Example, place: Path, log: Path) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for standard in (1, 2):
             os.dup2(descriptor, standard)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        typed = os.memfd_create("typed")
+        os.write(typed, example.typed.encode())
+        os.lseek(typed, 0, os.SEEK_SET)
+        os.dup2(typed, 0)
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 2, SECONDS + 2))
@@ -175,12 +185,18 @@ def _be_the_command(example: Example, place: Path, log: Path) -> None:
 def fuzz(minutes: float, first_seed: int, tally: Tally) -> None:
     """Draw examples until the time is over."""
     ChartPainter._start = lambda _: None  # type: ignore[method-assign]
+    following.time = SimpleNamespace(sleep=_interrupt)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as temporary:
         fuzzer, end, number = Fuzzer(Path(temporary) / "base", tally), time.monotonic() + 60 * minutes, first_seed
         while time.monotonic() < end:
             for make in (damaged_files, strange_words):
                 draw_and_run(make, fuzzer, number)
             number += 1
+
+
+def _interrupt(seconds: float) -> None:
+    """Do as a user who has seen the first page of a report that goes on."""
+    raise KeyboardInterrupt
 
 
 def draw_and_run(make: Callable[[Path, DrawValue], Example], fuzzer: Fuzzer, number: int) -> None:

@@ -26,7 +26,8 @@ import test_smoke
 from harness.observers.charts import draw
 from harness.run.files import file_sha256, write_json
 from harness.run.run_folder import RunFolder
-from tests.helpers import write, write_run, write_toy_dataset
+from tests.acceptance.test_published_runs import write_published
+from tests.helpers import TINY_TRAIN, write, write_run, write_toy_dataset
 
 DrawValue = Callable[[Any], Any]
 """Draws a value from a strategy of hypothesis."""
@@ -40,7 +41,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "instruct": instruct.main,
 }
 VERBS = {
-    "experiment": ["plan", "run", "compare", "report", "noise"],
+    "experiment": ["new", "plan", "run", "compare", "report", "noise"],
     "convert": ["import", "export"],
     "instruct": ["respond", "judge"],
 }
@@ -61,6 +62,10 @@ VALUE = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
     max_leaves=5,
 )
+TYPED = st.lists(
+    st.one_of(TEXT, NUMBER.map(lambda number: f":tokens {number}"), NUMBER.map(lambda number: f":top-k {number}")),
+    max_size=3,
+).map("\n".join)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class Example:
     name: str
     words: list[str]
     damage: str
+    typed: str = ""
+    """What stdin gives."""
 
     def main(self) -> None:
         """Run the command in the current folder."""
@@ -77,19 +84,26 @@ class Example:
 
 
 def write_project(place: Path) -> None:
-    """Write runs of 8 steps, their data, changes for an experiment, and texts."""
+    """Write runs of 8 steps and of mixed data, another harness's run, changes for an experiment, and texts."""
     (place / "datasets").mkdir(parents=True)
     write_toy_dataset(place / "datasets")
     settings = {"min_train_tokens": 8 * 8 * 16, "checkpoint_interval": 3}
     write_run(place / "runs" / "tiny", {}, settings)
     write_run(place / "runs" / "base", {}, settings)
+    write_run(place / "runs" / "tiny-2", {"qkv_bias": True}, settings)
+    for seed, name in enumerate(MIXED):
+        datasets = [{"name": name, "weight": weight} for name, weight in (("own", 3), ("more", 1))]
+        mixed = {"dataset": datasets, "epochs": 3, "weight_average_decay": 0.5, "random_seed": seed}
+        mixed |= {"clipping_max_norm": 1.0} if name == "clipped" else {}
+        write_run(place / "runs" / name, {"vocab_size": 300}, {**settings, **mixed})
+    write_published(place / "theirs" / "old", {**TINY_TRAIN, "microbatch_size": 1})
     write(
         place / "changes.json", {"drop": {"model": {"drop_rate": 0.0}}, "clip": {"train": {"clipping_max_norm": 1.0}}}
     )
     texts = place / "texts"
     texts.mkdir()
     (texts / "a.txt").write_text("One text.\n" * 50)
-    (texts / "b.jsonl").write_text("".join(json.dumps({"text": f"line {number}"}) + "\n" for number in range(50)))
+    (texts / "b.jsonl").write_text("".join(json.dumps({"text": f"line {number}"}) + "\n" for number in range(90)))
     with contextlib.suppress(ImportError):
         import pyarrow
         import pyarrow.parquet
@@ -100,41 +114,78 @@ def write_project(place: Path) -> None:
     )
 
 
-def score_words(name: str) -> list[str]:
-    """The command line that scores a checkpoint of the run."""
-    model = ["runs/tiny/model.json", f"runs/tiny/checkpoints/{name}/model.safetensors"]
+def score_words(run: str) -> list[str]:
+    """The command line that scores a run's newest checkpoint."""
+    model = [f"runs/{run}/model.json", f"runs/{run}/checkpoints/latest/model.safetensors"]
     return ["datasets", *model, "--dataset", "toy", "--start-token", "0", "--batches", "1", "--device", "cpu"]
 
 
+RUNS, CPU = ["--runs-dir", "runs"], ["--device", "cpu"]
+PLACE = ["datasets", *RUNS, *CPU]
+MIXED = ["mixed", "mixed-2", "clipped"]
+TRAINED = ["--tokenizer", "train:264", "--validation-fraction", "0.3", "--workers", "1"]
 PROJECT: list[tuple[str, list[str]]] = [
-    ("ddp_train", ["tiny", "datasets", "--runs-dir", "runs", "--device", "cpu"]),
-    ("test_loss", score_words("latest")),
+    *(("ddp_train", [name, *PLACE]) for name in ("tiny", "tiny-2")),
+    *(("test_loss", score_words(name)) for name in ("tiny", "tiny-2")),
     ("experiment", ["plan", "base", "changes.json", "--name", "study", "--runs-dir", "runs"]),
+    ("prepare_dataset", ["texts", "datasets/own", *TRAINED]),
+    ("prepare_dataset", ["texts", "datasets/more", "--tokenizer", "datasets/own/tokenizer.json", *TRAINED[2:]]),
+    *(("ddp_train", [name, *PLACE]) for name in MIXED),
+    *(("test_loss", ["datasets", "--run", name, *RUNS, *CPU]) for name in MIXED),
+    *(("test_loss", ["datasets", "--run", name, "--weights", "averaged", *RUNS, *CPU]) for name in MIXED),
+    ("experiment", ["noise", "--baseline", "mixed", *RUNS]),
+    ("convert", ["export", "mixed", "exported", *RUNS, "--no-check"]),
 ]
 """The commands that give the project its checkpoints, metrics and scores."""
 READERS: list[tuple[str, list[str]]] = [
     ("ddp_train", ["tiny", "datasets", "--runs-dir", "runs", "--device", "cpu"]),
     ("ddp_train", ["tiny", "datasets", "step-00000003", "--runs-dir", "runs", "--device", "cpu"]),
     ("ddp_train", ["tiny", "datasets", "--dry-run", "--runs-dir", "runs", "--device", "cpu"]),
-    ("test_loss", score_words("latest")),
-    ("test_smoke", ["--timeline", "tiny", "--runs-dir", "runs", "--device", "cpu"]),
+    ("test_loss", score_words("tiny")),
+    ("test_smoke", ["--timeline", "mixed", "--runs-dir", "runs", "--device", "cpu"]),
     ("convert", ["export", "tiny", "out", "--runs-dir", "runs", "--no-check"]),
-    ("convert", ["import", "runs/tiny/checkpoints/latest/model.safetensors", "mine", "--runs-dir", "runs"]),
+    ("convert", ["import", "runs/tiny/checkpoints/latest/model.safetensors", "mine", "--n-heads", "2", *RUNS]),
     ("experiment", ["plan", "tiny", "changes.json", "--name", "other", "--runs-dir", "runs"]),
-    ("experiment", ["compare", "--baseline", "tiny", "--runs-dir", "runs"]),
+    ("experiment", ["compare", "--baseline", "tiny", "tiny-2", "--runs-dir", "runs"]),
     ("experiment", ["compare", "--losses", "losses.csv", "--baseline", "x", "y"]),
     ("experiment", ["compare", "--experiment", "study", "--runs-dir", "runs"]),
-    ("experiment", ["report", "--baseline", "tiny", "--runs-dir", "runs"]),
+    ("experiment", ["report", "--baseline", "tiny", "tiny-2", "--runs-dir", "runs"]),
     ("prepare_dataset", ["texts", "made", "--workers", "1"]),
     ("draw", ["runs/tiny"]),
+    ("ddp_train", ["mixed", *PLACE]),
+    ("ddp_train", ["mixed", *PLACE, "--max-steps", "2", "--fresh"]),
+    ("ddp_train", ["mixed", *PLACE, "--dry-run"]),
+    ("test_loss", ["datasets", "--run", "mixed", *RUNS, *CPU]),
+    ("test_loss", ["datasets", "--run", "mixed", "--weights", "averaged", *RUNS, *CPU]),
+    ("test_smoke", ["--run", "mixed", *RUNS, *CPU]),
+    ("test_smoke", ["--run", "mixed", "--interactive", *RUNS, *CPU]),
+    ("prepare_dataset", ["texts", "made", "--tokenizer", "datasets/own/tokenizer.json", "--workers", "1"]),
+    ("prepare_dataset", ["--verify", "datasets/own"]),
+    ("experiment", ["new", "fresh", "--data", "own", "--datasets-dir", "datasets", *RUNS, *CPU]),
+    ("experiment", ["compare", "--baseline", "mixed", "clipped", *RUNS]),
+    ("experiment", ["compare", "--baseline", "mixed", "clipped", *RUNS, "--checkpoint", "averaged"]),
+    ("experiment", ["report", "mixed", "clipped", "--follow", *RUNS]),
+    ("experiment", ["report", "--experiment", "study", "--follow", *RUNS]),
+    ("experiment", ["noise", *RUNS]),
+    ("convert", ["import", "--all", "theirs", *RUNS]),
+    ("convert", ["import", "exported", "mine", *RUNS]),
 ]
+BOMBS = ["(a+)+$", "(?:.*)*x", "(\\s*\\S*)*y", "(?=(\\w+))\\1\\1", "(((((.{0,99}){0,99}){0,99}){0,99}){0,99})", "["]
+"""Patterns that take long to match, or that are none."""
+STEPS_OF_TOKENIZERS = [
+    None, {}, 7, {"type": "Lowercase"}, {"type": "Replace", "pattern": {"Regex": BOMBS[0]}, "content": "x" * 1000},
+    {"type": "Fuse"}, {"type": "BPEDecoder", "suffix": ""}, 
+    {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+    {"strategy": "LongestFirst", "stride": 0, "max_length": 0, "direction": "Left"},
+]  # fmt: skip
+STRANGE_TOKENS = ["\x1b[2J\x1b]0;title\x07", "\u202e", "", "\0", "x" * 100_000, "<|endoftext|>", "\u0120"]
 
 
 def damage_bytes(draw_value: DrawValue, path: Path) -> str:
     """Flip, cut, insert, zero or repeat some bytes of a file."""
     raw = path.read_bytes()
     at = draw_value(st.integers(0, max(0, len(raw) - 1)))
-    kind = draw_value(st.sampled_from(["flip", "cut", "insert", "zero", "empty", "repeat"]))
+    kind = draw_value(st.sampled_from(["flip", "cut", "insert", "zero", "empty", "repeat", "deep"]))
     if kind == "flip" and raw:
         changed = raw[:at] + bytes([raw[at] ^ (1 << draw_value(st.integers(0, 7)))]) + raw[at + 1 :]
     elif kind == "insert":
@@ -143,7 +194,7 @@ def damage_bytes(draw_value: DrawValue, path: Path) -> str:
         length = draw_value(st.integers(1, 64))
         changed = raw[:at] + bytes(length) + raw[at + length :]
     else:
-        changed = {"cut": raw[:at], "empty": b"", "repeat": raw * 2}.get(kind, raw)
+        changed = {"cut": raw[:at], "empty": b"", "repeat": raw * 2, "deep": b"[" * 200_000}.get(kind, raw)
     path.write_bytes(changed)
     return f"{kind} at {at} of {path.name}"
 
@@ -204,6 +255,31 @@ def damaged_tensors(draw_value: DrawValue, path: Path) -> str:
     return f"{dtype} {shape} as {name!r} in {path.name}"
 
 
+def strange_tokenizer(draw_value: DrawValue, path: Path) -> str:
+    """Write a tokenizer.json as a stranger might: bombs, ids without end, tokens that a terminal obeys."""
+    document = json.loads(path.read_text())
+    kind = draw_value(st.sampled_from(["bomb", "id", "token", "added", "merge", "step"]))
+    value = draw_value(st.sampled_from(BOMBS if kind == "bomb" else STRANGE_TOKENS))
+    number = draw_value(st.sampled_from([-1, 0, 5, 300, 70_000, 10**7, 2**31, 2**32 - 1, 2**32, 2**64]))
+    if kind == "bomb":
+        split = {"type": "Split", "pattern": {"Regex": value}, "behavior": "Isolated", "invert": False}
+        document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, document["pre_tokenizer"]]}
+    elif kind in ("id", "token"):
+        document["model"]["vocab"] = {**document["model"]["vocab"], value: number}
+    elif kind == "added":
+        flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+        special = draw_value(st.booleans())
+        document["added_tokens"].append({"id": number, "content": value, "special": special, **flags})
+    elif kind == "merge":
+        document["model"]["merges"] = [[value, value]] * draw_value(st.sampled_from([1, 2000]))
+    else:
+        document[
+            draw_value(st.sampled_from(["normalizer", "post_processor", "decoder", "truncation", "padding"]))
+        ] = draw_value(st.sampled_from(STEPS_OF_TOKENIZERS))
+    path.write_text(json.dumps(document))
+    return f"{kind} {number} {value[:40]!r} in {path.parent.name}/{path.name}"
+
+
 def damaged_files(place: Path, draw_value: DrawValue) -> Example:
     """Damage files of the project in `place`, and choose a command that reads them."""
     done = []
@@ -215,14 +291,16 @@ def damaged_files(place: Path, draw_value: DrawValue) -> Example:
             hows = [damage_json, damage_json, damage_json, *hows]
         if path.suffix == ".safetensors":
             hows = [damaged_tensors, *hows]
+        if path.name == "tokenizer.json":
+            hows = [strange_tokenizer]
         try:
             done.append(f"{path.parent.name}: {draw_value(st.sampled_from(hows))(draw_value, path)}")
-        except (ValueError, OverflowError):
-            continue  # no JSON any more
+        except (ValueError, OverflowError, TypeError, KeyError):
+            continue  # not what it was any more
         if path.parent.name.startswith("step-") and draw_value(st.booleans()):
             reseal(path.parent)
     name, words = draw_value(st.sampled_from(READERS))
-    return Example(name, words, "; ".join(done))
+    return Example(name, words, "; ".join(done), draw_value(TYPED))
 
 
 @functools.cache
@@ -232,7 +310,7 @@ def options_of(name: str, verb: str | None) -> list[str]:
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         sys.argv = ["command", *([verb] if verb else []), "--help"]
         COMMANDS[name]()
-    return sorted(set(re.findall(r"--[a-z][a-z-]+", output.getvalue())) - {"--follow", "--push", "--interactive"})
+    return sorted(set(re.findall(r"--[a-z][a-z-]+", output.getvalue())) - {"--push"})
 
 
 def strange_words(place: Path, draw_value: DrawValue) -> Example:
@@ -253,4 +331,4 @@ def strange_words(place: Path, draw_value: DrawValue) -> Example:
             words.append(draw_value(st.one_of(TEXT, NUMBER.map(str)))[:100_000])
     if words and draw_value(st.integers(0, 3)) == 0:
         words[draw_value(st.integers(0, len(words) - 1))] = draw_value(TEXT)
-    return Example(name, words, "nothing")
+    return Example(name, words, "nothing", draw_value(TYPED))

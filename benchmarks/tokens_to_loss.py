@@ -6,8 +6,8 @@ The first runs are the recipe that is to be reached; those after --by are the ot
 for several lengths on the same seeds, each with its own schedule. For every seed, the tokens at which the second
 recipe reaches the first one's final loss are interpolated between its lengths, the loss being taken as linear in the
 logarithm of the tokens; the ratio to the first one's tokens is averaged over the seeds with a t interval, both in its
-logarithm. `experiment.py compare --losses tokens.csv` then says whether so many tokens are enough: compare refuses
-folders of runs that saw other numbers of tokens, since there a difference is not the change's alone.
+logarithm. `experiment.py compare --losses tokens.csv` then says whether so many tokens are enough; where they were
+planned as changes of min_train_tokens in one experiment, `compare --experiment` does without the table.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from study.results import (
     Group,
     find_replicates,
     group_results,
+    has_own_budget,
     is_scored,
     name_arms,
     read_runs,
@@ -105,7 +106,7 @@ def assemble(request: ComparisonRequest) -> Study:
     if request.baseline is not None and any(group is baseline for group in named):
         raise ConfigError(f"RUN: found {baseline.recipe}, which is the baseline, wanted other recipes")
     arms = [group for group in groups if group is not baseline]
-    rules = Rules(request.margin, request.given_noise, prior_finder(request, groups))
+    rules = Rules(request.margin, request.given_noise, prior_finder(request, groups), experiment is not None)
     judgement = judge(baseline, arms, rules)
     study = Study(tuple(groups), judgement)
     if experiment is not None:
@@ -136,7 +137,7 @@ def prior_finder(request: ComparisonRequest, groups: Sequence[Group]) -> PriorFi
 
 
 def _subject(baseline: Group, arm: Group, runs: frozenset[str]) -> Subject | None:
-    if not baseline.metadata or not arm.metadata:
+    if not baseline.metadata or not arm.metadata or has_own_budget(arm, baseline):
         return None
     first = baseline.metadata[0]
     return Subject(

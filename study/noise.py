@@ -18,6 +18,7 @@ from study.results import (
     Result,
     find_replicates,
     group_results,
+    has_own_budget,
     is_scored,
     name_arms,
     read_runs,
@@ -105,7 +106,8 @@ def learn_pairs(runs_dir: Path, name: str, rule: CheckpointRule) -> None:
     experiment = load_experiment(find_experiment(runs_dir, name))
     folders = [open_run(runs_dir, run.run) for run in experiment.runs]
     groups = name_arms(read_runs([folder for folder in folders if is_scored(folder, rule)], rule), experiment)
-    learned = [entry for arm in groups[1:] if (entry := _pairs_entry(arm, groups[0])) is not None]
+    arms = [arm for arm in groups[1:] if not has_own_budget(arm, groups[0])]
+    learned = [entry for arm in arms if (entry := _pairs_entry(arm, groups[0])) is not None]
     if not learned:
         raise ConfigError("--experiment: found no arm with two seeds that its baseline has too, wanted scored runs")
     path = runs_dir / LEDGER

@@ -81,8 +81,9 @@ def _cost(
 def refuse_incomparable(experiment: Experiment, runs_dir: Path, bill: Bill) -> None:
     """Raise ConfigError, a line for each arm, for what `compare` would refuse once the money is spent.
 
-    Other tokens trained than the first arm's, or another test set: another dataset, or sequences or ids of other
-    sizes. Another dataset with other ids is taken for the same text in another tokenizer.
+    Other tokens trained than the first arm's, unless a change of min_train_tokens asks for them; or another test set:
+    another dataset, or sequences or ids of other sizes. Another dataset with other ids is taken for the same text in
+    another tokenizer.
     """
     first = {run.arm: run for run in reversed(experiment.runs)}
     names = [arm.name for arm in experiment.arms]
@@ -96,10 +97,10 @@ def refuse_incomparable(experiment: Experiment, runs_dir: Path, bill: Bill) -> N
         theirs = bill.arms[name].plan.train_tokens
         if other_train.scored_dataset != train.scored_dataset and other.vocab_size != model.vocab_size:
             continue  # as much text may be other tokens; judged in bits per byte
-        if theirs != tokens:
+        if theirs != tokens and other_train.min_train_tokens == train.min_train_tokens:
             problems.append(
                 f"{name}: would train on {theirs:,} tokens and {names[0]} on {tokens:,}; wanted the same, so "
-                "that a difference is the change's"
+                "that a difference is the change's, or min_train_tokens among its changes"
             )
         scored = (
             other_train.scored_dataset,

@@ -262,6 +262,11 @@ def _shown(value: object) -> str:
     return {"None": "none", "True": "on", "False": "off"}.get(str(value), str(value))
 
 
+def has_own_budget(group: Group, baseline: Group) -> bool:
+    """Say whether a recipe asks for another number of training tokens than the baseline's."""
+    return len({item.recipe.get("min_train_tokens") for one in (group, baseline) for item in one.metadata}) > 1
+
+
 def find_replicates(
     named: Sequence[RunFolder], runs_dir: Path, rule: CheckpointRule, everything: bool
 ) -> list[RunFolder]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from harness.report.html import Tone
 from harness.run.errors import ConfigError
 from study.comparisons import Comparison, PriorFinder, compare, evaluation_estimate, no_prior
-from study.results import Group
+from study.results import Group, has_own_budget
 from study.statistics import ALPHA, Estimate, Noise, holm
 
 HELPS, HURTS = "HELPS", "HURTS"
@@ -46,6 +46,8 @@ class Rules:
     given: Noise | None = None
     """A training noise by hand, which overrides what the runs show."""
     find_prior: PriorFinder = no_prior
+    budgets_planned: bool = False
+    """Whether arms that set their own min_train_tokens do so as planned: then it is part of the change."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def judge(baseline: Group, arms: Sequence[Group], rules: Rules | None = None) ->
     difference is within the margin (two one-sided tests, Schuirmann 1987).
     """
     rules = rules or Rules()
-    refuse_unfair(baseline, arms)
+    refuse_unfair(baseline, arms, rules)
     drafts = [_draft(baseline, arm, rules) for arm in arms]
     tested = [item.guarded for item in drafts if item.guarded]
     told = iter(holm([estimate.p for estimate in tested]))
@@ -148,10 +150,10 @@ def verdict_of(estimate: Estimate, p: float, p_same: float, margin: float) -> st
     return f"{NO_LARGER} {margin:g}" if is_within else CANNOT_TELL
 
 
-def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:
+def refuse_unfair(baseline: Group, arms: Sequence[Group], rules: Rules) -> None:
     """Raise ConfigError, with every reason, where arms did not see as much as the baseline, or other test sequences.
 
-    That is as many tokens, or with another tokenizer as much text.
+    That is as many tokens, or with another tokenizer as much text, unless a budget of its own was planned for an arm.
     """
     counts = {len(item.measured.parts) for group in (baseline, *arms) for item in group.metadata}
     if len(counts) > 1:
@@ -161,9 +163,10 @@ def refuse_unfair(baseline: Group, arms: Sequence[Group]) -> None:
             raise ConfigError(f"{group.recipe}: its replicates saw {_listed(seen)} tokens, wanted the same for all")
     problems = [
         f"{arm.recipe}: saw {_seen_in_words(arm)} and {baseline.recipe} {_seen_in_words(baseline)}, so a difference "
-        "would not be the change's"
+        "would not be the change's (plan asks it of a change that sets min_train_tokens, --losses of numbers alone)"
         for arm in arms
         if arm.metadata and baseline.metadata and not _saw_as_much(arm, baseline)
+        if not (rules.budgets_planned and has_own_budget(arm, baseline))
     ]
     if problems:
         raise ConfigError(*problems)

@@ -5,9 +5,11 @@ import math
 import numpy as np
 
 from study.comparisons import NOISIEST
-from study.results import Group
+from study.results import Group, has_own_budget
 from study.statistics import ALPHA, Estimate, detectable, loss_slope, tokens_worth
 from study.verdicts import CANNOT_TELL, LEANS_BETTER, LEANS_WORSE, Judged, Judgement, is_sign_told
+
+SHARES = {"25%": "a quarter of", "50%": "half", "200%": "twice"}
 
 
 def sentence_of(item: Judged, judgement: Judgement) -> str:
@@ -23,9 +25,18 @@ def sentence_of(item: Judged, judgement: Judgement) -> str:
     is_small = item.is_within and item.verdict in (LEANS_BETTER, LEANS_WORSE)
     within = f" It is within {judgement.rules.margin:g}." if is_small else ""
     return (
-        f"{item.verdict}: {explain(item.estimate, item.verdict, item.level)}{within} {family}, {runs}. {_noise(item)}"
+        f"{item.verdict}{_budget(item.group, judgement.baseline)}: "
+        f"{explain(item.estimate, item.verdict, item.level)}{within} {family}, {runs}. {_noise(item)}"
         f"{_acting_now(item.estimate, item.verdict)}{_divergence(item)}"
     )
+
+
+def _budget(group: Group, baseline: Group) -> str:
+    """Name the share of the baseline's tokens that a recipe was planned to train on; empty where that is all."""
+    if not has_own_budget(group, baseline):
+        return ""
+    share = f"{group.metadata[0].tokens_seen / baseline.metadata[0].tokens_seen:.0%}"
+    return f" with {SHARES.get(share, f'{share} of')} the tokens"
 
 
 def explain(estimate: Estimate, verdict: str, level: float = 1 - ALPHA) -> str:

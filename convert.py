@@ -22,6 +22,7 @@ from harness.run.arguments import add_runs_dir, dispatch, new_folder, parse_into
 from harness.run.config import ModelConfig
 from harness.run.errors import exit_status_of
 from harness.run.score import Score
+from harness.run.streams import ignore_output_errors
 from model import load_weights, model_of, uninitialized_model
 from study.statistics import clustered_mean
 
@@ -31,6 +32,7 @@ LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 def main() -> None:
     """Do what the verb asks for; raises HarnessError."""
+    ignore_output_errors()
     dispatch(__doc__, {"import": import_verb, "export": export_verb})
 
 

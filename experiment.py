@@ -25,6 +25,7 @@ from harness.run.arguments import (
 )
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.files import write_text
+from harness.run.streams import ignore_output_errors
 from study.assemble import PRIORS, ComparisonRequest, PriorChoice, assemble
 from study.designs import DESIGNS, RESOLUTIONS
 from study.experiment import find_experiment, load_experiment
@@ -79,6 +80,8 @@ def new_verb(words: list[str]) -> None:
     add_device(parser)
     add_runs_dir(parser)
     request = parse_into(NewRunRequest, parser, words)
+    if not request.dry_run:
+        ignore_output_errors()
     from harness.engine.hardware import find_hardware  # imports torch, which no other verb needs
 
     new_run(request, find_hardware(parser.parse_args(words).device))
@@ -114,6 +117,8 @@ def plan_verb(words: list[str]) -> None:
         parser.error("--generators goes with --design fraction")
     if request.interventions is None and request.design != "replicates":
         parser.error("INTERVENTIONS_JSON: missing, wanted one (or --design replicates)")
+    if not request.dry_run:
+        ignore_output_errors()
     plan(request)
 
 
@@ -133,6 +138,7 @@ def run_verb(words: list[str]) -> None:
     parser.add_argument("--look-rule", choices=RULES, default="pocock", help="levels of the looks (default pocock)")
     add_runs_dir(parser)
     arguments = parser.parse_args(words)
+    ignore_output_errors()
     looks = None if arguments.looks is None else AskedLooks(arguments.looks, arguments.look_rule)
     run(arguments.experiment, arguments.datasets_dir, arguments.runs_dir, arguments.world_size, looks)
 
@@ -247,6 +253,7 @@ def report_verb(words: list[str]) -> None:
     parser.add_argument("--follow", action="store_true", help="write it anew while runs train, with their curves")
     sources, parsed = _sources(parser, words)
     experiment = find_experiment(sources.runs_dir, sources.experiment) if sources.experiment else None
+    ignore_output_errors()
     title = parsed.title or (f"Experiment {load_experiment(experiment).name}" if experiment else "Runs compared")
     if parsed.follow:
         print(f"Writing {parsed.output} every {SECONDS_TO_RELOAD} seconds until its runs are done", flush=True)

@@ -29,6 +29,7 @@ from harness.run.arguments import (
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import exit_status_of
 from harness.run.run_folder import RunFolder
+from harness.run.streams import ignore_output_errors
 from instruction.judge import STRENGTH_MARGIN, JudgeRequest, judge
 from instruction.respond import ModelSource, RespondRequest, evaluate
 from model import fingerprint, load_weights, uninitialized_model
@@ -38,6 +39,7 @@ from training.context import give_initial_weights
 
 def main() -> None:
     """Do what the verb asks for; raises HarnessError."""
+    ignore_output_errors()
     dispatch(__doc__, {"respond": respond_verb, "judge": judge_verb})
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 from harness.run.arguments import fraction, new_folder, parse_into, parser_of, whole_number
 from harness.run.errors import exit_status_of
+from harness.run.streams import ignore_output_errors
 from preparation.prepare import PreparationResult, prepare, verify
 from preparation.selection import PreparationSettings
 from preparation.sources import describe_skipped
@@ -52,6 +53,7 @@ def main() -> None:
         for file in verify(arguments.verify):
             print(f"{file.path}: {file.length:,} tokens, SHA-256 agrees")
         return
+    ignore_output_errors()
     settings = PreparationSettings(
         source=arguments.source,
         revision=arguments.revision,

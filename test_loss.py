@@ -42,6 +42,7 @@ from harness.run.score import (
     score_path,
     scored_name,
 )
+from harness.run.streams import ignore_output_errors
 from harness.tokens.checked_tokens import CHECK_CHUNK_TOKENS, CheckedTokens, check_tokens
 from harness.tokens.documents import Documents, read_documents
 from harness.tokens.token_files import SPLITS, open_split, split_files
@@ -89,6 +90,7 @@ class TestTokens:
 def main() -> None:
     """Load, score, print, store."""
     arguments = parse_arguments()
+    ignore_output_errors()
     device = choose_device(arguments.device, Launch())
     set_up_kernels(device, use_tf32=False, deterministic=False)
     model_json, file = find_scored(arguments)

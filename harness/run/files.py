@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 """The checkout."""
 ASSETS = ROOT / "assets"
 RUNS = ROOT / "runs"
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+"""Names of files that are being written, with the number of the process."""
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> io.FileIO:
@@ -67,6 +70,26 @@ def write_bytes(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def remove_abandoned(folder: Path, names: str = "*") -> None:
+    """Delete what `write_bytes` left in a folder, of files with such names, in processes that were killed.
+
+    What a process that still runs is writing is left alone; the caller itself may not be writing there.
+    """
+    for path in folder.glob(f".{names}.tmp"):
+        if (match := TEMPORARY.fullmatch(path.name)) is not None and not _runs(int(match[1])):
+            remove(path)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return process != os.getpid()  # in a container, the killed one's number may be this one's
 
 
 def write_text(path: Path, text: str) -> None:

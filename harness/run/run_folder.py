@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.run.config import ModelConfig, TrainConfig, load_run_configs
 from harness.run.errors import ConfigError
-from harness.run.files import remove
+from harness.run.files import remove, remove_abandoned
 from harness.run.locks import locked
 from harness.run.metrics_file import MetricsFile
 
@@ -128,9 +128,10 @@ class RunFolder:
     def remove_unfinished(self) -> list[str]:
         """Delete what killed processes left half written; return the names of unfinished checkpoints."""
         unfinished = list(self.checkpoints.glob(f"{TEMPORARY_PREFIX}*"))
-        places = (self.path, self.checkpoints, self.charts, self.evals)
+        places = (self.path, self.checkpoints, self.charts)
         for path in [*unfinished, *(path for place in places for path in place.glob(".*.tmp"))]:
             remove(path)
+        remove_abandoned(self.evals)  # where scoring may go on, whoever trains
         return sorted(path.name.removeprefix(TEMPORARY_PREFIX) for path in unfinished)
 
     def read_configs(self) -> tuple[ModelConfig, TrainConfig]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from harness.run.errors import ConfigError, first_line
-from harness.run.files import json_number, read_bytes, read_json, write_bytes, write_json
+from harness.run.files import json_number, read_bytes, read_json, remove_abandoned, write_bytes, write_json
 from harness.run.provenance import RunRecord
 from harness.run.recipe import recipe_hash, run_hash
 from harness.run.run_folder import AVERAGED_FILE, RunFolder, run_of_model_file
@@ -127,7 +127,8 @@ class Score:
                 yield score
 
     def write(self, arrays: ScoreArrays) -> None:
-        """Write the arrays and then the score."""
+        """Write the arrays and then the score; deletes what killed scorings left beside it."""
+        remove_abandoned(self.path.parent, "loss-*")
         file = io.BytesIO()
         documents = {f"document_{name}": array for name, array in vars(arrays.documents).items()}
         np.savez(

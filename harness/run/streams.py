@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 # Control characters and Unicode's directional ones can move a terminal's cursor or reverse its text.
@@ -56,7 +56,7 @@ class EscapingStream:
 class LastingStream:
     """A text stream that drops output once it cannot be written, because its reader is gone or its disk full.
 
-    A closed terminal must not end a long run.
+    Neither a closed terminal nor `... | head` may end work that is kept in files.
     """
 
     def __init__(self, stream: IO[str]) -> None:
@@ -81,7 +81,9 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def _give_up(self) -> None:
-        self._stream = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
+        lost, self._stream = self._stream, open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
+        with suppress(OSError, ValueError):  # or Python would complain of what is left in its buffer at the end
+            os.dup2(self._stream.fileno(), lost.fileno())
 
 
 @contextmanager

@@ -335,3 +335,23 @@ def test_a_score_is_written_whole_or_not_at_all(
     monkeypatch.setattr(os, "fsync", full)
     assert call(main, *words).status == 6
     assert {path: path.read_bytes() for path in (trained / "evals").iterdir()} == before
+
+
+@pytest.mark.fault("F63")
+def test_what_killed_scorings_left_is_deleted_and_what_others_write_is_not(
+    trained: Path, datasets_dir: Path, call: Call
+) -> None:
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (trained / "evals").mkdir()
+    left, living = (
+        trained / "evals" / f".loss-validation-0-192-{NEWEST}.npz.{process}.tmp"
+        for process in (killed.pid, os.getppid())
+    )
+    main, words = scoring(trained, datasets_dir, BEFORE)
+    for again in (lambda: call(main, *words), RunFolder(trained).remove_unfinished):
+        for path in (left, living):
+            path.write_text("half")
+        again()
+        assert (left.exists(), living.exists()) == (False, True)
+    assert len(list(Score.of_checkpoint(RunFolder(trained), 15))) == 1

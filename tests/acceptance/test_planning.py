@@ -10,6 +10,7 @@ import pytest
 
 import ddp_train
 import training.dry_run
+from study.experiment import load_experiment
 from tests.conftest import Called
 from tests.helpers import ROOT, command, run
 
@@ -78,6 +79,18 @@ def test_output_that_nobody_reads_is_no_traceback() -> None:
     done = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_plan_is_written_whoever_reads_what_it_says(make_run: Callable[..., Path]) -> None:
+    runs = make_run().parent
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = command("experiment.py", "plan", "tiny", "--design", "replicates", "--name", "seeds", "--runs-dir", runs)
+    place = {"cwd": ROOT, "env": {**os.environ, "PYTHONUNBUFFERED": "1"}, "timeout": 600}
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, **place)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(load_experiment(runs / "seeds" / "experiment.json").runs) == 3
 
 
 def test_dry_run_of_all_tokens_reads_the_dataset(

@@ -131,7 +131,7 @@ class Score:
         remove_abandoned(self.path.parent, "loss-*")
         file = io.BytesIO()
         documents = {f"document_{name}": array for name, array in vars(arrays.documents).items()}
-        np.savez(
+        np.savez_compressed(
             file,
             sequence_losses=arrays.sequence_losses,
             sequence_documents=arrays.sequence_documents,

@@ -80,12 +80,12 @@ def _subtitle(study: Study) -> str:
     groups = study.groups
     runs = sum(len(group.results) for group in groups)
     metadata = [item for group in groups for item in group.metadata]
-    hours = sum(item.tokens_seen / item.tokens_per_second / 3600 for item in metadata if item.tokens_per_second)
+    known = [item.tokens_seen / item.tokens_per_second / 3600 for item in metadata if item.tokens_per_second]
     costs = [item.cost for item in metadata if item.cost is not None]
     currency = next((item.currency for item in metadata), "")
     parts = [f"{runs} runs of {len(groups)} recipes", f"baseline {study.judgement.baseline.recipe}"]
-    if hours:
-        parts.append(f"{hours:,.1f} hours of training")
+    if known and len(known) == len(metadata):
+        parts.append(f"{sum(known):,.1f} hours of training")
     if costs:
         parts.append(f"cost {sum(costs):,.2f} {currency}".rstrip())
     return " · ".join([*parts, f"written {utc_now()}"])

@@ -1,6 +1,7 @@
 """Running the commands as a user does, and reading what they leave."""
 
 import hashlib
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -163,10 +164,11 @@ def start_training(
 
 
 class Worker:
-    """A process that trains as `python ddp_train.py` does, and may be killed as that may; a fork, to start at once.
+    """A process that does as `python ddp_train.py` does, and may be killed as that may; a fork, to start at once.
 
-    What it prints goes to a file. `before`, a function at the top of a module, is called in it first and given
-    `arguments`. Charts are not drawn. With `launched`, the process believes that torchrun started it.
+    `module` is another command. What it prints goes to a file. `before`, a function at the top of a module, is called
+    in it first and given `arguments`. Charts are not drawn. With `launched`, the process believes that torchrun
+    started it.
     """
 
     def __init__(
@@ -177,12 +179,13 @@ class Worker:
         launched: bool = False,
         before: Callable[..., None] | None = None,
         arguments: tuple[Any, ...] = (),
+        module: str = "ddp_train",
     ) -> None:
         self.log = log
         for suffix in (".out", ".err"):
             log.with_suffix(suffix).touch()  # it may be killed before it gets that far
-        job = (words, log, environment, launched, before, arguments)
-        self.process = FORKS.Process(target=_train_in_fork, args=job, daemon=True)
+        job = (words, log, environment, launched, before, arguments, module)
+        self.process = FORKS.Process(target=_be_the_command, args=job, daemon=True)
         self.process.start()
 
     @property
@@ -218,13 +221,14 @@ class Worker:
         return self.log.with_suffix(".err").read_text()
 
 
-def _train_in_fork(
+def _be_the_command(
     words: list[str],
     log: Path,
     environment: dict[str, str],
     launched: bool,
     before: Callable[..., None] | None,
     arguments: tuple[Any, ...],
+    module: str,
 ) -> None:
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_APPEND), descriptor)
@@ -237,10 +241,11 @@ def _train_in_fork(
     if launched:
         os.environ["TORCHELASTIC_RUN_ID"] = "test"
     ChartPainter._start = lambda _: None  # type: ignore[method-assign]
-    sys.argv = ["ddp_train.py", *words]
+    sys.argv = [f"{module}.py", *words]
     if before is not None:
         before(*arguments)
-    sys.exit(ddp_train.exit_status_of(ddp_train.main, speaks=environment.get("RANK", "0") == "0"))
+    main = importlib.import_module(module).main
+    sys.exit(ddp_train.exit_status_of(main, speaks=environment.get("RANK", "0") == "0"))
 
 
 @contextmanager

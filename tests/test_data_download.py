@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,9 +19,9 @@ from safetensors.numpy import save
 
 import data
 from harness.run.config import TrainConfig
-from harness.run.errors import DataError
+from harness.run.errors import DataError, exit_status_of
+from tests.helpers import STARTS, Worker
 
-ROOT = Path(__file__).parent.parent
 DATASET = "owner/toy-tokens"
 COMMITS = {"main": "1" * 40, "v2": "2" * 40}
 
@@ -131,18 +130,6 @@ def hub() -> Iterator[Hub]:
     hub.server.server_close()
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from data import ensure_dataset
-from harness.run.config import TrainConfig
-from harness.run.errors import exit_status_of
-
-config = TrainConfig(**json.loads(sys.argv[2]))
-sys.exit(exit_status_of(lambda: ensure_dataset(Path(sys.argv[1]), config)))
-"""
-
-
 def hub_environment(folder: Path, endpoint: str, offline: bool = False) -> dict[str, str]:
     """Return an environment in which the Hub is at `endpoint`, and its cache in `folder`."""
     clean = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
@@ -155,20 +142,30 @@ def hub_environment(folder: Path, endpoint: str, offline: bool = False) -> dict[
     }
 
 
-def start(folder: Path, endpoint: str, offline: bool = False, **config: Any) -> subprocess.Popen[str]:
+def start(folder: Path, endpoint: str, offline: bool = False, **config: Any) -> Worker:
     """Start a process that wants the dataset in `folder`/datasets."""
-    env = hub_environment(folder, endpoint, offline)
-    arguments = [sys.executable, "-c", SCRIPT, str(folder / "datasets"), json.dumps({**TRAIN, **config})]
-    return subprocess.Popen(
-        arguments, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    wanted = (hub_environment(folder, endpoint, offline), folder / "datasets", TrainConfig(**{**TRAIN, **config}))
+    return Worker([], folder / f"start-{next(STARTS)}", {}, before=want_dataset, arguments=wanted)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+def want_dataset(environment: dict[str, str], datasets_dir: Path, config: TrainConfig) -> None:
+    """Want a dataset, and end; what reads the environment when it is imported is imported again."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("huggingface_hub", "data"):
+            del sys.modules[name]
+    import data
+
+    sys.exit(exit_status_of(lambda: data.ensure_dataset(datasets_dir, config)))
+
+
+def finish(process: Worker) -> tuple[int, list[str]]:
     """Wait for a process; give its exit status and the lines of stderr that are not a progress bar's."""
-    _, errors = process.communicate(timeout=600)
-    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]
-    return process.returncode, lines
+    status = process.wait()
+    lines = process.stderr.replace("\r", "\n").splitlines()
+    return status, [line for line in lines if line.strip() and "it/s]" not in line]
 
 
 def test_the_two_splits_are_downloaded_and_nothing_else(tmp_path: Path, hub: Hub) -> None:
@@ -230,11 +227,10 @@ def test_a_download_that_was_cut_off_is_made_again(tmp_path: Path, hub: Hub, num
     hub.delay_seconds = 1.0
     process = start(tmp_path, hub.url)
     while "train.safetensors" not in hub.fetched():
-        assert process.poll() is None
+        assert process.process.is_alive()
         time.sleep(0.01)
-    process.send_signal(number)
-    assert process.wait(timeout=600) == -number
-    process.communicate()
+    process.send(number)
+    assert process.wait() == -number
     assert not list((tmp_path / "datasets" / DATASET).glob("*.safetensors"))
     hub.delay_seconds = 0.0
     status, lines = finish(start(tmp_path, hub.url))
@@ -252,7 +248,7 @@ def test_a_refused_token_is_not_printed(tmp_path: Path, hub: Hub, monkeypatch: p
     assert token not in data_error(start(tmp_path, hub.url))
 
 
-def data_error(process: subprocess.Popen[str]) -> str:
+def data_error(process: Worker) -> str:
     """Wait for a process that must end with a documented data error of one line; give the line."""
     status, lines = finish(process)
     assert status == 3, lines

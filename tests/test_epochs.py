@@ -1,17 +1,20 @@
 """Several epochs: how often each token is trained on, in which order, and that a kill changes nothing."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import data
+import ddp_train
 from harness.run.config import load_run_configs
 from harness.run.errors import DataError
 from harness.run.plan import make_plan
 from harness.tokens.token_files import TokenFile, open_split
-from tests.helpers import assert_same_run, metrics, run, train_in_fork, workers, write_demanding, write_run
+from tests.conftest import Called
+from tests.helpers import assert_same_run, metrics, train_in_fork, workers, write_demanding, write_run
 
 
 def opened(folder: Path, datasets_dir: Path) -> data.TrainData:
@@ -71,13 +74,13 @@ def test_the_first_epoch_is_that_of_a_run_of_one(small: Path, tmp_path: Path) ->
     assert places(opened(folder, small), file)[: len(one)] == one
 
 
-def test_more_tokens_than_there_are_need_epochs(small: Path, tmp_path: Path) -> None:
+def test_more_tokens_than_there_are_need_epochs(small: Path, tmp_path: Path, call: Callable[..., Called]) -> None:
     folder = write_run(tmp_path / "runs" / "a", {}, {"min_train_tokens": 37 * 16 * 3, "epochs": 2})
     model, config = load_run_configs(folder / "model.json", folder / "train.json")
     with pytest.raises(DataError, match="2 times"):
         make_plan(model, config, 1, 37 * 16 + 9)
     folder = write_run(tmp_path / "runs" / "b", {}, {"min_train_tokens": 37 * 16 * 2, "epochs": 3})
-    done = run("ddp_train.py", "b", small, "--runs-dir", folder.parent, "--dry-run")
+    done = call(ddp_train.main, "b", small, "--runs-dir", folder.parent, "--dry-run")
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("Epochs")]
     assert line.split()[1].startswith("2.")
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from instruction.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from instruction.respond import ModelSource, open_model
 from model import GPTModel, fingerprint, initialise, uninitialized_model
 from tests.conftest import Called
-from tests.helpers import ROOT, save_weights, wait_for, write, write_run
+from tests.helpers import ROOT, Worker, save_weights, wait_for, write, write_run
 from tests.test_data_download import COMMITS, DATASET, Hub
 
 MODEL: dict[str, Any] = {"vocab_size": 50257, "context_length": 64, "emb_dim": 16, "n_layers": 2, "drop_rate": 0.1}
@@ -551,13 +550,9 @@ def test_a_kill_costs_nothing_that_was_answered(ready: Ready, call: Callable[...
     whole = load_answers(folder / "out" / "answers" / "one.json")
     again = [word if word != folder / "out" else folder / "again" for word in words]
     journal = folder / "again" / "partial" / "one-seed-2.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "instruct.py", "respond", "one", *map(str, again)], cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Worker(["respond", "one", *map(str, again)], folder / "killed", {}, module="instruct")
     wait_for(lambda: journal.is_file() and journal.read_bytes().count(b"\n") >= 6)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.end()
     if journal.is_file():  # it may have come to its end before the signal
         with journal.open("ab") as file:
             file.write(b'{"item": "cut off')

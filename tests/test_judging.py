@@ -5,8 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -23,7 +21,7 @@ from instruction.client import retry_after
 from instruction.prompt import messages_for, read_reply
 from instruction.ranking import rank
 from tests.conftest import Called
-from tests.helpers import ROOT, wait_for, write
+from tests.helpers import Worker, wait_for, write
 from tests.judge_server import KEY, JudgeServer
 
 TRUTH = {"base": 0.0, "better": 1.2, "worse": -0.8}
@@ -358,18 +356,20 @@ def test_a_slow_reply_is_given_up(judge: JudgeServer, judging: Judge) -> None:
     assert "APITimeoutError" in done.stderr
 
 
+def judging_apart(files: list[Path], out: Path) -> Worker:
+    """Start judging in a process of its own."""
+    words = ["judge", *map(str, files), "--judge", "judge", "--out", str(out)]
+    return Worker(words, out.with_name("judging"), dict(os.environ), module="instruct")
+
+
 def test_a_kill_loses_nothing_and_scoring_replays_offline(judge: JudgeServer, judging: Judge, tmp_path: Path) -> None:
     models = answers_of(TRUTH, 30, 2)
     files = [write(tmp_path / f"{model.model}.json", asdict(model)) for model in models]
     judge.delay_seconds = 0.05
     replies = tmp_path / "judged" / "replies.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "instruct.py", "judge", *map(str, files), "--judge", "judge", "--out", str(replies.parent)],
-        cwd=ROOT, env=dict(os.environ), stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = judging_apart(files, replies.parent)
     wait_for(lambda: replies.is_file() and replies.read_bytes().count(b"\n") >= 20)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.end()
     with replies.open("ab") as file:
         file.write(b'{"key": "cut off in the mid')
     asked, kept = len(judge.requests), replies.read_bytes().count(b"\n")
@@ -389,15 +389,11 @@ def test_an_interrupt_keeps_the_replies_under_way(judge: JudgeServer, tmp_path: 
     files = [write(tmp_path / f"{model.model}.json", asdict(model)) for model in answers_of(TRUTH, 30, 2)]
     judge.delay_seconds = 0.3
     replies = tmp_path / "judged" / "replies.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "instruct.py", "judge", *map(str, files), "--judge", "judge", "--out", str(replies.parent)],
-        cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = judging_apart(files, replies.parent)
     wait_for(lambda: replies.is_file() and replies.read_bytes().count(b"\n") >= 4)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+    process.send(signal.SIGINT)
+    assert process.wait() == 130
+    assert "Traceback" not in process.stderr
     assert replies.read_bytes().count(b"\n") == len(judge.requests)
 
 

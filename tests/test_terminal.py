@@ -1,14 +1,15 @@
 """What a terminal is told of a run: a plot that follows the loss, the score, and the device."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+import test_loss
+from harness.report import terminal
 from harness.report.terminal import EIGHTHS, area
-from tests.helpers import ROOT
+from tests.conftest import Called
 
 
 def heights(lines: list[str]) -> list[int]:
@@ -31,21 +32,20 @@ def test_a_missing_value_leaves_no_hole_and_a_constant_no_error() -> None:
     assert set(heights(area(np.full(100, 3.0)))) == {1}
 
 
-def test_a_run_is_summed_up(trained: Path, datasets_dir: Path) -> None:
-    place = ("--runs-dir", str(trained.parent))
-    score = ("test_loss.py", str(datasets_dir), "--run", trained.name, "--batches", "1", "--device", "cpu", *place)
-    subprocess.run([sys.executable, *score], cwd=ROOT, check=True, capture_output=True)
+def test_a_run_is_summed_up(trained: Path, datasets_dir: Path, call: Callable[..., Called]) -> None:
+    place = ("--runs-dir", trained.parent)
+    words = (datasets_dir, "--run", trained.name, "--batches", 1, "--device", "cpu", *place)
+    assert call(test_loss.main, *words).status == 0
     (evaluation,) = (trained / "evals").glob("loss-*.json")
     evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "bits_per_byte": 1.2341}))
-    words = [sys.executable, "-m", "harness.report.terminal", trained.name, *place]
-    said = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    said = call(terminal.main, trained.name, *place).stdout
     assert "1.234 bits per byte" in said
     assert "seconds on CPU, " in said
     empty = trained.parent / "untrained"
     empty.mkdir()
     for name in ("model.json", "train.json"):
         (empty / name).write_text((trained / name).read_text())
-    done = subprocess.run([*words[:3], "untrained", *place], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
+    done = call(terminal.main, "untrained", *place)
+    assert done.status == 2
     assert len(done.stderr.splitlines()) == 1
     assert "wanted a run that has trained" in done.stderr

@@ -62,8 +62,10 @@ def main() -> None:
             print(found, flush=True)
             lines.append(found)
     minutes = (time.monotonic() - began) / 60
+    counts = {name: value for name, value in vars(arguments).items() if name != "output"}
     head = [
-        f"Soak of {datetime.now(UTC):%Y-%m-%d}, seed {arguments.seed}, {minutes:.0f} minutes",
+        "python -m benchmarks.soak " + " ".join(f"--{name.replace('_', '-')} {n}" for name, n in counts.items()),
+        f"Soak of {datetime.now(UTC):%Y-%m-%d}, {minutes:.0f} minutes",
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} CPUs",
     ]
     text = "\n".join([*head, *lines, f"Lost: {len(problems)}", *(f"  {problem}" for problem in problems)])

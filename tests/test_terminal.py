@@ -10,6 +10,7 @@ import test_loss
 from harness.report import terminal
 from harness.report.terminal import EIGHTHS, area
 from tests.conftest import Called
+from tests.helpers import run
 
 
 def heights(lines: list[str]) -> list[int]:
@@ -30,6 +31,16 @@ def test_the_plot_follows_the_series() -> None:
 def test_a_missing_value_leaves_no_hole_and_a_constant_no_error() -> None:
     assert heights(area(np.array([4.0, np.nan, 1.0]), height=2)) == [16, 16, 1]
     assert set(heights(area(np.full(100, 3.0)))) == {1}
+
+
+def test_a_bar_needs_no_semaphore() -> None:
+    """As tqdm's own lock does on macOS, and from Python 3.14 on Linux; Python complains of it after a kill."""
+    code = (
+        "import multiprocessing; from multiprocessing.resource_tracker import _resource_tracker; "
+        "from harness.run.console import progress_bar; multiprocessing.set_start_method('spawn'); "
+        "progress_bar(1, 'x').close(); print(_resource_tracker._pid)"
+    )
+    assert run("-c", code).stdout == "None\n"
 
 
 def test_a_run_is_summed_up(trained: Path, datasets_dir: Path, call: Callable[..., Called]) -> None:

@@ -18,13 +18,15 @@ import prepare_dataset
 import test_loss
 import test_smoke
 from harness.engine.evaluate import LossTally
+from harness.observers.run_page import run_page
 from harness.run.config import load_model_config, load_run_configs
 from harness.run.recipe import recipe_hash, run_hash
+from harness.run.run_folder import RunFolder
 from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
 from model import GPTModel, initialise
 from preparation.python_docs import docstrings, documented_modules
 from tests.conftest import Called
-from tests.helpers import ROOT, run, write_run
+from tests.helpers import ROOT, run, train_in_fork, write_run
 from tests.test_architecture import COMMANDS
 
 TEXT_MODEL = {"vocab_size": 50257, "emb_dim": 8, "n_layers": 1, "drop_rate": 0.3}
@@ -50,7 +52,7 @@ def scored_run(books: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with dropout, trained for a few steps on the books, with its checkpoints."""
     train = {"dataset": "books", "min_train_tokens": 6 * 128, "sample_prompt": "This License"}
     folder = write_run(tmp_path_factory.mktemp("eval") / "runs" / "text", TEXT_MODEL, train)
-    run("ddp_train.py", "text", books, "--runs-dir", folder.parent, "--device", "cpu")
+    train_in_fork(folder, books)
     return folder
 
 
@@ -315,7 +317,7 @@ def test_training_samples_its_prompt_at_every_checkpoint(scored_run: Path) -> No
     lines = [json.loads(line) for line in (scored_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "sample" in line] == [0, 5]
     assert lines[0]["sample"].startswith("This License")
-    assert "This License" in (scored_run / "training-run-chart.html").read_text()
+    assert "This License" in run_page(RunFolder(scored_run), lines)
 
 
 def test_help_fits_a_screen_and_shows_an_example(

@@ -22,7 +22,7 @@ SAME_DATA = {"min_train_tokens": 12 * 8 * 16, "checkpoint_interval": 100}
 
 def test_a_run_prints_and_writes_what_it_promises(make_run: Callable[..., Path], datasets_dir: Path) -> None:
     folder = make_run(train={"price_per_hour": 3600.0, "checkpoints_to_keep": 2, "clipping_max_norm": 1.0})
-    done = train(folder, datasets_dir, processes=1)
+    done = train(folder, datasets_dir)
     closing = (
         r"Training complete in [\d,]+\.\d{3} seconds\nTokens seen: 2,560\n"
         r"Throughput: [\d,]+ tokens/second\nFinal train loss: \d\.\d{3}\n"

@@ -177,12 +177,12 @@ def train(context: TrainContext, observers: Observers) -> None:
             context.watchdog.reached(step)
             failpoint("step.start", step, context.model)
             learning_rate = learning_rate_at(config, step, plan.global_steps)
-            losses = accumulate_gradients(context, step)
+            losses, routing = accumulate_gradients(context, step)
             failpoint("step.opt", step)
             outcome = change_weights(context, step, learning_rate)
             cannot_go_on = context.checkpoint_writer.has_failed or context.reader.failure is not None
             wants_to_stop = context.stop.requested or cannot_go_on
-            pending = PendingMetrics(launch, losses, outcome.grad_norm, outcome.is_finite, wants_to_stop)
+            pending = PendingMetrics(launch, losses, routing, outcome, wants_to_stop)
             log.submit(step, pending, learning_rate)
 
             is_scheduled = plan.is_checkpoint_step(step, config.checkpoint_interval)
@@ -239,24 +239,27 @@ def step_log(context: TrainContext) -> StepLog:
     )
 
 
-def accumulate_gradients(context: TrainContext, step: int) -> Tensor:
+def accumulate_gradients(context: TrainContext, step: int) -> tuple[Tensor, Tensor | None]:
     """Add up one global step's gradients, averaged over accumulation steps and ranks.
 
-    Returns each accumulation step's loss on this rank (nats per token) as a tensor on the device; nothing waits for
-    it. Gradients are all-reduced once, while the last micro-batch's backward pass runs.
+    Returns each accumulation step's loss on this rank (nats per token), and with a mixture of experts how each block
+    routed tokens on average, as tensors on the device; nothing waits for them. Gradients are all-reduced once, while
+    the last micro-batch's backward pass runs.
     """
     steps = context.plan.accumulation_steps
-    losses = []
+    losses, routings = [], []
     for accumulation_step, (tokens, targets) in enumerate(context.reader.take(step)):
         if context.model_config.drop_rate:
             seed_dropout(context.config.seed_of("dropout"), step, accumulation_step, context.launch.rank)
         with distributed.gradient_sync(context.objective, enabled=accumulation_step == steps - 1):
             with context.autocast():
-                loss = context.objective(context.on_device(tokens), context.on_device(targets))
+                loss, routing = context.objective(context.on_device(tokens), context.on_device(targets))
             failpoint("step.backward", step, context.model)
             context.scaler.scale(loss / steps).backward()
         losses.append(loss.detach())
-    return torch.stack(losses)
+        routings.append(routing)
+    is_dense = context.model_config.moe is None
+    return torch.stack(losses), None if is_dense else torch.stack(routings).mean(dim=0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from harness.engine.experts import Layer, MixtureOfExperts
 from harness.engine.key_value_cache import KeyValueCache
 from harness.engine.loss import capped
 from harness.engine.opening import Weights, open_weights
@@ -28,7 +30,7 @@ NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
 INITIAL_STD = 0.02  # GPT-2's; small enough that a tied head starts at a loss near ln(V)
 CONSTANTS = {".bias": 0.0, ".shift": 0.0, ".scale": 1.0, ".value_mix": 0.5}  # initial values, by the end of the name
-RESIDUAL_PROJECTION = re.compile(r"trf_blocks\.(\d+)\.(?:att\.out_proj|ff\.layers\.2)\.weight")
+RESIDUAL_PROJECTION = re.compile(r"trf_blocks\.(\d+)\.(?:att\.out_proj|ff\.(?:experts\.\d+\.)?layers\.2)\.weight")
 HEAD = "out_head.weight"
 TOKEN_EMBEDDING = "tok_emb.weight"
 POSITION_EMBEDDING = "pos_emb.weight"
@@ -159,9 +161,13 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform every position of x (B, T, C) independently."""
-        y: Tensor = self.layers(x)
-        return y
+        """Transform every position of x (..., C) independently."""
+        return self.transform(x, self.get_submodule)
+
+    def transform(self, x: Tensor, layer: Callable[[str], Layer]) -> Tensor:
+        """Transform x (..., C) with the linear layers that `layer` gives for their names."""
+        _, activation, _ = self.layers
+        return layer("layers.2")(activation(layer("layers.0")(x)))
 
 
 class GatedFeedForward(FeedForward):
@@ -171,14 +177,13 @@ class GatedFeedForward(FeedForward):
         super().__init__(config, activation)
         self.gate = nn.Linear(config.emb_dim, feed_forward_width(config), config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform every position of x (B, T, C) independently."""
-        up, activation, down = self.layers
-        y: Tensor = down(activation(self.gate(x)) * up(x))
-        return y
+    def transform(self, x: Tensor, layer: Callable[[str], Layer]) -> Tensor:
+        """Transform x (..., C) with the linear layers that `layer` gives for their names."""
+        _, activation, _ = self.layers
+        return layer("layers.2")(activation(layer("gate")(x)) * layer("layers.0")(x))
 
 
-FEED_FORWARDS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+FEED_FORWARDS: dict[str, Callable[[ModelConfig], FeedForward]] = {
     "gelu": lambda config: FeedForward(config, nn.GELU(approximate="tanh")),
     "relu_squared": lambda config: FeedForward(config, ReluSquared()),
     "swiglu": lambda config: GatedFeedForward(config, nn.SiLU()),
@@ -193,7 +198,8 @@ class Block(nn.Module):
         self.norm1 = NORMS[config.norm](config)
         self.att = Attention(config, is_first)
         self.norm2 = NORMS[config.norm](config)
-        self.ff = FEED_FORWARDS[config.feed_forward](config)
+        make = partial(FEED_FORWARDS[config.feed_forward], config)
+        self.ff = make() if config.moe is None else MixtureOfExperts(config.emb_dim, config.moe, make)
         self.dropout = nn.Dropout(config.drop_rate)
 
     def forward(
@@ -202,11 +208,18 @@ class Block(nn.Module):
         rotation: Tensor | None = None,
         first_values: Tensor | None = None,
         cache: KeyValueCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Add both branches to the residual stream x (B, T, C); return it and the attention's values."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add both branches to the residual stream x (B, T, C).
+
+        Returns it, the attention's values, and with a mixture of experts how tokens were routed (num_experts + 2,).
+        """
         attended, values = self.att(self.norm1(x), rotation, first_values, cache)
         x = x + self.dropout(attended)
-        return x + self.dropout(self.ff(self.norm2(x))), values
+        routing = None
+        transformed = self.ff(self.norm2(x))
+        if isinstance(self.ff, MixtureOfExperts):
+            transformed, routing = transformed
+        return x + self.dropout(transformed), values, routing
 
 
 class GPTModel(nn.Module):
@@ -235,27 +248,31 @@ class GPTModel(nn.Module):
 
         With a cache, the tokens continue those of earlier calls and attend to them; for evaluation only.
         """
-        logits = F.linear(self.hidden_states(tokens, cache), self.head_weight())
+        hidden, _ = self.hidden_states(tokens, cache)
+        logits = F.linear(hidden, self.head_weight())
         return logits if self.logit_softcap is None else capped(logits, self.logit_softcap)
 
     def head_weight(self) -> Tensor:
         """Return the output head's matrix (V, C), which a tied model shares with the token embedding."""
         return self.tok_emb.weight if self.out_head is None else self.out_head.weight
 
-    def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return the final hidden states (B, T, C), the input of the output head, for token ids (B, T)."""
+    def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the final hidden states (B, T, C), the input of the output head, for token ids (B, T).
+
+        And with a mixture of experts how each block routed them (n_layers, num_experts + 2), as by `route`.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions
         x, rotation = self._embed(tokens, positions)
-        first_values = None
+        first_values, routings = None, []
         for block in self.trf_blocks:
             if self.activation_checkpointing and self.training:
-                x, values = checkpoint(block, x, rotation, first_values, use_reentrant=False)
+                x, values, routing = checkpoint(block, x, rotation, first_values, use_reentrant=False)
             else:
-                x, values = block(x, rotation, first_values, cache)
+                x, values, routing = block(x, rotation, first_values, cache)
             if first_values is None and self.config.value_residual:
                 first_values = values
-        normalised: Tensor = self.final_norm(x)
-        return normalised
+            routings.append(routing)
+        return self.final_norm(x), None if self.config.moe is None else torch.stack(routings)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what enters the first block (B, T, C), and the rotation of the positions where those are rotary."""

@@ -114,8 +114,8 @@ def build_arrangement(shape: Shape, device: torch.device, techniques: Techniques
 
     def backward(tokens: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=is_cuda):
-            loss: Tensor = forward(tokens.to(device), targets.to(device))
-        scaler.scale(loss / shape.accumulation_steps).backward()  # type: ignore[no-untyped-call]
+            loss, _ = forward(tokens.to(device), targets.to(device))
+        scaler.scale(loss / shape.accumulation_steps).backward()
         return loss.detach()
 
     def published_step() -> None:
@@ -143,9 +143,9 @@ class PlainObjective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of a micro-batch; tokens and targets (B, T)."""
-        return next_token_loss(self.model(tokens), targets)
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, None]:
+        """Return the mean loss of a micro-batch, as Objective does; tokens and targets (B, T)."""
+        return next_token_loss(self.model(tokens), targets), None
 
 
 def prepared_model(shape: Shape, device: torch.device, techniques: Techniques) -> GPTModel:

@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -186,8 +186,8 @@ def programs(case: Case) -> tuple[dict[str, Program], dict[str, str]]:
 
             def step(tokens: Tensor, targets: Tensor) -> Tensor:
                 with torch.autocast("cpu", dtype):
-                    value: Tensor = objective(tokens, targets)
-                return value
+                    value, _ = objective(tokens, targets)
+                return cast(Tensor, value)
 
             sources = generate(case.architecture, step, tokens, targets)
             rows = min(case.sequences * 1024, loss_chunk_rows("cuda"))

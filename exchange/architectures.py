@@ -30,6 +30,7 @@ ROTARY: dict[str, tuple[Any, ...] | None] = {"positions": ("rotary",), "norm": (
 HOLDS = {
     GPT2: {"feed_forward": ("gelu", "relu_squared"), "init": ANY, "bias": ANY},
     "LlamaForCausalLM": {**ROTARY, "feed_forward": ("swiglu",)},
+    "MixtralForCausalLM": {**ROTARY, "feed_forward": ("swiglu",), "bias": (False,), "moe": ANY},
     "ArceeForCausalLM": {**ROTARY, "feed_forward": ("gelu", "relu_squared")},
     "Qwen3ForCausalLM": {**ROTARY, "feed_forward": ("swiglu",), "qk_norm": (True,), "bias": (False,)},
     "NanoChatForCausalLM": {
@@ -47,6 +48,7 @@ MODEL_KEYS = {
     "tie_weights": "tie_word_embeddings",
     "drop_rate": "attention_dropout",  # the only one they have; it acts in training alone
 }
+MOE_KEYS = {"num_experts": "num_local_experts", "num_active_experts": "num_experts_per_tok"}
 ATTENTION = {
     "att.W_query": "self_attn.q_proj",
     "att.W_key": "self_attn.k_proj",
@@ -60,7 +62,8 @@ READERS = {"norm1": ("att.W_query", "att.W_key", "att.W_value"), "norm2": ("ff.l
 ROPE_THETA = 10000.0
 # Keys that are not written, and what they must say where others wrote them.
 LEFT_OUT = {
-    "rope_theta": ROPE_THETA, "rope_scaling": None, "quantization_config": None, "use_sliding_window": False
+    "rope_theta": ROPE_THETA, "rope_scaling": None, "quantization_config": None, "use_sliding_window": False,
+    "sliding_window": None,
 }  # fmt: skip
 TURNED = re.compile(r"trf_blocks\.\d+\.att\.W_(?:query|key)\.weight")
 COMPUTED_BUFFER = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
@@ -73,6 +76,7 @@ class Layout:
     name: str
     """Its class in transformers, a key of HOLDS."""
     feed_forward: dict[str, str]
+    """Our names of its layers, and theirs; of a mixture of experts with a place for the expert's number."""
     has_norm_scales: bool = True
     has_qk_scales: bool = False
 
@@ -80,6 +84,15 @@ class Layout:
 LAYOUTS = {
     "llama": Layout(
         "LlamaForCausalLM", {"ff.layers.0": "mlp.up_proj", "ff.gate": "mlp.gate_proj", "ff.layers.2": "mlp.down_proj"}
+    ),
+    "mixtral": Layout(
+        "MixtralForCausalLM",
+        {
+            "ff.router": "block_sparse_moe.gate",
+            "ff.experts.{}.layers.0": "block_sparse_moe.experts.{}.w3",
+            "ff.experts.{}.gate": "block_sparse_moe.experts.{}.w1",
+            "ff.experts.{}.layers.2": "block_sparse_moe.experts.{}.w2",
+        },
     ),
     "arcee": Layout("ArceeForCausalLM", {"ff.layers.0": "mlp.up_proj", "ff.layers.2": "mlp.down_proj"}),
     "qwen3": Layout(
@@ -182,11 +195,17 @@ def _renamed(layout: Layout, config: ModelConfig) -> Iterator[tuple[str, str]]:
         yield "final_norm.scale", "model.norm.weight"
     for number in range(config.n_layers):
         block, other = f"trf_blocks.{number}", f"model.layers.{number}"
-        for ours, theirs in (ATTENTION | layout.feed_forward).items():
+        for ours, theirs in (ATTENTION | _feed_forward(layout, config)).items():
             for part in ("weight", "bias") if config.bias else ("weight",):
                 yield f"{block}.{ours}.{part}", f"{other}.{theirs}.{part}"
         for ours, theirs in NORMS.items() if layout.has_norm_scales else ():
             yield f"{block}.{ours}", f"{other}.{theirs}"
+
+
+def _feed_forward(layout: Layout, config: ModelConfig) -> dict[str, str]:
+    """Return our names of the layers of a feed-forward, or of all experts and their router, and theirs."""
+    experts = range(1 if config.moe is None else config.moe.num_experts)
+    return {ours.format(n): theirs.format(n) for n in experts for ours, theirs in layout.feed_forward.items()}
 
 
 def _qk_scales(layout: Layout, config: ModelConfig) -> Iterator[str]:
@@ -200,10 +219,12 @@ def _shape(name: str, config: ModelConfig) -> tuple[int, ...]:
     width, hidden = config.emb_dim, feed_forward_width(config)
     if name in ("tok_emb.weight", "out_head.weight"):
         return config.vocab_size, width
-    outputs = hidden if re.search(r"ff\.(layers\.0|gate)\.", name) else width
+    if config.moe is not None and name.endswith("ff.router.weight"):
+        return config.moe.num_experts, width
+    outputs = hidden if re.search(r"\.ff\..*(layers\.0|gate)\.", name) else width
     if not name.endswith(".weight"):
         return (outputs,)
-    return outputs, hidden if ".ff.layers.2." in name else width
+    return outputs, hidden if re.search(r"\.ff\..*layers\.2\.", name) else width
 
 
 def _without_norm_scales(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -238,6 +259,7 @@ def config_document(config: ModelConfig, end_of_text: int | None) -> dict[str, A
         return hugging_face.config_document(config, end_of_text)
     kind = MODEL_TYPES[layout.name]
     capped = {"final_logit_softcapping": config.logit_softcap} if kind == "nanochat" else {}
+    sparse = {} if config.moe is None else {theirs: getattr(config.moe, ours) for ours, theirs in MOE_KEYS.items()}
     return {
         "architectures": [layout.name],
         "model_type": kind,
@@ -248,6 +270,7 @@ def config_document(config: ModelConfig, end_of_text: int | None) -> dict[str, A
         "attention_bias": config.bias,
         **({"mlp_bias": config.bias} if kind in ("llama", "arcee") else {}),
         **capped,
+        **sparse,
         "initializer_range": 0.02,
         "use_cache": True,
         "bos_token_id": end_of_text,
@@ -289,6 +312,8 @@ def read_config(path: Path) -> ModelConfig:
         "embedding_norm": kind == "nanochat",
         "logit_softcap": document.get("final_logit_softcapping", 15.0) if kind == "nanochat" else None,
     }
+    if kind == "mixtral":
+        values["moe"] = {ours: document.get(theirs) for ours, theirs in MOE_KEYS.items()}
     try:
         config = config_from(ModelConfig, {"drop_rate": 0.0, **values}, path)
     except ConfigError as error:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from exchange.architectures import architecture_of, config_document, from_hugging_face, read_config, to_hugging_face
-from harness.run.config import ModelConfig
+from harness.run.config import ExpertsConfig, ModelConfig
 from harness.run.errors import CheckpointError, ConfigError
 from model import GPTModel, uninitialized_model
 from tests.test_model import TINY, random_model, random_tokens
@@ -19,11 +19,13 @@ transformers = pytest.importorskip("transformers")
 
 ROTARY: dict[str, Any] = {"positions": "rotary", "norm": "rms"}
 QK: dict[str, Any] = {**ROTARY, "qk_norm": True, "bias": False}
+MOE = ExpertsConfig(num_experts=4, num_active_experts=2)
 SHAPES: list[tuple[dict[str, Any], str]] = [
     ({"bias": False}, "GPT2LMHeadModel"),
     ({"feed_forward": "relu_squared", "tie_weights": True}, "GPT2LMHeadModel"),
     ({**ROTARY, "feed_forward": "swiglu", "bias": False}, "LlamaForCausalLM"),
     ({**ROTARY, "feed_forward": "swiglu", "qkv_bias": True, "tie_weights": True}, "LlamaForCausalLM"),
+    ({**ROTARY, "feed_forward": "swiglu", "bias": False, "moe": MOE, "tie_weights": True}, "MixtralForCausalLM"),
     ({**ROTARY, "feed_forward": "relu_squared"}, "ArceeForCausalLM"),
     ({**ROTARY, "bias": False, "init": "torch"}, "ArceeForCausalLM"),
     ({**QK, "feed_forward": "swiglu", "tie_weights": True}, "Qwen3ForCausalLM"),
@@ -89,6 +91,7 @@ def test_what_was_written_is_read_back(change: dict[str, Any], architecture: str
         ({"positions": "rotary"}, "positions"),
         ({"positions": "rotary", "feed_forward": "swiglu"}, "norm"),
         ({"feed_forward": "swiglu"}, "feed_forward"),
+        ({"moe": MOE}, "moe"),
         ({**ROTARY, "feed_forward": "swiglu", "value_residual": True}, "value_residual"),
         ({**ROTARY, "feed_forward": "swiglu", "logit_softcap": 15.0}, "logit_softcap"),
         ({**QK, "feed_forward": "relu_squared", "embedding_norm": True, "tie_weights": True}, "tie_weights"),

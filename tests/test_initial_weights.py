@@ -211,7 +211,7 @@ def test_objective_is_the_loss_of_the_model() -> None:
     model = GPTModel(replace(BASE, drop_rate=0.0))
     initialise(model, 42)
     tokens = torch.randint(61, (2, 13), generator=torch.Generator().manual_seed(0))
-    loss = Objective(model)(tokens[:, :-1], tokens[:, 1:])
+    loss, _ = Objective(model)(tokens[:, :-1], tokens[:, 1:])
     assert loss.shape == ()
     expected = F.cross_entropy(model(tokens[:, :-1]).reshape(-1, 61), tokens[:, 1:].reshape(-1))
     torch.testing.assert_close(loss, expected)
@@ -227,7 +227,7 @@ WIDE = ModelConfig(
 def first_loss(model: GPTModel) -> float:
     tokens = torch.randint(50257, (2, 65), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return float(Objective(model)(tokens[:, :-1], tokens[:, 1:]))
+        return float(Objective(model)(tokens[:, :-1], tokens[:, 1:])[0])
 
 
 @pytest.mark.parametrize(

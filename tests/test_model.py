@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.engine.key_value_cache import KeyValueCache
-from harness.run.config import ModelConfig
+from harness.run.config import ExpertsConfig, ModelConfig
 from harness.run.errors import CheckpointError, ConfigError
 from model import GPTModel, fingerprint, initialise, load_model, load_weights, uninitialized_model
 
@@ -32,6 +33,7 @@ INTERVENTIONS: list[dict[str, Any]] = [
     {"embedding_norm": True},
     {"value_residual": True},
     {"logit_softcap": 2.0},
+    {"moe": ExpertsConfig(num_experts=3, num_active_experts=2)},
 ]
 # Two stacks that between them have everything, and one that has what is left beside rotary positions.
 STACKS: list[dict[str, Any]] = [
@@ -41,6 +43,10 @@ STACKS: list[dict[str, Any]] = [
     },
     {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "qkv_bias": True, "tie_weights": True},
     {"embedding_norm": True, "value_residual": True, "bias": False, "init": "torch"},
+    {
+        "positions": "rotary", "norm": "rms", "feed_forward": "swiglu",
+        "moe": ExpertsConfig(num_experts=3, num_active_experts=3),
+    },
 ]  # fmt: skip
 
 
@@ -87,6 +93,20 @@ def textbook_logits(weights: dict[str, Tensor], config: ModelConfig, tokens: Ten
             hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
         return linear(hidden, f"{name}.layers.2")
 
+    def mixture(x: Tensor, name: str) -> Tensor:
+        """Give each token the experts with the highest scores, one token after the other."""
+        assert config.moe is not None
+        mixed = torch.zeros_like(x)
+        for row, place in product(range(x.shape[0]), range(x.shape[1])):
+            token = x[row, place]
+            scores = linear(token, f"{name}.router")
+            best = sorted(range(config.moe.num_experts), key=lambda expert: -scores[expert].item())
+            chosen = best[: config.moe.num_active_experts]
+            exponentials = torch.exp(scores[chosen] - scores.max())
+            for expert, share in zip(chosen, exponentials / exponentials.sum(), strict=True):
+                mixed[row, place] += share * feed_forward(token, f"{name}.experts.{expert}")
+        return mixed
+
     def turned(x: Tensor) -> Tensor:
         """Multiply every pair of channels, as a complex number, by one whose angle grows with the position."""
         half = size // 2
@@ -125,7 +145,7 @@ def textbook_logits(weights: dict[str, Tensor], config: ModelConfig, tokens: Ten
         attended, values = attention(norm(x, f"{block}.norm1"), f"{block}.att", first)
         first = values if first is None else first
         x = x + attended
-        x = x + feed_forward(norm(x, f"{block}.norm2"), f"{block}.ff")
+        x = x + (mixture if config.moe else feed_forward)(norm(x, f"{block}.norm2"), f"{block}.ff")
     head = weights["tok_emb.weight" if config.tie_weights else "out_head.weight"]
     logits = norm(x, "final_norm") @ head.T
     cap = config.logit_softcap
@@ -249,10 +269,11 @@ def test_cached_logits_are_those_of_the_whole_text(change: dict[str, Any]) -> No
         torch.testing.assert_close(found, whole[torch.arange(3), places[:, 0]], atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_code_computes_the_same() -> None:
+@pytest.mark.parametrize("moe", [None, ExpertsConfig(num_experts=4, num_active_experts=2, capacity_factor=0.8)])
+def test_compiled_code_computes_the_same(moe: ExpertsConfig | None) -> None:
     """Traced and differentiated as for a GPU, in one graph, but without making kernels."""
     torch._dynamo.reset()
-    model = random_model(replace(TINY, **{**STACKS[0], "feed_forward": "swiglu"})).train()
+    model = random_model(replace(TINY, **{**STACKS[0], "feed_forward": "swiglu", "moe": moe})).train()
     tokens = random_tokens(TINY)
     results = []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
@@ -327,11 +348,14 @@ def documented_names(config: ModelConfig) -> set[str]:
     names -= {"pos_emb.weight"} if config.positions == "rotary" else set()
     for block in (f"trf_blocks.{number}" for number in range(config.n_layers)):
         names |= {f"{block}.{norm}.{part}" for norm in ("norm1", "norm2") for part in ("scale", "shift")}
-        layers = ("att.out_proj", "ff.layers.0", "ff.layers.2")
-        names |= {f"{block}.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+        experts = range(config.moe.num_experts) if config.moe else None
+        forwards = [f"{block}.ff"] if experts is None else [f"{block}.ff.experts.{number}" for number in experts]
+        names |= {f"{block}.ff.router.weight"} if config.moe else set()
+        gates = ("gate",) if config.feed_forward == "swiglu" else ()
+        layers = [f"{forward}.{layer}" for forward in forwards for layer in ("layers.0", "layers.2", *gates)]
+        names |= {f"{layer}.{part}" for layer in (f"{block}.att.out_proj", *layers) for part in ("weight", "bias")}
         parts = ("weight", "bias") if config.qkv_bias else ("weight",)
         names |= {f"{block}.att.W_{which}.{part}" for which in ("query", "key", "value") for part in parts}
-        names |= {f"{block}.ff.gate.{part}" for part in ("weight", "bias") if config.feed_forward == "swiglu"}
         names |= {f"{block}.att.value_mix"} if config.value_residual and block != "trf_blocks.0" else set()
     if config.norm == "rms" or not config.bias:
         names = {name for name in names if not name.endswith(".shift")}

@@ -149,7 +149,7 @@ def give_initial_weights(model: GPTModel, folder: RunFolder, config: TrainConfig
 
 def wrap(model: nn.Module, config: TrainConfig, launch: Launch, device: torch.device) -> nn.Module:
     """Make the objective and wrap it for the other ranks, then for the compiler, which sees through DDP's buckets."""
-    objective = distributed.wrap_ddp(Objective(model, config.z_loss), launch, device)
+    objective = distributed.wrap_ddp(Objective(model, config.z_loss, config.moe_router_loss_scale), launch, device)
     is_compiled = device.type == "cuda" if config.compile == "auto" else config.compile
     return torch.compile(objective) if is_compiled else objective  # type: ignore[return-value]
 
@@ -163,7 +163,7 @@ def compile_and_build_buckets(context: TrainContext) -> None:
     tokens = torch.zeros(context.plan.microbatch_size, context.plan.context_length, dtype=torch.int64)
     with context.autocast():
         # Two tensors, as always: compiled code asks whether they are one.
-        loss = context.objective(context.on_device(tokens), context.on_device(tokens.clone()))
+        loss, _ = context.objective(context.on_device(tokens), context.on_device(tokens.clone()))
     loss.backward()
     require_gradients(context.model)
     context.optimizer.zero_grad(set_to_none=context.launch.world_size == 1)

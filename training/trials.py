@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from harness.engine import distributed
 from harness.engine.distributed import Launch
@@ -54,7 +53,7 @@ def find_max_microbatch_size(request: RunRequest, launch: Launch) -> None:
 
 
 def try_microbatch_size(
-    request: RunRequest, launch: Launch, accumulate_gradients: Callable[[TrainContext, int], Tensor]
+    request: RunRequest, launch: Launch, accumulate_gradients: Callable[[TrainContext, int], object]
 ) -> None:
     """Train two global steps on random tokens, and validate on some if the run does; raises DoesNotFitError."""
     device = distributed.choose_device(request.arguments.device, launch)

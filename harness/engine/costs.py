@@ -101,17 +101,22 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     A block keeps for its backward pass, per position and channel: the residual stream twice in float32; in the type
     of the products two normalised inputs, query, key and value, the attention's output, and the hidden layer before
     and after its activation; and a byte for each of two dropout masks. Rotation, QK norm and the mixing of values
-    keep two more tensors each, gates one more hidden layer (where they are not compiled, two). With recomputation a
-    block keeps the stream once, and after the loss one block everything. Half-precision copies of the blocks' weights
-    are kept too, unless compiled code makes them again. The loss holds a chunk of logits and of their gradient, the
-    head in half precision and the head's gradient in float32; where it is not compiled, float32 copies of the logits
-    besides. Tested against `benchmarks/memory.py`, and against generated code in benchmarks/results/cuda-check.json.
+    keep two more tensors each, gates one more hidden layer (where they are not compiled, two). A mixture of experts
+    keeps the router's input in float32, and of every active expert its input, hidden layers and output. With
+    recomputation a block keeps the stream once, and after the loss one block everything. Half-precision copies of the
+    blocks' weights are kept too, unless compiled code makes them again. The loss holds a chunk of logits and of their
+    gradient, the head in half precision and the head's gradient in float32; where it is not compiled, float32 copies
+    of the logits besides. Tested against `benchmarks/memory.py`, and against generated code in
+    benchmarks/results/cuda-check.json.
     """
     width, product, is_eager = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES, train.compile is False
     pairs = (model.positions == "rotary") + model.qk_norm + model.value_residual
     hidden_layers = 2 + (model.feed_forward == "swiglu") * (2 if is_eager else 1)
     per_block = (2 * FLOAT32_BYTES + (6 + 2 * pairs) * product + 2 * (model.drop_rate > 0)) * width
-    per_block += hidden_layers * feed_forward_width(model) * product
+    rows = 1 if model.moe is None else model.moe.num_active_experts
+    per_block += rows * hidden_layers * feed_forward_width(model) * product
+    if model.moe is not None:
+        per_block += (FLOAT32_BYTES - product + 2 * rows * product) * width
     tokens = train.microbatch_size * model.context_length
     ends = (2 * FLOAT32_BYTES + 3 * product) * width  # embeddings and final norm; the loss's input and its gradient
     keeps_casts = train.use_amp and (is_eager or not train.activation_checkpointing)
@@ -137,8 +142,10 @@ def describe(cost: RunCost, train: TrainConfig) -> list[tuple[str, str]]:
     # The newest K, the best, and the one being written before the oldest goes.
     kept = min(written, (train.checkpoints_to_keep or written) + 2)
     checkpoint_gib = cost.checkpoint_bytes / GIB
+    is_sparse = parameters.active < parameters.total
+    active = f"; {parameters.active:,} active for each token" if is_sparse else ""
     rows = [
-        ("Parameters", f"{parameters.total:,} ({parameters.without_embeddings:,} without embeddings)"),
+        ("Parameters", f"{parameters.total:,} ({parameters.without_embeddings:,} without embeddings{active})"),
         ("Tokens", f"{plan.train_tokens:,}"),
         ("Global steps", f"{plan.global_steps:,}"),
         ("Global batch", f"{plan.global_batch:,} sequences, {plan.tokens_per_global_step:,} tokens"),

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.engine.costs import loss_chunk_rows
+from harness.engine.experts import ROUTER_LOSS
+from harness.engine.precision import product_type, without_autocast
 
 VOCAB_MULTIPLE = 64
 
@@ -160,10 +162,9 @@ def chunked_next_token_loss(
     have the z-loss in them. Under autocast the products are computed in its type, as the plain loss's are; sums over
     rows are float32.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = product_type(hidden)
     terms = (math.inf if softcap is None else softcap, z_loss)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(hidden):
         loss, _, _ = chunked_linear_cross_entropy(
             hidden.flatten(0, 1), head, targets.flatten(), terms, dtype, torch.compiler.is_compiling()
         )
@@ -176,8 +177,8 @@ class LanguageModel(Protocol):
     logit_softcap: float | None
     """What bounds the logits that head and hidden states make."""
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
-        """Return the final hidden states (B, T, C) for tokens (B, T)."""
+    def hidden_states(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the final hidden states (B, T, C) for tokens (B, T), and how experts were chosen, if any are."""
 
     def head_weight(self) -> Tensor:
         """Return the output head's matrix (V, C)."""
@@ -190,16 +191,25 @@ class Objective(nn.Module):
     of wrappers' prefixes.
     """
 
-    def __init__(self, model: nn.Module, z_loss: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, z_loss: float = 0.0, router_loss_scale: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.z_loss = z_loss
+        self.router_loss_scale = router_loss_scale
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy of a micro-batch; tokens and targets (B, T)."""
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the mean cross-entropy of a micro-batch, and how each block chose experts, if there are any.
+
+        tokens and targets (B, T), and by block (n_layers, num_experts + 2). The gradient alone has the z-loss and the
+        router loss in it.
+        """
         model = cast(LanguageModel, self.model)
-        hidden = model.hidden_states(tokens)
-        return chunked_next_token_loss(hidden, model.head_weight(), targets, model.logit_softcap, self.z_loss)
+        hidden, routing = model.hidden_states(tokens)
+        loss = chunked_next_token_loss(hidden, model.head_weight(), targets, model.logit_softcap, self.z_loss)
+        if routing is None:
+            return loss, None
+        router_loss = self.router_loss_scale * routing[:, ROUTER_LOSS].sum()
+        return loss + (router_loss - router_loss.detach()), routing.detach()
 
 
 def first_loss_warning(loss: float, model: nn.Module, vocab_size: int) -> str | None:

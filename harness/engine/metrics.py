@@ -16,7 +16,9 @@ from torch import Tensor
 
 from harness.engine.costs import GIB
 from harness.engine.distributed import Launch, gather
+from harness.engine.experts import routing_metrics
 from harness.engine.failpoints import failpoint
+from harness.engine.step import StepOutcome
 from harness.run.config import TrainConfig
 from harness.run.console import progress_bar
 from harness.run.errors import NonFiniteError
@@ -26,16 +28,20 @@ from harness.run.plan import Plan
 from harness.run.train_state import TrainState
 
 PROGRESS = "Training: {percentage:3.0f}% |{bar:24}| step {n_fmt} of {total_fmt}, {remaining} left{postfix}"
-VALUES_PER_RANK = 4  # mean, lowest and highest micro-batch loss, and whether this rank was asked to stop
 
 
 class PendingMetrics:
     """One step's numbers from all ranks on their way to the host; making it waits for nothing."""
 
-    def __init__(self, launch: Launch, losses: Tensor, grad_norm: Tensor, is_finite: Tensor, stop: bool) -> None:
+    def __init__(
+        self, launch: Launch, losses: Tensor, routing: Tensor | None, outcome: StepOutcome, stop: bool
+    ) -> None:
+        """Send each rank's losses, how its blocks routed tokens if they did, and whether it was asked to stop."""
         asked = torch.full_like(losses[0], float(stop))
-        rows = gather(launch, torch.stack([losses.mean(), losses.min(), losses.max(), asked]))
-        values = torch.cat([rows.flatten(), grad_norm.view(1), is_finite.float().view(1)])
+        own = torch.stack([losses.mean(), losses.min(), losses.max(), asked])
+        rows = gather(launch, own if routing is None else torch.cat([own, routing.flatten()]))
+        values = torch.cat([rows.flatten(), outcome.grad_norm.view(1), outcome.is_finite.float().view(1)])
+        self._ranks, self._blocks = len(rows), 0 if routing is None else len(routing)
         self._ready: torch.cuda.Event | None = None
         if values.is_cuda:
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -51,8 +57,10 @@ class PendingMetrics:
         if self._ready is not None:
             self._ready.synchronize()
             self._done_at = time.monotonic()
-        *rows, grad_norm, is_finite = self._host.tolist()
-        means, lows, highs, stops = (rows[column::VALUES_PER_RANK] for column in range(VALUES_PER_RANK))
+        *values, grad_norm, is_finite = self._host.tolist()
+        per_rank = len(values) // self._ranks
+        means, lows, highs, stops, *routings = (values[column::per_rank] for column in range(per_rank))
+        routing = [math.fsum(column) / len(column) for column in routings]
         return StepMetrics(
             loss=math.fsum(means) / len(means),
             loss_min=min(lows),
@@ -60,6 +68,7 @@ class PendingMetrics:
             stop_requested=any(stops),
             grad_norm=grad_norm,
             was_skipped=not is_finite,
+            routing=routing_metrics(routing, self._blocks),
             done_at=self._done_at,
         )
 
@@ -74,6 +83,8 @@ class StepMetrics:
     stop_requested: bool
     grad_norm: float
     was_skipped: bool
+    routing: dict[str, float]
+    """Of a mixture of experts, by the names of metrics.jsonl."""
     done_at: float
     """When the step was done, or known to be, on the monotonic clock."""
 
@@ -187,6 +198,7 @@ class StepLog:
             "train/clipped": max_norm is not None and metrics.grad_norm > max_norm,
             "train/skipped": metrics.was_skipped,
             "train/tok_per_sec": round(tokens_per_second, 1),
+            **metrics.routing,
             "train/mfu": None if peak is None else round(tokens_per_second * self.flops_per_token / peak, 4),
             "mem/peak_gib": round(peak_memory_gib(self.device), 3),
             "cost": None if price is None else round(elapsed / 3600 * price, 4),

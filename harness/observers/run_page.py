@@ -94,6 +94,10 @@ def _charts(lines: list[dict[str, Any]], max_norm: float | None) -> list[str]:
         "Loss, nats per token": (loss, band),
         "Learning rate": ([Line("learning rate", steps[thin], column(lines, "train/lr")[thin])], None),
         "Gradient norm": (gradient, None),
+        "Tokens of an expert, 1 is its even share": (
+            [smooth("moe/busiest_expert", "busiest of all blocks"), smooth("moe/idlest_expert", "idlest")],
+            None,
+        ),
         "Tokens per second": ([smooth("train/tok_per_sec", "speed"), raw("train/tok_per_sec")], None),
     }
     return [

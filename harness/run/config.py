@@ -28,6 +28,9 @@ DATASETS_WANTED = Wanted(
     "NAME or OWNER/NAME, of letters, digits, '.', '_' and '-', "
     'or a list of at least two different {"name": NAME, "weight": above 0}'
 )
+EXPERTS_WANTED = Wanted(
+    'null or {"num_experts": E, "num_active_experts": from 2 to E, "capacity_factor": null or above 0}'
+)
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 # A strict class takes no JSON object, so here the fields are strict.
 NESTED = ConfigDict(**{**STRICT, "strict": False})
@@ -53,6 +56,23 @@ def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
 def _other_names(datasets: "tuple[WeightedDataset, ...]") -> "tuple[WeightedDataset, ...]":
     _each_once(tuple(dataset.name for dataset in datasets))
     return datasets
+
+
+@dataclass(config=NESTED, frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of every block's feed-forward."""
+
+    num_experts: int = Field(strict=True, ge=2, le=2**10)
+    """Feed-forwards in every block."""
+    num_active_experts: int = Field(strict=True, ge=2, le=2**10)
+    """Experts that see each token; with one, no gradient of the loss would reach the router."""
+    capacity_factor: float | None = Field(default=None, strict=True, gt=0)
+    """In training, an expert takes so many times its even share of a sequence's tokens and drops the rest."""
+
+    def __post_init__(self) -> None:
+        """Check that there are enough experts."""
+        if self.num_active_experts > self.num_experts:
+            raise ValueError(EXPERTS_WANTED)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -81,6 +101,9 @@ class ModelConfig:
     """Normalisation before each branch and the output head: LayerNorm, or RMSNorm, which has no mean and no shift."""
     feed_forward: Later[Recipe[Literal["gelu", "relu_squared", "swiglu"]]] = "gelu"
     """Activation between the feed-forward layers; swiglu has a third layer and 2/3 of the width, as many weights."""
+    moe: Later[Recipe[Annotated[ExpertsConfig | None, EXPERTS_WANTED]]] = None
+    """Several feed-forwards in every block: num_experts, of which a router chooses num_active_experts for each token,
+    and capacity_factor, null to drop none."""
     qk_norm: Later[Recipe[bool]] = False
     """Divide each head's queries and keys by their root mean square, without learned scales."""
     bias: Later[Recipe[bool]] = True
@@ -174,6 +197,9 @@ class TrainConfig:
     """Decay every parameter, biases and norms too."""
     z_loss: Later[Recipe[float]] = Field(default=0.0, ge=0, le=1)
     """Weight of the mean squared log-normaliser of the softmax in what is minimised; reported losses are without."""
+    moe_router_loss_scale: Later[Recipe[float]] = Field(default=0.0, ge=0, le=1)
+    """Weight of the router loss, which is least where all experts get as many tokens; 0.01 / num_active_experts is
+    usual, and without it a few experts tend to get all."""
     weight_average_decay: Later[Recipe[float | None]] = Field(default=None, gt=0, lt=1)
     """Keep an exponential average of the weights, this much of it kept by each global step; null keeps none."""
     clipping_max_norm: Recipe[float | None] = Field(default=None, gt=0)
@@ -285,7 +311,13 @@ def load_run_configs(model_path: Path, train_path: Path) -> tuple[ModelConfig, T
         except ConfigError as train_error:
             raise ConfigError(*model_error.lines, *train_error.lines) from None
         raise
-    return model, load_train_config(train_path)
+    train = load_train_config(train_path)
+    if train.moe_router_loss_scale and model.moe is None:
+        raise ConfigError(
+            f"{train_path}: moe_router_loss_scale: found {train.moe_router_loss_scale}, which acts only with moe in "
+            "model.json"
+        )
+    return model, train
 
 
 def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: str | Path) -> ConfigT:
@@ -300,7 +332,7 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
     except ValidationError as error:
         # pydantic reports an error for each member of a union; keep one for each key.
         wrong = {str(item["loc"][0]): dict(item) for item in error.errors(include_url=False)}
-    problems += [_line_for(key, item, config_class) for key, item in wrong.items()]
+    problems += [_line_for(key, item, known, config_class) for key, item in wrong.items()]
     if "checkpoint_interval" in wrong and "validation_interval" in known:
         problems.append(
             "validation_interval: found without checkpoint_interval, which took its place for saving "
@@ -365,7 +397,8 @@ def _too_large(data: dict[str, Any]) -> list[str]:
     """Return an error line for a model too large for any machine, before memory is allocated; counts its matrices."""
     if not {"vocab_size", "context_length", "emb_dim", "n_layers"} <= data.keys():
         return []
-    rows = data["vocab_size"] + data["context_length"] + 12 * data["n_layers"] * data["emb_dim"]
+    experts = data["moe"].get("num_experts", 1) if isinstance(data.get("moe"), dict) else 1
+    rows = data["vocab_size"] + data["context_length"] + (4 + 8 * experts) * data["n_layers"] * data["emb_dim"]
     parameters = data["emb_dim"] * rows
     if parameters <= MAX_PARAMETERS:
         return []
@@ -375,10 +408,11 @@ def _too_large(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _line_for(key: str, item: dict[str, Any], config_class: type) -> str:
-    if item["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
+def _line_for(key: str, item: dict[str, Any], known: Mapping[str, Any], config_class: type) -> str:
+    if key not in known:
         description = TypeAdapter(config_class).json_schema()["properties"][key]["description"]
         return f"{key}: missing, wanted: {description}"
     wanted = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     wanted = next((mark for mark in marks_of(config_class)[key] if isinstance(mark, Wanted)), wanted)
-    return f"{key}: found {shown(item['input'])}, wanted {wanted}"
+    found = known[key] if item["type"].startswith("missing") else item["input"]
+    return f"{key}: found {shown(found)}, wanted {wanted}"

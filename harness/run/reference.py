@@ -50,7 +50,7 @@ def reference() -> str:
                 part_of(config_class, key),
                 _type_in_words(entry),
                 default,
-                entry["description"],
+                " ".join(entry["description"].split()),
             ]
             parts.append(f"| {' | '.join(cells)} |")
     return "\n".join(parts) + "\n"

@@ -15,23 +15,26 @@ MODERN: dict[str, Any] = {
     "embedding_norm": True, "value_residual": True, "logit_softcap": 0.5, "init": "zero_projections",
 }  # fmt: skip
 LLAMA: dict[str, Any] = {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "init": "torch"}
+SPARSE: dict[str, Any] = {"moe": {"num_experts": 4, "num_active_experts": 2, "capacity_factor": 1.0}}
 SETTINGS = {**DEMANDING, "checkpoint_interval": 20}
 
 
-@pytest.mark.parametrize("model", [MODERN, LLAMA], ids=["modern", "llama"])
+@pytest.mark.parametrize("model", [MODERN, LLAMA, SPARSE], ids=["modern", "llama", "sparse"])
 def test_a_resumed_run_is_the_run_that_never_stopped(
     model: dict[str, Any], tmp_path: Path, datasets_dir: Path
 ) -> None:
-    whole, halved = (write_run(tmp_path / "runs" / name, model, SETTINGS) for name in ("whole", "halved"))
+    settings = SETTINGS if model is not SPARSE else {**SETTINGS, "moe_router_loss_scale": 0.005}
+    whole, halved = (write_run(tmp_path / "runs" / name, model, settings) for name in ("whole", "halved"))
     train_in_fork(whole, datasets_dir)
     train_in_fork(halved, datasets_dir, "--max-steps", 14)
     train_in_fork(halved, datasets_dir)
     assert_same_run(halved, whole)
 
 
-@pytest.mark.parametrize("model", [MODERN, LLAMA], ids=["modern", "llama"])
+@pytest.mark.parametrize("model", [MODERN, LLAMA, SPARSE], ids=["modern", "llama", "sparse"])
 def test_the_global_batch_may_be_split_another_way(model: dict[str, Any], tmp_path: Path, datasets_dir: Path) -> None:
     settings = {"min_train_tokens": 12 * 8 * 16, "checkpoint_interval": 100, "gradient_accumulation_steps": None}
+    settings |= {"moe_router_loss_scale": 0.005} if model is SPARSE else {}
     runs = []
     for processes, microbatch in ((1, 8), (1, 2), (2, 2)):
         folder = tmp_path / "runs" / f"{processes}x{microbatch}"
@@ -39,7 +42,11 @@ def test_the_global_batch_may_be_split_another_way(model: dict[str, Any], tmp_pa
         write_run(folder, {**TINY_MODEL, **model, "drop_rate": 0.0}, split)
         train_in_fork(folder, datasets_dir, count=processes)
         runs.append(folder)
-    curves = [[(line["train/loss"], line["train/grad_norm"]) for line in metrics(folder)] for folder in runs]
+    routed = [f"moe/{name}" for name in ("router_loss", "dropped", "busiest_expert", "idlest_expert")]
+    keys = ["train/loss", "train/grad_norm", *(routed if model is SPARSE else ())]
+    curves = [[[line[key] for key in keys] for line in metrics(folder)] for folder in runs]
+    if model is SPARSE:
+        assert all(4 <= router_loss < 8 and 0 < dropped < 0.5 for _, _, router_loss, dropped, *_ in curves[0])
     weights = [load_file(folder / "checkpoints" / "latest" / "model.safetensors") for folder in runs]
     for curve, tensors in zip(curves[1:], weights[1:], strict=True):
         np.testing.assert_allclose(curve, curves[0], rtol=1e-4)

@@ -14,7 +14,7 @@ import convert
 import ddp_train
 import test_loss
 from harness.engine.opening import open_checkpoint
-from harness.run.config import ModelConfig, load_train_config
+from harness.run.config import ExpertsConfig, ModelConfig, load_train_config
 from harness.run.errors import ConfigError
 from harness.run.run_folder import RunFolder
 from model import GPTModel, initialise
@@ -22,6 +22,7 @@ from tests.conftest import Called
 from tests.helpers import TINY_MODEL, TINY_TRAIN, metrics, status, write
 
 Call = Callable[..., Called]
+EXPERTS = ExpertsConfig(num_experts=3, num_active_experts=2)
 STEPS = (0, 5, 10, 15, 19)
 
 
@@ -32,7 +33,7 @@ def write_published(folder: Path, train: dict[str, Any], **model: Any) -> Path:
     write(folder / "model.json", shape)
     write(folder / "train.json", train)
     for number, step in enumerate(STEPS):
-        network = GPTModel(ModelConfig(**TINY_MODEL))
+        network = GPTModel(ModelConfig(**TINY_MODEL, moe=EXPERTS if "moe" in model else None))
         initialise(network, step)
         path = folder / "checkpoints" / f"2025110{number}Z120000-iteration-{step}"
         path.mkdir(parents=True)
@@ -64,7 +65,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "runs"
     write_published(folder / "2xtoy", TRAIN)
     write_published(folder / "oldest", OLDEST)
-    write_published(folder / "experts", TRAIN, experts={"num_experts": 6})
+    write_published(folder / "unknown", TRAIN, experts={"num_experts": 6})
+    sparse = {"num_experts": 3, "num_active_experts": 2, "log_moe_balance_file": "runs/sparse/routing.jsonl"}
+    write_published(folder / "sparse", {**TRAIN, "moe_router_loss_scale": 0.005}, moe=sparse)
     (folder / "unstarted").mkdir()
     for name in ("model.json", "train.json"):
         write(folder / "unstarted" / name, TINY_MODEL if name == "model.json" else TRAIN)
@@ -81,12 +84,12 @@ def test_all_runs_come_in_at_once(call: Call, theirs: Path, tmp_path: Path, data
     done = call(convert.main, "import", "--all", theirs, "--runs-dir", runs)
     assert done.status == 0, done.stderr
     assert tree(theirs) == before
-    assert "3 of 4 runs imported" in done.stdout
-    assert done.stderr.startswith("skipped experts: ")
+    assert "4 of 5 runs imported" in done.stdout
+    assert done.stderr.startswith("skipped unknown: ")
     assert "minibatch_size is microbatch_size, validation_interval is checkpoint_interval" in done.stdout
     assert load_train_config(runs / "oldest" / "train.json").checkpoint_interval == 5
 
-    for name in ("2xtoy", "oldest"):
+    for name in ("2xtoy", "oldest", "sparse"):
         folder = RunFolder(runs / name)
         assert folder.checkpoint_steps() == list(STEPS)
         for path, step in zip(sorted((theirs / name / "checkpoints").glob("2025*")), STEPS, strict=True):

@@ -20,7 +20,7 @@ PUBLISHED = sorted(
 
 
 def test_all_published_runs_ship() -> None:
-    assert len(PUBLISHED) == 21
+    assert len(PUBLISHED) == 23
     assert [name for name in PUBLISHED if name.startswith("8xa100m40-baseline")] == [
         "8xa100m40-baseline", *(f"8xa100m40-baseline-{number}" for number in range(2, 9))
     ]  # fmt: skip
@@ -35,8 +35,9 @@ def test_dry_run_of_a_published_run(call: Callable[..., Called], monkeypatch: py
     done = call(ddp_train.main, name, "nowhere", "--dry-run", "--world-size", world_size)
     assert done.status == 0
     printed = dict(line.split(":", 1) for line in done.stdout.splitlines())
-    assert printed["Global steps"].strip() == "33,165"
-    assert printed["Tokens"].strip() == "3,260,252,160"
+    is_long = name == "1xrtx3090-moe-first-proper-run"
+    assert printed["Global steps"].strip() == ("90,823" if is_long else "33,165")
+    assert printed["Tokens"].strip() == ("8,928,264,192" if is_long else "3,260,252,160")
     assert printed["Global batch"].strip() == "96 sequences, 98,304 tokens"
 
 

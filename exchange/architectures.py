@@ -7,7 +7,7 @@ columns of the matrices that follow, and it turns heads the other way round, so 
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from harness.run.config import ModelConfig, config_from
 from harness.run.errors import CheckpointError, ConfigError
 from harness.run.keys import came_later, changes_nothing
 from harness.run.model_size import feed_forward_width
-from harness.run.strict_json import read_strict_json
+from harness.run.strict_json import read_strict_json, shown
 
 GPT2 = "GPT2LMHeadModel"
 ANY = None
@@ -115,8 +115,9 @@ def architecture_of(config: ModelConfig, source: object) -> str:
     missing = {name: _not_held(config, holds) for name, holds in HOLDS.items()}
     name = min(missing, key=lambda name: len(missing[name]))
     if missing[name]:
+        values = asdict(config)
         raise ConfigError(
-            *(f"{source}: {key}: found {getattr(config, key)!r}, which {name} cannot hold" for key in missing[name])
+            *(f"{source}: {key}: found {shown(values[key])}, which {name} cannot hold" for key in missing[name])
         )
     return name
 

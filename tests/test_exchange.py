@@ -187,7 +187,7 @@ def test_a_later_key_in_use_is_refused_by_name() -> None:
     assert architectures.architecture_of(LaterModel(**vars(TINY)), "here") == "GPT2LMHeadModel"
     with pytest.raises(ConfigError) as caught:
         architectures.architecture_of(LaterModel(**{**vars(TINY), "made_up": "rotary", "also": None}), "here")
-    assert caught.value.lines == ("here: made_up: found 'rotary', which GPT2LMHeadModel cannot hold",)
+    assert caught.value.lines == ('here: made_up: found "rotary", which GPT2LMHeadModel cannot hold',)
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", ""])

@@ -210,6 +210,7 @@ def test_metrics_are_taken_over_all_blocks() -> None:
         "moe/router_loss": 4.75, "moe/dropped": 0.25, "moe/busiest_expert": 2.0, "moe/idlest_expert": 0.0,
     }  # fmt: skip
     assert routing_metrics([], 0) == {}
+    assert routing_metrics([0.5, 0.5, math.nan, 0.0], 1)["moe/router_loss"] is None  # JSON has no NaN
 
 
 @pytest.mark.parametrize(

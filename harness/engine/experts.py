@@ -16,13 +16,14 @@ from torch.nn import functional as F
 
 from harness.engine.precision import product_type, without_autocast
 from harness.run.config import ExpertsConfig
+from harness.run.files import json_number
 
 ROUTER_LOSS, DROPPED = -2, -1  # columns of a routing row, after the experts' shares
 Layer = Callable[[Tensor], Tensor]
 
 
 class Expert(Protocol):
-    """A feed-forward whose layers can be put in place of by those of all experts at once."""
+    """A feed-forward that is told by which layers to transform: its own, or those of all experts at once."""
 
     def transform(self, x: Tensor, layer: Callable[[str], Layer]) -> Tensor:
         """Transform x with the layers that `layer` gives for a submodule's name."""
@@ -49,10 +50,8 @@ class MixtureOfExperts(nn.Module):
         with without_autocast(x):  # a router in half precision trains less stably
             scores = F.linear(x.to(self.router.weight.dtype), self.router.weight)  # (B, T, E)
         routing, told = route(scores, active, self.config.capacity_factor if self.training else None)
-        if not has_kernel(x.device, dtype, x.shape[-1]):
-            routing = replace(
-                routing, ends=routing.ends.cpu()
-            )  # waits for the device: once, and not in every product
+        if not has_kernel(x.device, dtype, x.shape[-1]):  # wait for the device here, and not in every product
+            routing = replace(routing, ends=routing.ends.cpu())
         rows = x.to(dtype).flatten(0, 1).repeat_interleave(active, dim=0)  # (B x T x active, C)
         rows = Permuted.apply(rows, routing.order, routing.place)  # type: ignore[no-untyped-call]
         rows = cast(Expert, self.experts[0]).transform(rows, lambda name: routing.layer(self._layers(name)))
@@ -140,7 +139,7 @@ def route(scores: Tensor, active: int, capacity_factor: float | None) -> tuple[R
     return routing, torch.cat([load.mean(dim=0) / active, torch.stack([router_loss, dropped])])
 
 
-def routing_metrics(values: Sequence[float], blocks: int) -> dict[str, float]:
+def routing_metrics(values: Sequence[float], blocks: int) -> dict[str, float | None]:
     """Return what metrics.jsonl says of so many blocks' routing rows, one after the other; nothing without blocks.
 
     The router loss is the sum over blocks. The shares are those of the busiest and the idlest expert of any block, in
@@ -152,7 +151,7 @@ def routing_metrics(values: Sequence[float], blocks: int) -> dict[str, float]:
     rows = [values[start : start + width] for start in range(0, len(values), width)]
     shares = [share * len(row[:ROUTER_LOSS]) for row in rows for share in row[:ROUTER_LOSS]]
     return {
-        "moe/router_loss": math.fsum(row[ROUTER_LOSS] for row in rows),
+        "moe/router_loss": json_number(sum(row[ROUTER_LOSS] for row in rows)),
         "moe/dropped": math.fsum(row[DROPPED] for row in rows) / blocks,
         "moe/busiest_expert": max(shares),
         "moe/idlest_expert": min(shares),

@@ -83,7 +83,7 @@ class StepMetrics:
     stop_requested: bool
     grad_norm: float
     was_skipped: bool
-    routing: dict[str, float]
+    routing: dict[str, float | None]
     """Of a mixture of experts, by the names of metrics.jsonl."""
     done_at: float
     """When the step was done, or known to be, on the monotonic clock."""

@@ -280,7 +280,7 @@ def test_what_gpt2_cannot_hold_is_refused_before_the_work(
     monkeypatch.setattr(RunFolder, "read_configs", read_later)
     done = export("tiny")
     assert (done.status, len(done.stderr.splitlines())) == (2, 1)
-    assert "model.json: made_up: found 'rotary'" in done.stderr
+    assert 'model.json: made_up: found "rotary"' in done.stderr
     assert not (tmp_path / "out").exists()
 
 

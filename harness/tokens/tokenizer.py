@@ -9,7 +9,8 @@ import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from harness.run.errors import ConfigError, DataError
+from harness.run.errors import ConfigError, DataError, HarnessError
 from harness.tokens.gpt2 import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
@@ -28,6 +29,7 @@ from harness.tokens.gpt2 import (
     gpt2_encoding,
     printable_bytes,
 )
+from harness.tokens.lossless import what_loses_text
 from harness.tokens.token_files import TokenFile
 
 GPT2 = "gpt2"
@@ -137,20 +139,24 @@ class LibraryTokenizer(Tokenizer):
 
     def __init__(self, document: str, place: object) -> None:
         """Read the content of a tokenizer.json; raises DataError, naming `place`, where it cannot be used."""
-        self.document = document
+        self.document, self._place = document, place
         try:
+            lossy = what_loses_text(json.loads(document), set(printable_bytes().values()))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise DataError(f"{place}: cannot be used as a tokenizer ({error!r:.200})") from None
+        if lossy is not None:
+            raise DataError(f"{place}: found {lossy}, wanted a byte-level tokenizer that gives every text back")
+        with _library_errors(place):
             self._library = tokenizers.Tokenizer.from_str(document)
-            described = json.loads(document)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{place}: cannot be read as a tokenizer ({str(error)[:200]})") from None
+            splits = _splits_at_spaces(self._library.pre_tokenizer)
+        if not splits:
+            raise DataError(f"{place}: found words that go on over a space or a line, wanted some that end there")
         self._library.no_padding()
         self._library.no_truncation()
         self._library.encode_special_tokens = True
         self._added = self._library.get_added_tokens_decoder()
         self.end_of_text, self.end_of_text_id = self._find_document_end(place)
-        vocabulary = self._library.get_vocab()
-        self.vocab_size = 1 + max(vocabulary.values())
-        _require_lossless(self._library, described, vocabulary, place)
+        self.vocab_size = 1 + max(self._library.get_vocab().values())
 
     def _find_document_end(self, place: object) -> tuple[str, int]:
         ids = {token.content: number for number, token in self._added.items() if token.special}
@@ -161,7 +167,8 @@ class LibraryTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Return each text's ids."""
-        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _library_errors(self._place):  # a pattern may give up on a text
+            encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(item.ids, dtype=np.uint32) for item in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -178,26 +185,20 @@ class LibraryTokenizer(Tokenizer):
         return lengths
 
 
-def _require_lossless(library: Any, described: Any, vocabulary: dict[str, int], place: object) -> None:
-    """Raise DataError unless the tokenizer gives back every text, and words do not go on over a space."""
-    wrong = None
-    if described.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
-        wrong = f"a normalizer ({described['normalizer'].get('type')}), which changes texts"
-    elif not set(printable_bytes().values()) <= vocabulary.keys() or "ByteLevel" not in str(described.get("decoder")):
-        wrong = "one that is not byte-level"
-    elif (described.get("model") or {}).get("dropout"):
-        wrong = "dropout, which encodes a text each time in another way"
-    elif '"add_prefix_space": true' in json.dumps(described.get("pre_tokenizer")):
-        wrong = "add_prefix_space, which changes texts"
-    elif not _splits_at_spaces(library.pre_tokenizer):
-        wrong = "words that go on over a space or a line"
-    if wrong is not None:
-        raise DataError(f"{place}: found {wrong}, wanted a byte-level tokenizer that gives every text back")
+@contextmanager
+def _library_errors(place: object) -> Iterator[None]:
+    """Turn what the library raises, where it panics no Exception, into a DataError in one line."""
+    try:
+        yield
+    except (HarnessError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise DataError(f"{place}: cannot be used as a tokenizer ({str(error)[:200]})") from None
 
 
 def _splits_at_spaces(splitter: Any) -> bool:
     """Return whether a word ends before a space and a line end, where long texts are cut."""
-    return splitter is not None and {2, 5} <= {start for _, (start, _) in splitter.pre_tokenize_str("ab cd\nef")}
+    return {2, 5} <= {start for _, (start, _) in splitter.pre_tokenize_str("ab cd\nef")}
 
 
 def _byte_level(library: Any, use_regex: bool) -> Any:

@@ -186,23 +186,57 @@ def test_many_ids_are_stored_in_four_bytes(learned: Tokenizer, tmp_path: Path, c
 # --- refusals ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F65")
 def test_a_tokenizer_that_loses_text_is_refused(learned: Tokenizer) -> None:
     assert learned.document is not None
+    model, (added,) = (json.loads(learned.document)[key] for key in ("model", "added_tokens"))
     changes: list[tuple[dict[str, Any], str]] = [
         ({"normalizer": {"type": "NFC"}}, "normalizer"),
         ({"decoder": None}, "byte-level"),
-        ({"pre_tokenizer": None}, "space"),
+        ({"pre_tokenizer": None}, "one splitter that is byte-level"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL, BYTE_LEVEL]}}, "exactly one splitter"),
+        ({"pre_tokenizer": splitting(" ?[^ ]+ ?|.", "Isolated")}, "go on over a space"),
+        ({"pre_tokenizer": splitting("secret", "Removed")}, "loses text"),
+        ({"pre_tokenizer": {"type": "CharDelimiterSplit", "delimiter": "x"}}, "loses text"),
+        ({"decoder": {"type": "Sequence", "decoders": [BYTE_LEVEL, {"type": "Fuse"}]}}, "decoder"),
+        ({"model": {**model, "vocab": {**model["vocab"], "twin": model["vocab"]["a"]}}}, "two tokens of one id"),
+        ({"model": {**model, "vocab": {**model["vocab"], "far": 2**32 - 1}}}, "an id of 4,194,304 or more"),
+        ({"model": {**model, "continuing_subword_prefix": "##"}}, "prefix"),
+        ({"model": {**model, "end_of_word_suffix": "</w>"}}, "suffix"),
+        ({"added_tokens": [{**added, "content": "foo", "special": False, "rstrip": True}]}, "swallows spaces"),
+        ({"model": []}, "cannot be used"),
         ({"added_tokens": []}, "ends a document"),
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "byte-level"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
          "add_prefix_space"),
-        ({"version": 7}, "cannot be read"),
+        ({"version": 7}, "cannot be used"),
     ]  # fmt: skip
     for change, said in changes:
         with pytest.raises(DataError) as caught:
             LibraryTokenizer(json.dumps({**json.loads(learned.document), **change}), "place")
         (line,) = caught.value.lines
         assert said in line
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def splitting(pattern: str, behavior: str, use_regex: bool = False) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, {**BYTE_LEVEL, "use_regex": use_regex}]}
+
+
+@pytest.mark.fault("F65")
+def test_a_pattern_that_takes_too_long_is_one_line(learned: Tokenizer, tmp_path: Path, call: Call) -> None:
+    """The library panics, which is no Exception."""
+    assert learned.document is not None
+    bomb = {**json.loads(learned.document), "pre_tokenizer": splitting("(x+x+)+y", "Isolated", True)}
+    (tmp_path / "bomb.json").write_text(json.dumps(bomb))
+    (tmp_path / "a.txt").write_text("x" * 60)
+    done = call(prepare_dataset.main, tmp_path / "a.txt", tmp_path / "out", "--tokenizer", tmp_path / "bomb.json")
+    assert done.status == 3
+    assert done.stderr.splitlines()[-1].startswith(f"{tmp_path / 'bomb.json'}: cannot be used as a tokenizer")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("words", ["train:256", "train:x", "train:", "gpt3", "train:99999999999", ""])

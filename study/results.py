@@ -259,6 +259,10 @@ def difference_in_words(group: Group, baseline: Group) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{key} {_shown(item)}' for key, item in value.items() if item is not None)})"
+    if isinstance(value, list):
+        return " + ".join(map(_shown, value))
     return {"None": "none", "True": "on", "False": "off"}.get(str(value), str(value))
 
 

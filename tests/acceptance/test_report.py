@@ -57,7 +57,7 @@ def runs_dir(tmp_path: Path) -> Path:
         for name, model, gain in (
             ("plain", {}, 0.0),
             ("better", {"drop_rate": 0.0}, 0.1),
-            ("same", {"qkv_bias": True}, 0.0),
+            ("same", {"qkv_bias": True, "moe": {"num_experts": 4, "num_active_experts": 2}}, 0.0),
         ):
             loss = 4.0 + 0.02 * seed - gain + 0.001 * ((seed * 7 + len(name)) % 3)
             write_scored_run(tmp_path / "runs" / f"{name}-s{seed}", loss, seed, model)
@@ -98,6 +98,7 @@ def test_replicates_are_found_and_judged_in_pairs(runs_dir: Path, call: Callable
     assert better["se"] > better["se_training"] > 0
     assert 1 < better["tokens_factor"]["low"] < better["tokens_factor"]["factor"] < better["tokens_factor"]["high"]
     (same,) = (arm for arm in judged["arms"] if arm["recipe"] == "same")
+    assert same["changes"] == "qkv_bias off→on, moe none→(num_experts 4, num_active_experts 2)"
     assert same["tokens_factor"] is None  # what is not told is worth nothing
 
 

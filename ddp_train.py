@@ -152,7 +152,7 @@ def did_without_training(request: RunRequest, launch: Launch) -> bool:
     """Do what a flag asks for in place of training; say whether one did."""
     arguments = request.arguments
     if arguments.dry_run:
-        dry_run(request, arguments.world_size or launch.world_size)
+        dry_run(request, launch)
     elif arguments.dump_initial_weights:
         if launch.is_main:
             dump_initial_weights(request)

@@ -68,9 +68,7 @@ def new_verb(words: list[str]) -> None:
     parser = parser_of(new_verb.__doc__, "experiment.py new")
     parser.add_argument("name", metavar="NAME", help="of the run")
     parser.add_argument("--data", metavar="DATASET", required=True, help="a folder in --datasets-dir")
-    parser.add_argument(
-        "--datasets-dir", type=Path, default=Path("datasets"), metavar="DIR", help="(default: datasets)"
-    )
+    _add_datasets_dir(parser)
     parser.add_argument(
         "--tokens-per-parameter", type=positive, default=TOKENS_PER_PARAMETER, metavar="X", help="(default: 20)"
     )
@@ -110,6 +108,7 @@ def plan_verb(words: list[str]) -> None:
         "--test-start-token", type=whole_number(0), metavar="N", help="default: the base's validation"
     )
     parser.add_argument("--test-batches", type=whole_number(), default=3200, metavar="N", help="of 6 sequences")
+    _add_datasets_dir(parser)
     parser.add_argument("--dry-run", action="store_true", help="print and write nothing")
     add_runs_dir(parser)
     request = parse_into(PlanRequest, parser, words)
@@ -284,6 +283,12 @@ def noise_verb(words: list[str]) -> None:
         show_ledger(arguments.runs_dir)
     else:
         learn(arguments.runs_dir, arguments.baseline, arguments.checkpoint)
+
+
+def _add_datasets_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--datasets-dir", type=Path, default=Path("datasets"), metavar="DIR", help="(default: datasets)"
+    )
 
 
 def _seeds(text: str) -> tuple[int, ...]:

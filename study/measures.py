@@ -38,7 +38,12 @@ class Measured:
     @property
     def per_nat(self) -> float:
         """What a nat per token is worth in the unit, on this text."""
-        return 1.0 if self.bytes_per_token is None else 1 / (math.log(2) * self.bytes_per_token)
+        return 1.0 if self.bytes_per_token is None else bits_per_nat(self.bytes_per_token)
+
+
+def bits_per_nat(bytes_per_token: float) -> float:
+    """Return what a nat per token is in bits per byte, of text whose tokens stand for so many bytes."""
+    return 1 / (math.log(2) * bytes_per_token)
 
 
 def measure(scores: Mapping[str, Sequence[Score]]) -> dict[str, tuple[Score, Measured]]:

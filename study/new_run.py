@@ -118,7 +118,7 @@ def new_run(request: NewRunRequest, hardware: Hardware) -> None:
     model = config_from(ModelConfig, draft.model, folder.model_json)
     train = config_from(TrainConfig, {**draft.train, "notes": notes}, folder.train_json)
     plan = make_plan(model, train, hardware.count, text.train_tokens)
-    show(draft, describe(cost_of(model, train, plan), train))
+    show(draft, describe(cost_of(model, train, plan), train, hardware.kind))
     if request.dry_run:
         return
     folder.path.mkdir(parents=True)

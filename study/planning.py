@@ -25,8 +25,9 @@ from study.designs import (
 )
 from study.experiment import Experiment, TestSet, make_experiment, write_runs
 from study.ledger import LEDGER, Scale, find_noise, load_ledger
+from study.measures import BITS, NATS, bits_per_nat
 from study.power import Analysis
-from study.pricing import Bill, bill_of, refuse_incomparable
+from study.pricing import ArmText, Bill, bill_of, refuse_incomparable, texts_of
 from study.prior import MANY_PAIRS, Subject, find_pair_prior
 
 
@@ -46,6 +47,7 @@ class PlanRequest:
     test_start_token: int | None
     test_batches: int
     dry_run: bool
+    datasets_dir: Path
     runs_dir: Path
 
 
@@ -69,8 +71,12 @@ def plan(request: PlanRequest) -> None:
         TestSet(start, request.test_batches),
     )
     bill = bill_of(experiment, request.runs_dir, request.world_size)
-    refuse_incomparable(experiment, request.runs_dir, bill)
+    texts = texts_of(experiment, request.runs_dir, request.datasets_dir)
+    refuse_incomparable(texts, bill)
     noise = known_noise(request.runs_dir, model, train, next(iter(bill.arms.values())))
+    base_text, *others = texts.values()
+    if any(text.is_otherwise_tokenized(base_text) for text in others):
+        noise = in_bits(noise, base_text)
     describe(design, bill, noise)
     warn_of_memory(bill)
     describe_alternatives(request, experiment, interventions, bill, noise)
@@ -85,7 +91,7 @@ def plan(request: PlanRequest) -> None:
 
 @dataclass(frozen=True)
 class PlanningNoise:
-    """What a plan reckons with: the noise of one run in nats per token, and what of it the analysis may use."""
+    """What a plan reckons with: the noise of one run, and what of it the analysis may use."""
 
     sd: float | None
     prior_df: float
@@ -93,6 +99,7 @@ class PlanningNoise:
     lasting_df: float
     """Those from MANY_PAIRS on."""
     source: str
+    unit: str = NATS
 
     def df_lent(self, seeds: int) -> float:
         """Return the degrees of freedom that are borrowed with so many shared seeds."""
@@ -120,6 +127,18 @@ def known_noise(runs_dir: Path, model: ModelConfig, train: TrainConfig, cost: Ru
     return PlanningNoise(entry.sd, 0, 0, source)
 
 
+def in_bits(noise: PlanningNoise, text: ArmText) -> PlanningNoise:
+    """Return the noise for arms of different tokenizers, which are judged in bits per byte and borrow none."""
+    if noise.sd is None or text.bytes_per_token is None:
+        why = (
+            "no noise known in bits per byte, in which different tokenizers are judged: effects in units of its sigma"
+        )
+        return PlanningNoise(None, 0, 0, why)
+    sd = noise.sd * bits_per_nat(text.bytes_per_token)
+    about = f"about {sd:.4f} bits per byte, in which different tokenizers are judged, to plan with and no more"
+    return PlanningNoise(sd, 0, 0, f"{about}: {noise.source}", BITS)
+
+
 def describe(design: Design, bill: Bill, noise: PlanningNoise) -> None:
     """Print what the experiment costs and what it can see."""
     costs = list(bill.arms.values())
@@ -132,7 +151,7 @@ def describe(design: Design, bill: Bill, noise: PlanningNoise) -> None:
         ("Hours", "unknown: no speed measured or expected" if bill.hours is None else f"{bill.hours:,.2f}"),
         ("Cost", "unknown: no price_per_hour" if bill.money is None else f"{bill.money:,.2f} {currency}".rstrip()),
         ("Noise", noise.source),
-        ("Standard error", in_nats(design.effect_se(bill.seeds), noise)),
+        ("Standard error", in_words(design.effect_se(bill.seeds), noise)),
         ("Sees four in five", sees(design, bill.seeds, noise)),
     ]
     if price and max(price) > 1.001 * min(price):
@@ -173,12 +192,12 @@ def sees(design: Design, seeds: int, noise: PlanningNoise) -> str:
     smallest = analysis.detectable()
     if smallest is None:
         return "nothing: one run of each arm, and no noise that the comparison may borrow"
-    return f"{in_nats(smallest, noise)}, called HELPS or HURTS in a family of {analysis.family}"
+    return f"{in_words(smallest, noise)}, called HELPS or HURTS in a family of {analysis.family}"
 
 
-def in_nats(sigmas: float, noise: PlanningNoise) -> str:
-    """Write a number of sigmas in nats per token where sigma is known."""
-    return f"{sigmas:.2f} sigma" + ("" if noise.sd is None else f" = {sigmas * noise.sd:.4f} nats per token")
+def in_words(sigmas: float, noise: PlanningNoise) -> str:
+    """Write a number of sigmas, and in the unit of the losses where sigma is known."""
+    return f"{sigmas:.2f} sigma" + ("" if noise.sd is None else f" = {sigmas * noise.sd:.4f} {noise.unit}")
 
 
 def warn_of_memory(bill: Bill) -> None:
@@ -201,7 +220,7 @@ def describe_alternatives(
     if design.name == "replicates":
         return
     print(f"\nDesigns for these interventions, for {'the same money' if bill.money else 'as many runs'}:")
-    print(f"  {'design':<22}{'seeds':>6}{'runs':>6}{'hours':>9}{'cost':>10}  {'HELPS four in five from':<33}sees")
+    print(f"  {'design':<22}{'seeds':>6}{'runs':>6}{'hours':>9}{'cost':>10}  {'HELPS four in five from':<35}sees")
     found = alternatives([item.name for item in interventions])
     for other in found if design in found else [*found, design]:
         one = _bill_of_one_seed(request, chosen, other, interventions)
@@ -219,7 +238,7 @@ def describe_alternatives(
             f"{mark} {label:<22}{seeds:>6}{whole.runs:>6}"
             f"{'-' if whole.hours is None else f'{whole.hours:,.1f}':>9}"
             f"{'-' if whole.money is None else f'{whole.money:,.0f}':>10}"
-            f"  {'nothing' if smallest is None else in_nats(smallest, noise):<33}{other.sees()}"
+            f"  {'nothing' if smallest is None else in_words(smallest, noise):<35}{other.sees()}"
         )
 
 

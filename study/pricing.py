@@ -9,6 +9,8 @@ from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import ConfigError
 from harness.run.plan import make_plan
 from harness.run.run_folder import RunFolder
+from harness.tokens.token_files import TokenFile, open_split, split_files
+from harness.tokens.tokenizer import tokenizer_of_tokens
 from study.experiment import Experiment, configs_of
 
 
@@ -78,40 +80,75 @@ def _cost(
     return cost_of(model, train, plan, of_base * ratio)
 
 
-def refuse_incomparable(experiment: Experiment, runs_dir: Path, bill: Bill) -> None:
+@dataclass(frozen=True)
+class ArmText:
+    """How much text an arm is to train on and what it will be scored on, as far as that is known before it runs."""
+
+    min_train_tokens: int
+    dataset: str
+    dataset_revision: str | None
+    context_length: int
+    vocab_size: int
+    tokenizer: str | None
+    """What identifies the dataset's tokenizer; None where the dataset is not here or does not say."""
+    bytes_per_token: float | None
+    """Of the held-out text; None where it is not known."""
+
+    def is_otherwise_tokenized(self, other: "ArmText") -> bool:
+        """Say whether this may be the other's text in another tokenizer; one that is not known goes by its ids."""
+        if self.dataset == other.dataset:
+            return False
+        if self.tokenizer is None or other.tokenizer is None:
+            return self.vocab_size != other.vocab_size
+        return self.tokenizer != other.tokenizer
+
+
+def texts_of(experiment: Experiment, runs_dir: Path, datasets_dir: Path) -> dict[str, ArmText]:
+    """Return each arm's text by its name, the first arm's first; raises ConfigError or DataError."""
+    first = {run.arm: run for run in reversed(experiment.runs)}
+    found = {}
+    for arm in experiment.arms:
+        model, train = configs_of(experiment, runs_dir, first[arm.name])
+        name, revision = train.scored_dataset, train.datasets[0].revision
+        known: tuple[str | None, float | None] = (None, None)
+        if split_files(datasets_dir / name, "validation"):
+            known = _tokenizer_of(open_split(datasets_dir, name, "validation"))
+        found[arm.name] = ArmText(
+            train.min_train_tokens, name, revision, model.context_length, model.vocab_size, *known
+        )
+    return found
+
+
+def _tokenizer_of(file: TokenFile) -> tuple[str | None, float | None]:
+    tokenizer, text_bytes = tokenizer_of_tokens(file), file.metadata.get("bytes", "")
+    identity = None if tokenizer is None else tokenizer.identity
+    return identity, int(text_bytes) / file.length if text_bytes.isdecimal() else None
+
+
+def refuse_incomparable(texts: Mapping[str, ArmText], bill: Bill) -> None:
     """Raise ConfigError, a line for each arm, for what `compare` would refuse once the money is spent.
 
     Other tokens trained than the first arm's, unless a change of min_train_tokens asks for them; or another test set:
-    another dataset, or sequences or ids of other sizes. Another dataset with other ids is taken for the same text in
-    another tokenizer.
+    another dataset, or sequences or ids of other sizes. Another dataset in another tokenizer is taken for the same
+    text.
     """
-    first = {run.arm: run for run in reversed(experiment.runs)}
-    names = [arm.name for arm in experiment.arms]
-    model, train = configs_of(experiment, runs_dir, first[names[0]])
-    tokens = bill.arms[names[0]].plan.train_tokens
-    test_set = (train.scored_dataset, train.datasets[0].revision, model.context_length, model.vocab_size)
-    keys = ("dataset", "dataset_revision", "context_length", "vocab_size")
+    (first, wanted), *others = texts.items()
+    tokens = bill.arms[first].plan.train_tokens
     problems = []
-    for name in names[1:]:
-        other, other_train = configs_of(experiment, runs_dir, first[name])
-        theirs = bill.arms[name].plan.train_tokens
-        if other_train.scored_dataset != train.scored_dataset and other.vocab_size != model.vocab_size:
+    for name, found in others:
+        if found.is_otherwise_tokenized(wanted):
             continue  # as much text may be other tokens; judged in bits per byte
-        if theirs != tokens and other_train.min_train_tokens == train.min_train_tokens:
+        theirs = bill.arms[name].plan.train_tokens
+        if theirs != tokens and found.min_train_tokens == wanted.min_train_tokens:
             problems.append(
-                f"{name}: would train on {theirs:,} tokens and {names[0]} on {tokens:,}; wanted the same, so "
+                f"{name}: would train on {theirs:,} tokens and {first} on {tokens:,}; wanted the same, so "
                 "that a difference is the change's, or min_train_tokens among its changes"
             )
-        scored = (
-            other_train.scored_dataset,
-            other_train.datasets[0].revision,
-            other.context_length,
-            other.vocab_size,
-        )
         problems += [
-            f"{name}: {key}: found {value}, wanted {names[0]}'s {wanted}, since all arms are scored on one test set"
-            for key, value, wanted in zip(keys, scored, test_set, strict=True)
-            if value != wanted
+            f"{name}: {key}: found {getattr(found, key)}, wanted {first}'s {getattr(wanted, key)}, since all arms "
+            "are scored on one test set"
+            for key in ("dataset", "dataset_revision", "context_length", "vocab_size")
+            if getattr(found, key) != getattr(wanted, key)
         ]
     if problems:
         raise ConfigError(*problems)

@@ -1,6 +1,7 @@
 """A plan prices every arm by what that arm is, and refuses what could not be compared."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 
 import experiment
+from harness.tokens.token_files import open_split
+from preparation.prepare import prepare
+from preparation.selection import PreparationSettings
 from tests.conftest import Called
 from tests.helpers import write, write_run
 
@@ -60,6 +64,42 @@ def test_what_compare_would_refuse_is_refused_before_it_costs_anything(
     assert len(done.stderr.splitlines()) == 1
     assert complaint in done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["base"]
+
+
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets of one text: `toy` and `other` in two tokenizers of equally many ids, `again` in the first."""
+    folder = tmp_path_factory.mktemp("datasets")
+    words = [f"{number} {number * 7} words of a text." for number in range(400)]
+    for name, source in (("toy", words), ("other", [word[::-1] for word in words]), ("again", words)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in source))
+        settings = PreparationSettings(str(path), validation_fraction=0.2, tokenizer="train:280")
+        prepare(settings, folder / name, workers=1, is_fresh=False, checks_space=True)
+    return folder
+
+
+def test_another_tokenizer_is_known_by_what_it_is_and_judged_in_bits(
+    tmp_path: Path, planned: Callable[..., Called], tokenized: Path
+) -> None:
+    ledger = {"component": "all", "recipe": "base", "recipe_hash": "0" * 64, "parameters": 10_000,
+              "train_tokens": 2560, "hardware": "1x cpu", "sd": 0.01, "df": 4, "runs": ["r"]}  # fmt: skip
+    (tmp_path / "runs" / "noise-ledger.json").write_text(json.dumps({"entries": [ledger]}))
+    place = ("--datasets-dir", tokenized, "--dry-run")
+    same = planned({"change": {"train": {"dataset": "again"}}}, *place)
+    assert (same.status, "dataset: found again, wanted baseline's toy" in same.stderr) == (2, True)
+    other = planned({"change": {"train": {"dataset": "other"}}}, *place)
+    assert other.status == 0, other.stderr
+    assert "nats" not in other.stdout
+    held_out = open_split(tokenized, "toy", "validation")
+    sigma = 0.01 / math.log(2) * held_out.length / int(held_out.metadata["bytes"])
+    assert f"about {sigma:.4f} bits per byte" in other.stdout
+    (line,) = (line for line in other.stdout.splitlines() if line.startswith("Standard error:"))
+    sigmas, shown = float(line.split()[2]), float(line.split()[5])
+    assert shown == pytest.approx(sigmas * sigma, rel=0.02)
+    unknown = planned({"change": {"train": {"dataset": "other"}, "model": {"vocab_size": 100}}}, "--dry-run")
+    assert unknown.status == 0, unknown.stderr  # neither dataset is there: other ids are another tokenizer
+    assert "in units of its sigma" in unknown.stdout
 
 
 def test_other_designs_are_shown_at_equal_money(planned: Callable[..., Called]) -> None:

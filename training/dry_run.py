@@ -3,6 +3,7 @@
 import data
 from harness.engine.checkpoint import save_tensors
 from harness.engine.costs import cost_of, describe
+from harness.engine.distributed import Launch, choose_device
 from harness.run.plan import epoch_sequences, make_plan
 from harness.tokens.token_files import split_files
 from model import fingerprint
@@ -10,16 +11,22 @@ from training.arguments import RunRequest
 from training.context import untrained_model
 
 
-def dry_run(request: RunRequest, world_size: int) -> None:
-    """Print the plan; a dataset that is there must do for it, and min_train_tokens -1 needs it."""
+def dry_run(request: RunRequest, launch: Launch) -> None:
+    """Print the plan; a dataset that is there must do for it, and min_train_tokens -1 needs it.
+
+    Without --world-size it is for this machine, else for GPUs that may be elsewhere.
+    """
+    asked = request.arguments
+    is_elsewhere = asked.world_size is not None and asked.device == "auto"
+    device_type = "cuda" if is_elsewhere else choose_device(asked.device, launch).type
     model_config, config, available = request.model_config, request.config, None
-    datasets_dir = request.arguments.datasets_dir
+    datasets_dir = asked.datasets_dir
     is_there = all(split_files(datasets_dir / part.name, "train") for part in config.datasets)
     if is_there or config.min_train_tokens == -1:
         files = data.open_train_files(datasets_dir, config)
         available = data.tokens_available(files, model_config, config)
-    plan = make_plan(model_config, config, world_size, available)
-    rows = describe(cost_of(model_config, config, plan), config)
+    plan = make_plan(model_config, config, asked.world_size or launch.world_size, available)
+    rows = describe(cost_of(model_config, config, plan), config, device_type)
     if available is not None:
         times = plan.train_tokens / (epoch_sequences(available, plan.context_length) * plan.context_length)
         rows.insert(2, ("Epochs", f"{times:,.2f}, of at most {config.epochs}: so often is a token trained on"))

@@ -135,8 +135,8 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     return (tokens * (blocks + ends) + weights + head + at_once) / GIB
 
 
-def describe(cost: RunCost, train: TrainConfig) -> list[tuple[str, str]]:
-    """Return what `--dry-run` prints about a run, as pairs of a label and a value."""
+def describe(cost: RunCost, train: TrainConfig, device_type: str = "cuda") -> list[tuple[str, str]]:
+    """Return what `--dry-run` prints about a run on such devices, as pairs of a label and a value."""
     plan, parameters = cost.plan, cost.parameters
     written = plan.checkpoints(train.checkpoint_interval)
     # The newest K, the best, and the one being written before the oldest goes.
@@ -154,11 +154,7 @@ def describe(cost: RunCost, train: TrainConfig) -> list[tuple[str, str]]:
             f"{plan.world_size} processes x micro-batch {plan.microbatch_size} x "
             f"accumulation {plan.accumulation_steps}",
         ),
-        (
-            "Peak memory per GPU",
-            f"about {cost.peak_gib:.1f} GiB ({cost.state_gib:.1f} for weights and optimizer, "
-            f"{cost.microbatch_gib:.1f} for a micro-batch, {cost.runtime_gib:.1f} for CUDA)",
-        ),
+        _memory_row(cost, device_type),
         ("FLOPs per token", f"{cost.flops_per_token / 1e6:,.1f} million"),
         ("FLOPs in total", f"{cost.flops_per_token * plan.train_tokens:.3e}"),
         (
@@ -175,3 +171,11 @@ def describe(cost: RunCost, train: TrainConfig) -> list[tuple[str, str]]:
     if cost.money is not None:
         rows.append(("Cost", f"{cost.money:,.2f} {cost.currency}".rstrip()))
     return rows
+
+
+def _memory_row(cost: RunCost, device_type: str) -> tuple[str, str]:
+    parts = f"{cost.state_gib:.1f} for weights and optimizer, {cost.microbatch_gib:.1f} for a micro-batch"
+    if device_type == "cuda":
+        return "Peak memory per GPU", f"about {cost.peak_gib:.1f} GiB ({parts}, {cost.runtime_gib:.1f} for CUDA)"
+    tensors_gib = cost.state_gib + cost.microbatch_gib
+    return "Peak memory per process", f"about {tensors_gib:.1f} GiB ({parts}), besides the program's own"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_dry_run_of_a_published_run(call: Callable[..., Called], monkeypatch: py
 
 
 def test_dry_run_says_everything(call: Callable[..., Called]) -> None:
-    done = call(ddp_train.main, "quickstart", "nowhere", "--dry-run")
+    done = call(ddp_train.main, "quickstart", "nowhere", "--dry-run", "--world-size", 1)
     assert done.status == 0
     for label in (
         "Parameters", "Tokens", "Global steps", "Global batch", "Made of", "Peak memory per GPU", "FLOPs per token",
@@ -50,6 +51,13 @@ def test_dry_run_says_everything(call: Callable[..., Called]) -> None:
     ):  # fmt: skip
         assert f"{label}:" in done.stdout
     assert "without embeddings" in done.stdout
+
+
+def test_dry_run_on_a_cpu_speaks_of_no_gpu(call: Callable[..., Called]) -> None:
+    done = call(ddp_train.main, "quickstart", "nowhere", "--dry-run", "--device", "cpu")
+    assert done.status == 0
+    assert "Peak memory per process:" in done.stdout
+    assert not re.search("GPU|CUDA", done.stdout)
 
 
 def test_dry_run_counts_the_cost(call: Callable[..., Called], make_run: Callable[..., Path]) -> None:

@@ -21,15 +21,20 @@ from study.results import is_scored
 def follow(request: ComparisonRequest, title: str, output: Path) -> None:
     """Write the page until none of the runs trains or is still to be scored; raises HarnessError.
 
-    While they do, the page reloads itself.
+    While they do, the page reloads itself. A run's own curve stays until it is scored and joins its recipe's.
     """
+    seen_running: set[str] = set()
     while True:
         folders = followed(request)
         running = [folder for folder in folders if Status.read(folder.status_json).state == "running"]
+        seen_running.update(folder.path.name for folder in running)
         unscored = [folder for folder in folders if not is_scored(folder, request.checkpoint)]
         is_over = not running and not (unscored and request.experiment)
-        live = [curve for folder in running if (curve := live_curve(folder)) is not None]
-        study, problem = _study(request, unscored), None
+        states = {folder.path.name: "trained" for folder in unscored if folder.path.name in seen_running}
+        states |= {folder.path.name: "training" for folder in running}
+        drawn = [live_curve(folder, states[folder.path.name]) for folder in folders if folder.path.name in states]
+        live = [curve for curve in drawn if curve is not None]
+        study, problem = None if len(unscored) == len(folders) else _study(request, unscored), None
         if isinstance(study, ConfigError):
             study, problem = None, study
         write_text(output, page(study, title, live, reloads=not is_over, problem=problem))
@@ -52,16 +57,16 @@ def followed(request: ComparisonRequest) -> list[RunFolder]:
     return [open_run(request.runs_dir, name) for name in found]
 
 
-def live_curve(folder: RunFolder) -> Curve | None:
-    """Return the training curve of one run so far; None before its second step."""
+def live_curve(folder: RunFolder, state: str) -> Curve | None:
+    """Return the training curve of one run so far, whose label names its state; None before its second step."""
     lines = folder.metrics.read()
     tokens = np.array([line["tokens"] for line in lines], dtype=np.float64)
     losses = np.array([line["train/loss"] for line in lines], dtype=np.float64)
-    return curve_of(f"{folder.path.name} (training)", [(tokens, losses)])
+    return curve_of(f"{folder.path.name} ({state})", [(tokens, losses)])
 
 
 def _study(request: ComparisonRequest, unscored: Sequence[RunFolder]) -> Study | ConfigError | None:
-    """Return the judgement of what is scored already, or why there is none; None where nothing is scored yet."""
+    """Return the judgement of what is scored already, or why there is none; None where what was named is not yet."""
     missing = {folder.path.name for folder in unscored}
     names = tuple(name for name in request.names if name not in missing)
     if request.baseline in missing or (request.names and not names):

@@ -66,9 +66,10 @@ def page(
 
 
 def _forest(study: Study | None) -> str:
-    if study is None or not study.judgement.arms:
+    intervals = _intervals(study) if study else []
+    if study is None or not intervals:
         return "<p>Nothing to compare yet.</p>"
-    return forest(_intervals(study), f"{study.judgement.unit}, negative is better")
+    return forest(intervals, f"{study.judgement.unit}, negative is better")
 
 
 def _in_order(study: Study) -> list[Group]:
@@ -83,9 +84,13 @@ def _subtitle(study: Study) -> str:
     known = [item.tokens_seen / item.tokens_per_second / 3600 for item in metadata if item.tokens_per_second]
     costs = [item.cost for item in metadata if item.cost is not None]
     currency = next((item.currency for item in metadata), "")
-    parts = [f"{runs} runs of {len(groups)} recipes", f"baseline {study.judgement.baseline.recipe}"]
+    parts = [
+        f"{runs} run{'s' * (runs != 1)} of {len(groups)} recipe{'s' * (len(groups) != 1)}",
+        f"baseline {study.judgement.baseline.recipe}",
+    ]
     if known and len(known) == len(metadata):
-        parts.append(f"{sum(known):,.1f} hours of training")
+        hours = sum(known)
+        parts.append(f"{hours:,.1f} hours of training" if hours >= 1 else f"{60 * hours:.1f} minutes of training")
     if costs:
         parts.append(f"cost {sum(costs):,.2f} {currency}".rstrip())
     return " · ".join([*parts, f"written {utc_now()}"])

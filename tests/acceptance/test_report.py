@@ -226,7 +226,7 @@ def test_a_followed_report_shows_runs_that_train_and_ends_with_them(
     runs_dir: Path, call: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, pages = tmp_path / "report.html", []
-    for name in ("plain-s1", "better-s1"):  # not scored yet: one trains, one waits for its turn
+    for name in ("plain-s1", "better-s1"):  # not scored yet
         (runs_dir / name / "evals").rename(runs_dir / name / "kept")
     states = {"better-s1": "running", "plain-s1": "running"}
 
@@ -235,9 +235,12 @@ def test_a_followed_report_shows_runs_that_train_and_ends_with_them(
             (runs_dir / name / "status.json").write_text(json.dumps({"state": state, "step": 59}))
 
     def go_on(_: float) -> None:
+        """First one run is trained but not scored, then both are scored."""
         pages.append(output.read_text())
-        (name := next(iter(states)), states.update({name: "complete"}), write_states(), states.pop(name))
-        (runs_dir / name / "kept").rename(runs_dir / name / "evals")
+        states.update({"better-s1" if len(pages) == 1 else "plain-s1": "complete"})
+        write_states()
+        for name in states if len(pages) == 2 else ():
+            (runs_dir / name / "kept").rename(runs_dir / name / "evals")
 
     write_states()
     monkeypatch.setattr("study.following.time.sleep", go_on)
@@ -248,10 +251,12 @@ def test_a_followed_report_shows_runs_that_train_and_ends_with_them(
     assert all('http-equiv="refresh"' in page for page in pages)
     assert "No run is scored yet" in Text(pages[0]).words
     assert "better-s1 (training)" in Text(pages[0]).words
+    assert "No run is scored yet" in Text(pages[1]).words
     assert "plain-s1 (training)" in Text(pages[1]).words
+    assert "better-s1 (trained)" in Text(pages[1]).words
     last = output.read_text()
     assert 'http-equiv="refresh"' not in last
-    assert "(training)" not in last
+    assert not re.search(r"\((training|trained)\)", last)
     assert "HELPS" in Text(last).words
     table = tmp_path / "losses.csv"
     table.write_text("run,recipe,init_seed,train_seed,test_loss\na,a,1,1,3.0\n")

@@ -92,7 +92,11 @@ def import_run(source: Path, target: Path, build_model: BuildModel) -> str:
         folder = RunFolder(path)
         write_json(folder.model_json, shape)
         write_json(folder.train_json, document)
-        charts = [file for file in sorted(source.iterdir()) if file.suffix in (".png", ".html") and file.is_file()]
+        charts = [
+            file
+            for file in sorted(source.iterdir())
+            if file.suffix in (".png", ".html") and file.is_file() and not file.is_symlink()
+        ]
         folder.charts.mkdir()
         for file in charts:
             shutil.copyfile(file, folder.charts / file.name)
@@ -196,4 +200,5 @@ def write_records(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    largest = sys.float_info.max  # NaN is not below it, and JSON's whole numbers may be above
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest

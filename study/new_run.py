@@ -25,7 +25,7 @@ from typing import Any
 
 from harness.engine.costs import Hardware, cost_of, describe, loss_chunk_rows
 from harness.run.config import ModelConfig, TrainConfig, config_from
-from harness.run.errors import ConfigError
+from harness.run.errors import ConfigError, DataError
 from harness.run.files import write_json
 from harness.run.model_size import count_parameters, flops_per_token
 from harness.run.plan import make_plan
@@ -38,6 +38,7 @@ SHORT_TEXT, MOST_EPOCHS = 100_000_000, 4
 UTILISATION = 0.4
 MOST_RATE = 3e-3
 LEAST_STEPS = 500
+SHORTEST_CONTEXT = 8
 MEMORY_SHARE = 0.8
 """Of a GPU's memory, by estimate; the rest is for what the estimate misses."""
 CPU_TOKENS = loss_chunk_rows("cpu")
@@ -50,6 +51,7 @@ RECIPE = {
     "clipping_max_norm": 1.0,
     "shuffle": True,
 }
+MOST_TOKENS = 2**60
 MOST_SAVES, SECONDS_BETWEEN_SAVES = 20, 1800
 
 
@@ -132,6 +134,8 @@ def new_run(request: NewRunRequest, hardware: Hardware) -> None:
 def text_of(request: NewRunRequest) -> Text:
     """Return what the dataset is like; raises ConfigError or DataError where it is not there or not known."""
     train = open_split(request.datasets_dir, request.data, "train")
+    if train.length <= SHORTEST_CONTEXT:
+        raise DataError(f"{train.path}: found {train.length} tokens, wanted at least {SHORTEST_CONTEXT + 1}")
     tokenizer = tokenizer_of_tokens(train)
     if tokenizer is None:
         raise ConfigError(
@@ -219,13 +223,14 @@ def shapes(text: Text, tokens_per_parameter: float) -> Iterator[Shape]:
             "tie_weights": True,
         }
         model = config_from(ModelConfig, document, "model.json")
-        yield Shape(document, model, int(tokens_per_parameter * count_parameters(model).total))
+        tokens = min(max(tokens_per_parameter * count_parameters(model).total, 1.0), float(MOST_TOKENS))
+        yield Shape(document, model, int(tokens))
 
 
 def _shortest(text: Text) -> int:
     """Return the longest context of which a short text still holds some sequences."""
     fewest = min(text.train_tokens, text.validation_tokens or text.train_tokens)
-    return max(8, power_of_two_below(fewest / 16))
+    return max(SHORTEST_CONTEXT, power_of_two_below(fewest / 16))
 
 
 def power_of_two_below(value: float) -> int:

@@ -22,6 +22,7 @@ def chat(model: nn.Module, config: ModelConfig, tokenizer: Tokenizer, settings: 
     Where stdin is no terminal nothing else is printed, so that a file of prompts gives a file of texts.
     """
     is_terminal = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if is_terminal:
         print(f"Sampling at temperature {settings.temperature}, top-k {settings.top_k or 'all'}. :help for help")
     text, seed = "", settings.seed

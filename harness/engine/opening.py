@@ -213,6 +213,8 @@ def read_tensors(path: Path, name: Path | None = None) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU; raises CheckpointError, which calls it `name` where that is given."""
     if path.is_dir():
         raise CheckpointError(f"{path}: found a folder, wanted the {MODEL_FILE} in it")
+    if path.exists() and not path.is_file():  # a FIFO would be waited for
+        raise CheckpointError(f"{name or path}: not a regular file")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -25,6 +25,11 @@ from harness.run.provenance import RunRecord
 from harness.run.recipe import recipe_hash, run_hash
 from harness.run.run_folder import AVERAGED_FILE, RunFolder, run_of_model_file
 
+MOST_ARRAY_BYTES = 2**28
+"""Of a .npz, packed and unpacked: those of millions of documents."""
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, MemoryError, BadZipFile, zlib.error)
+"""What reading a damaged .npz raises."""
+
 
 @dataclass(frozen=True)
 class DocumentLosses:
@@ -110,7 +115,9 @@ class Score:
         model = {key: known.pop(key) for key in ScoredModel.__dataclass_fields__ if key in known}
         try:
             score = SCORE.validate_json(json.dumps({**known, "model": model, "path": str(path)}), strict=True)
-            score.read_arrays()
+            arrays = score.read_arrays()
+            if score.loss is not None and not np.isfinite(arrays.sequence_losses).all():
+                raise ConfigError(f"{path}: found a loss of {score.loss}, and beside it some that are not finite")
         except ValidationError:
             return None
         except ConfigError as error:
@@ -152,12 +159,14 @@ class Score:
         """
         path = self.path.with_suffix(".npz")
         try:
-            with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(read_bytes(path, MOST_ARRAY_BYTES)), allow_pickle=False) as arrays:
+                if sum(member.file_size for member in arrays.zip.infolist()) > MOST_ARRAY_BYTES:
+                    raise ValueError(f"found more than {MOST_ARRAY_BYTES:,} bytes of arrays")
                 sequences = arrays["sequence_losses"], arrays["sequence_documents"]
                 documents = DocumentLosses.none()
                 if "document_keys" in arrays:
                     documents = DocumentLosses(*(arrays[f"document_{item.name}"] for item in fields(DocumentLosses)))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
         if not (_are_alike(sequences, "fi") and _are_alike(tuple(vars(documents).values()), "uiif")):
             raise ConfigError(f"{path}: found something else than a loss and a document for each sequence")

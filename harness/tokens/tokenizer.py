@@ -69,8 +69,9 @@ class Tokenizer(ABC):
         """Return how many bytes of UTF-8 every id stands for, (vocab_size,); 0 for a control token."""
 
     def encode(self, text: str) -> list[int]:
-        """Return one text's ids."""
-        return [int(number) for number in self.encode_batch([text])[0]]
+        """Return one text's ids; what is no Unicode in it, as bytes of a command line may be, counts as U+FFFD."""
+        unicode = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return [int(number) for number in self.encode_batch([unicode])[0]]
 
     @property
     def sha256(self) -> str | None:

@@ -1,6 +1,7 @@
 """Bad sectors, strangers' checkpoints and damaged lines: passed over with a warning, never in the way of a start."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -302,8 +304,21 @@ def a_pickle(_: bytes) -> bytes:
     return pickle.dumps({"sequence_losses": 1})
 
 
+def a_bomb(_: bytes) -> bytes:
+    """300 MB of zeros, packed into a thousandth."""
+    file = io.BytesIO()
+    np.savez_compressed(file, sequence_losses=np.zeros(300 * 2**17), sequence_documents=np.zeros(1, int))
+    return file.getvalue()
+
+
+def not_numbers(raw: bytes) -> bytes:
+    file, arrays = io.BytesIO(), dict(np.load(io.BytesIO(raw)))
+    np.savez(file, **{**arrays, "sequence_losses": arrays["sequence_losses"] * np.nan})
+    return file.getvalue()
+
+
 @pytest.mark.fault("F63")
-@pytest.mark.parametrize("damage", [empty_file, half, a_bit, a_pickle])
+@pytest.mark.parametrize("damage", [empty_file, half, a_bit, a_pickle, a_bomb, not_numbers])
 def test_a_damaged_score_does_not_count(
     trained: Path,
     datasets_dir: Path,
@@ -318,7 +333,8 @@ def test_a_damaged_score_does_not_count(
     losses.write_bytes(damage(losses.read_bytes()))
     assert not list(Score.of_checkpoint(RunFolder(trained), 19))
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {losses}: cannot be read")
+    assert line.startswith(f"warning: {losses.with_suffix('')}")
+    assert line.endswith("; the score does not count")
 
 
 @pytest.mark.fault("F63")

@@ -130,10 +130,24 @@ def test_half_precision_halves_nothing_on_a_cpu_and_is_warned_of(datasets: Path,
     assert "warning: float16" not in worker.stderr
 
 
+@pytest.mark.parametrize("ratio", [5e-324, 1e308])
+def test_the_smallest_and_the_largest_wish_are_a_draft(ratio: float) -> None:
+    draft = design(TEXTS[1], CPU, asked(tokens_per_parameter=ratio))
+    assert draft.train["global_batch_size"] >= 1
+    assert (draft.train["min_train_tokens"] == -1) == (ratio > 1)
+
+
 def test_tokens_of_an_unknown_tokenizer_or_no_dataset_are_one_line(tmp_path: Path, call: Call) -> None:
     (tmp_path / "nano").mkdir()
     np.zeros(500, "<u2").tofile(tmp_path / "nano" / "train.bin")
-    for name, status, said in (("nano", 2, "does not say its tokenizer"), ("gone", 3, "found no such file")):
+    (tmp_path / "word").mkdir()
+    np.zeros(8, "<u2").tofile(tmp_path / "word" / "train.bin")
+    problems = (
+        ("nano", 2, "does not say its tokenizer"),
+        ("gone", 3, "found no such file"),
+        ("word", 3, "wanted at least 9"),
+    )
+    for name, status, said in problems:
         words = ("--data", name, "--datasets-dir", tmp_path, "--runs-dir", tmp_path, "--device", "cpu")
         done = call(experiment.main, "new", "it", *words)
         assert done.status == status

@@ -336,6 +336,13 @@ def test_training_samples_in_the_run_s_own_tokenizer(runs: Path, call: Call) -> 
     assert call(test_smoke.main, *model, *words[2:], "--prompt", "Ünder").stdout == done.stdout
 
 
+@pytest.mark.parametrize("name", ["own", "bytes"])
+def test_a_prompt_that_is_no_unicode_is_continued(runs: Path, call: Call, name: str) -> None:
+    words = ("--run", name, "--runs-dir", runs, "--device", "cpu", "--num-tokens", "0")
+    done = call(test_smoke.main, *words, "--prompt", "a\udcffb")  # as a byte of a command line becomes
+    assert (done.status, done.stdout) == (0, "a\ufffdb\n")
+
+
 @pytest.mark.parametrize("words", [["--run", "own", "a", "b"], ["--run", "own", "--timeline", "own"], ["a"]])
 def test_either_a_run_or_two_files(call: Call, words: list[str]) -> None:
     assert call(test_smoke.main, *words).status == 2
@@ -343,12 +350,13 @@ def test_either_a_run_or_two_files(call: Call, words: list[str]) -> None:
 
 
 def test_a_conversation_is_quiet_when_piped(runs: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("Licensed\n:tokens 0\nWork\n:top-k x\n:temperature 0\nYou\n"))
+    typed = b"Licensed\n:tokens 0\nWork\n\xff\n:top-k x\n:temperature 0\nYou\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     words = ("--run", "own", "--runs-dir", runs, "--device", "cpu", "--seed", "1", "--num-tokens", "3")
     done = call(test_smoke.main, *words, "--interactive")
     assert done.status == 0, done.stderr
     assert done.stdout.startswith("Licensed")
-    assert done.stdout.endswith("\nWork\nYou\n")
+    assert done.stdout.endswith("\nWork\n\ufffd\nYou\n")
     assert ">" not in done.stdout.replace("<|", "")
     assert ":top-k x: wanted one of" in done.stderr
 

@@ -1,6 +1,7 @@
 """Run folders of the published harness: brought in at once, and never trained over by mistake."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,30 @@ def test_all_runs_come_in_at_once(call: Call, theirs: Path, tmp_path: Path, data
     again = call(convert.main, "import", "--all", theirs, "--runs-dir", runs)
     assert again.status == 2
     assert "wanted the name of a run that does not exist yet" in again.stderr
+
+
+@pytest.mark.fault("F66")
+def test_a_hostile_run_is_no_traceback_and_shows_nothing_from_outside(
+    call: Call, theirs: Path, tmp_path: Path
+) -> None:
+    """Numbers that are none, a FIFO for weights, and a link for a chart."""
+    for name in ("numbers", "fifo"):
+        shutil.copytree(theirs / "2xtoy", tmp_path / "theirs" / name, symlinks=True)
+    newest = sorted((tmp_path / "theirs").glob("*/checkpoints/*-19"))
+    meta = json.loads((newest[1] / "meta.json").read_text())
+    hostile = {**meta, "avg_train_loss": float("nan"), "min_train_loss": 10**400, "max_train_loss": float("inf")}
+    write(newest[1] / "meta.json", hostile)
+    (newest[0] / "model.safetensors").unlink()
+    os.mkfifo(newest[0] / "model.safetensors")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "theirs" / "numbers" / "planted.png").symlink_to(tmp_path / "secret")
+    done = call(convert.main, "import", "--all", tmp_path / "theirs", "--runs-dir", tmp_path / "runs")
+    assert done.status == 0, done.stderr
+    assert done.stderr == f"skipped fifo: {newest[0] / 'model.safetensors'}: not a regular file\n"
+    imported = tmp_path / "runs" / "numbers"
+    assert "train/loss_min" not in metrics(imported)[-1]
+    assert metrics(imported)[-1]["train/loss"] is None
+    assert not (imported / "charts" / "planted.png").exists()
 
 
 def test_nothing_of_theirs_is_trained_over(

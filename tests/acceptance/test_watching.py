@@ -35,6 +35,13 @@ def without_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait at the end of training for loggers and messages as long as a busy machine needs."""
+    monkeypatch.setattr(loggers, "CLOSE_SECONDS", 300.0)
+    monkeypatch.setattr(messages, "END_SECONDS", 300.0)
+
+
+@pytest.fixture
 def train_here(call: Callable[..., Called], datasets_dir: Path) -> Callable[..., Called]:
     """A function that trains a run in this process."""
 
@@ -109,7 +116,7 @@ def assert_same(seen: Rows, lines: list[dict[str, Any]]) -> None:
 
 
 def test_each_logger_has_every_step_once_also_after_a_resume(
-    make_run: Callable[..., Path], train_here: Callable[..., Called]
+    make_run: Callable[..., Path], train_here: Callable[..., Called], patient: None
 ) -> None:
     folder = make_run(train={**SHORT, "loggers": ["tensorboard", "wandb", "trackio"]})
     assert train_here(folder, "--max-steps", 8).status == 0
@@ -306,7 +313,7 @@ def test_a_dead_network_delays_the_end_by_seconds_and_betrays_nothing(
 
 
 def test_an_address_that_fails_is_said_by_its_number(
-    make_run: Callable[..., Path], train_here: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., Path], train_here: Callable[..., Called], monkeypatch: pytest.MonkeyPatch, patient: None
 ) -> None:
     monkeypatch.setenv(messages.VARIABLE, f"json://127.0.0.1:9/{SECRET} nonsense://{SECRET}")
     done = train_here(make_run(train=SHORT), "--max-steps", 3)

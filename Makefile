@@ -23,9 +23,11 @@ $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 # dropout on or off, on three seeds, two runs at a time on a core each.
 DATASETS := $(patsubst %,datasets/%/train.safetensors,python-reference python-reference-bytes)
 datasets/python-reference/train.safetensors: TOKENIZER := train:2048
+datasets/python-reference/train.safetensors: HELD_OUT := 0.1
 datasets/python-reference-bytes/train.safetensors: TOKENIZER := bytes
+datasets/python-reference-bytes/train.safetensors: HELD_OUT := 0.2
 $(DATASETS): | $(VENV)/.installed
-	$(BIN)/python prepare_dataset.py python-reference $(@D) --tokenizer $(TOKENIZER) --validation-fraction 0.1
+	$(BIN)/python prepare_dataset.py python-reference $(@D) --tokenizer $(TOKENIZER) --validation-fraction $(HELD_OUT)
 
 quickstart: $(VENV)/.installed $(DATASETS)
 	$(BIN)/python ddp_train.py $(RUN) datasets

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -37,6 +38,7 @@ LAYERS, HEADS, WIDTH, BLOCK, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 PEAK_RATE, LAST_RATE, WARMUP_STEPS, WEIGHT_DECAY, BETAS, CLIPPING = 1e-3, 1e-4, 100, 0.1, (0.9, 0.99), 1.0
 VOCABULARY = 257  # bytes, and the end of a document
 SEEDS = (1, 2, 3)
+FILES = ("model.json", "train.json")
 TRIAL_STEPS = (40, 140)  # two short trainings tell what a step costs and what a start costs
 
 
@@ -149,13 +151,15 @@ def train_quickstart(runs: Path, datasets: Path, seed: int, steps: int) -> float
     folder.mkdir(parents=True)
     for name, content in zip(FILES, (model, train), strict=True):
         (folder / name).write_text(json.dumps(content))
+    return train_run(runs, datasets, folder.name)
+
+
+def train_run(runs: Path, datasets: Path, name: str) -> float:
+    """Train a run in a process of its own; return its CPU seconds, with those of the processes it starts."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command(["ddp_train.py", folder.name, datasets, "--runs-dir", runs, "--device", "cpu"])
+    command(["ddp_train.py", name, datasets, "--runs-dir", runs, "--device", "cpu"])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-FILES = ("model.json", "train.json")
 
 
 def command(words: list[object]) -> str:
@@ -166,9 +170,9 @@ def command(words: list[object]) -> str:
     return done.stdout
 
 
-def score_quickstart(runs: Path, datasets: Path, name: str) -> tuple[float, int]:
-    """Score a run on the whole validation split; return bits per byte and how many bytes it predicted."""
-    said = command(["test_loss.py", datasets, "--run", name, "--runs-dir", runs, "--device", "cpu"])
+def score_run(runs: Path, datasets: Path, name: str, *options: object) -> tuple[float, int]:
+    """Score a run, by default on the whole validation split; return bits per byte and how many bytes it predicted."""
+    said = command(["test_loss.py", datasets, "--run", name, "--runs-dir", runs, "--device", "cpu", *options])
     bits, loss = (float(re.search(rf"{label}: ([\d.]+)", said)[1]) for label in ("Bits per byte", "dataset"))  # type: ignore[index]
     sequences, length = re.search(r"Scored ([\d,]+) sequences of ([\d,]+)", said).groups()  # type: ignore[union-attr]
     tokens = int(sequences.replace(",", "")) * int(length.replace(",", ""))
@@ -185,8 +189,8 @@ def prepare(datasets: Path) -> tuple[Tensor, Tensor]:
     return train, validation
 
 
-def compare(place: Path) -> list[Result]:
-    """Train and score both recipes for every seed."""
+def compare(place: Path) -> Iterator[list[Result]]:
+    """Train and score both recipes for every seed; yield all results so far after each."""
     runs, datasets, results = place / "runs", place / "datasets", list[Result]()
     train, validation = prepare(datasets)
     model_config, train_config = RunFolder(ROOT / "runs" / "quickstart").read_configs()
@@ -198,14 +202,12 @@ def compare(place: Path) -> list[Result]:
         model, seconds = train_example(train, seed)
         steps = min(shipped_steps, int((seconds - start_seconds) / step_seconds))
         own_seconds = train_quickstart(runs, datasets, seed, steps)
-        bits, text_bytes = score_quickstart(runs, datasets, f"s{seed}-{steps}")
+        bits, text_bytes = score_run(runs, datasets, f"s{seed}-{steps}")
         results.append(
             Result("nanoGPT's example", seed, STEPS, seconds, bits_per_byte(model, validation, text_bytes))
         )
         results.append(Result("quickstart", seed, steps, own_seconds, bits))
-        for result in results[-2:]:
-            print(result, flush=True)
-    return results
+        yield results
 
 
 def describe(results: list[Result]) -> str:
@@ -217,7 +219,8 @@ def describe(results: list[Result]) -> str:
         steps = ", ".join(f"{result.steps:,}" for result in own)
         seconds = ", ".join(f"{result.cpu_seconds:.0f}" for result in own)
         each = ", ".join(f"{value:.3f}" for value in bits)
-        rows.append([recipe, steps, seconds, each, f"{fmean(bits):.3f} ± {stdev(bits):.3f}"])
+        spread = f" ± {stdev(bits):.3f}" if len(bits) > 1 else ""
+        rows.append([recipe, steps, seconds, each, f"{fmean(bits):.3f}{spread}"])
     theirs, ours = (fmean(r.bits_per_byte for r in results if r.recipe == row[0]) for row in rows)
     table = markdown_table(["recipe", "steps", "CPU seconds", "bits per byte, each seed", "mean ± sd"], rows)
     summary = (
@@ -234,14 +237,14 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        results = compare(Path(place))
-    page = describe(results)
-    print(page)
-    if arguments.output is not None:
-        facts = {"python": platform.python_version(), "torch": torch.__version__, "threads": 1}
-        document = {**facts, "results": [asdict(result) for result in results]}
-        write_text(arguments.output.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
-        write_text(arguments.output.with_suffix(".md"), page)
+        for results in compare(Path(place)):
+            page = describe(results)
+            print(page, flush=True)
+            if arguments.output is not None:
+                facts = {"python": platform.python_version(), "torch": torch.__version__, "threads": 1}
+                document = {**facts, "results": [asdict(result) for result in results]}
+                write_text(arguments.output.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
+                write_text(arguments.output.with_suffix(".md"), page)
 
 
 if __name__ == "__main__":

@@ -83,9 +83,14 @@ def _new_seeds(group: Group, other: Group, count: int) -> list[int]:
 
 
 def _seeds_in_words(seeds: Sequence[int]) -> str:
-    if len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1:
-        return f"seeds {seeds[0]} to {seeds[-1]}"
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][-1] + 1:
+            ranges[-1].append(seed)
+        else:
+            ranges.append([seed])
+    parts = [f"{one[0]} to {one[-1]}" if len(one) > 2 else ", ".join(map(str, one)) for one in ranges]
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(parts)}" if seeds else ""
 
 
 def advice_on(item: Judged, judgement: Judgement) -> str:

@@ -6,6 +6,7 @@ each. Results are written in the order of reading, so the bytes do not depend on
 
 import hashlib
 import json
+import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -125,9 +126,9 @@ def is_prepared(settings: PreparationSettings, out_dir: Path) -> bool:
         file = open_split(out_dir.parent, out_dir.name, split)
         try:
             found = json.loads(file.metadata.get("settings", ""))
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not re.fullmatch("[0-9]{1,18}", file.metadata.get("documents", "")):
             raise ConfigError(f"{file.path}: already there and not made by prepare_dataset.py, {hint}")
         if difference := settings.difference(found):
             raise ConfigError(f"{file.path}: made with other options ({difference}), {hint}")

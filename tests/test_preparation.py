@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiktoken
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiktoken_ext import openai_public
 
 import prepare_dataset
@@ -478,6 +478,20 @@ def test_somebody_else_s_dataset_is_not_replaced(call: Call, tmp_path: Path) -> 
     np.arange(10, dtype=np.uint16).tofile(tmp_path / "out" / "val.bin")
     done = call(prepare_dataset.main, write_corpus(tmp_path / "a.jsonl", TEXTS), tmp_path / "out")
     assert done.status == 2
+    assert "not made by prepare_dataset.py" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "damage", [{"documents": "x" * 5000}, {"documents": "9" * 5000}, {"settings": "[" * 100_000}]
+)
+def test_metadata_that_cannot_be_are_somebody_else_s(call: Call, tmp_path: Path, damage: dict[str, str]) -> None:
+    path = write_corpus(tmp_path / "a.jsonl", TEXTS)
+    prepare(call, path, tmp_path / "out")
+    found = metadata(tmp_path / "out")
+    train = tmp_path / "out" / "train.safetensors"
+    save_file(load_file(train), train, metadata={**found, **damage})
+    done = call(prepare_dataset.main, path, tmp_path / "out")
+    assert (done.status, len(done.stderr.splitlines())) == (2, 1)
     assert "not made by prepare_dataset.py" in done.stderr
 
 

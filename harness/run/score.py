@@ -115,9 +115,8 @@ class Score:
         model = {key: known.pop(key) for key in ScoredModel.__dataclass_fields__ if key in known}
         try:
             score = SCORE.validate_json(json.dumps({**known, "model": model, "path": str(path)}), strict=True)
-            arrays = score.read_arrays()
-            if score.loss is not None and not np.isfinite(arrays.sequence_losses).all():
-                raise ConfigError(f"{path}: found a loss of {score.loss}, and beside it some that are not finite")
+            if (wrong := score.contradiction(score.read_arrays())) is not None:
+                raise ConfigError(f"{path}: found {wrong} beside it")
         except ValidationError:
             return None
         except ConfigError as error:
@@ -171,6 +170,19 @@ class Score:
         if not (_are_alike(sequences, "fi") and _are_alike(tuple(vars(documents).values()), "uiif")):
             raise ConfigError(f"{path}: found something else than a loss and a document for each sequence")
         return ScoreArrays(*sequences, documents)
+
+    def contradiction(self, arrays: ScoreArrays) -> str | None:
+        """Return what of the arrays cannot be true of this score, None where nothing is."""
+        documents = arrays.documents
+        if min([1, *documents.num_bytes, *documents.tokens]) < 1:
+            return "documents without bytes or tokens"
+        if self.loss is None:  # some loss was not finite
+            return None
+        if not np.isclose(arrays.sequence_losses.mean(), self.loss, rtol=1e-5):
+            return f"losses with another mean than {self.loss}"
+        if not 0 <= documents.nats.sum() <= (1 + 1e-5) * self.loss * self.tokens:
+            return "documents that cost more than all of the text"
+        return None
 
     def test_in_words(self) -> str:
         """Return a description of the test tokens."""

@@ -317,8 +317,34 @@ def not_numbers(raw: bytes) -> bytes:
     return file.getvalue()
 
 
+def with_documents(**documents: float) -> Callable[[bytes], bytes]:
+    """Return damage that adds a document of a byte, a token and no nats, but for what is given."""
+    kinds = {"keys": np.uint64, "num_bytes": np.int64, "tokens": np.int64, "nats": np.float64}
+    values = {"keys": 1, "num_bytes": 1, "tokens": 1, "nats": 0.0, **documents}
+
+    def damage(raw: bytes) -> bytes:
+        file, arrays = io.BytesIO(), dict(np.load(io.BytesIO(raw)))
+        added = {f"document_{name}": np.array([values[name]], kind) for name, kind in kinds.items()}
+        np.savez(file, **{**arrays, **added})
+        return file.getvalue()
+
+    return damage
+
+
+def another_mean(raw: bytes) -> bytes:
+    file, arrays = io.BytesIO(), dict(np.load(io.BytesIO(raw)))
+    np.savez(file, **{**arrays, "sequence_losses": arrays["sequence_losses"] - 0.01})
+    return file.getvalue()
+
+
+WRONG_ARRAYS = (
+    *(empty_file, half, a_bit, a_pickle, a_bomb, not_numbers, another_mean),
+    *(with_documents(num_bytes=0), with_documents(tokens=-1), with_documents(nats=np.nan), with_documents(nats=1e9)),
+)
+
+
 @pytest.mark.fault("F63")
-@pytest.mark.parametrize("damage", [empty_file, half, a_bit, a_pickle, a_bomb, not_numbers])
+@pytest.mark.parametrize("damage", WRONG_ARRAYS)
 def test_a_damaged_score_does_not_count(
     trained: Path,
     datasets_dir: Path,

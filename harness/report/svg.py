@@ -59,7 +59,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def forest(intervals: Sequence[Interval], unit: str) -> str:
     """Return a chart of differences with their 95% intervals, one a row, around a line at zero; `unit` in words."""
-    row, top, left, right = 30, 8, 180, 16
+    row, top, left, right = 30, 8, 210, 16  # 22 letters fit on the left, also where a phone enlarges them
     ends = [0.0, *(x for item in intervals for x in (item.low, item.high) if math.isfinite(x))]
     pad = 0.05 * (max(ends) - min(ends) or 1.0)
     low, high = min(ends) - pad, max(ends) + pad

@@ -174,7 +174,7 @@ class Score:
     def contradiction(self, arrays: ScoreArrays) -> str | None:
         """Return what of the arrays cannot be true of this score, None where nothing is."""
         documents = arrays.documents
-        if min([1, *documents.num_bytes, *documents.tokens]) < 1:
+        if min(documents.num_bytes.min(initial=1), documents.tokens.min(initial=1)) < 1:
             return "documents without bytes or tokens"
         if self.loss is None:  # some loss was not finite
             return None

@@ -32,7 +32,7 @@ from study.experiment import find_experiment, load_experiment
 from study.following import follow
 from study.looking import note_unplanned
 from study.looks import RULES
-from study.new_run import TOKENS_PER_PARAMETER, NewRunRequest, new_run
+from study.new_run import NewRunRequest, new_run
 from study.noise import learn, learn_pairs, show_ledger
 from study.page import SECONDS_TO_RELOAD, page
 from study.planning import PlanRequest, plan
@@ -70,7 +70,7 @@ def new_verb(words: list[str]) -> None:
     parser.add_argument("--data", metavar="DATASET", required=True, help="a folder in --datasets-dir")
     _add_datasets_dir(parser)
     parser.add_argument(
-        "--tokens-per-parameter", type=positive, default=TOKENS_PER_PARAMETER, metavar="X", help="(default: 20)"
+        "--tokens-per-parameter", type=positive, metavar="X", help="(default: 20, less of a short text)"
     )
     parser.add_argument("--epochs", type=whole_number(), metavar="N", help="(default: 4 of a short text, else 1)")
     parser.add_argument("--hours", type=positive, default=12.0, metavar="H", help="at most (default: 12)")

@@ -3,17 +3,20 @@
 | what | rule | source |
 |---|---|---|
 | parameters | 20 tokens trained on for each, embeddings included | Hoffmann et al. 2022, arXiv:2203.15556 |
+| more of them | 20 (U / 10^8)^(2/3) where text is short, of U tokens | runs/quickstart, below |
 | epochs | 4 where text is short: it teaches nearly as much as new text | Muennighoff et al. 2023, arXiv:2305.16264 |
 | shape | 64 channels a layer and a head (small: 4 layers, heads of 32) | Kaplan et al. 2020, arXiv:2001.08361 |
-| tied embeddings | on | Press and Wolf 2017, arXiv:1608.05859 |
+| what a block computes | the modern stack, as in runs/1xrtx3090-modern | docs/recipes.md, studies/modern |
 | global batch, tokens | 0.292 C^0.327, C the run's FLOPs | DeepSeek-AI 2024, arXiv:2401.02954, section 3.1 |
-| learning rate | 0.3118 C^-0.125 | the same |
-| AdamW, clipping, decay | beta2 0.95, norm 1, 0.1 | Brown et al. 2020, arXiv:2005.14165, appendix B |
-| schedule | 2% warm-up, cosine to a tenth | Hoffmann et al. 2022 |
+| learning rate | 0.3118 C^-0.125; 0.02 for Muon's matrices | the same; Jordan et al. 2024 |
+| schedule | 2% warm-up, linear to zero over the last half | Hägele et al. 2024, arXiv:2405.18392 |
 | time | FLOPs at 40% of the device's best | Chowdhery et al. 2022, arXiv:2204.02311, table 3 |
 
-The fits of batch and learning rate were made from 1e17 to 2e19 FLOPs. Below, the batch goes on and the rate stops at
-MOST_RATE; small runs also get at least LEAST_STEPS steps. They are starting points, to be judged like any change.
+Twenty tokens for each parameter are best where new text costs nothing but time. Of a short text every model of the
+ladder trains in minutes, and one with too few parameters does not learn all that it says; the exponent joins the
+quickstart's size to that rule. The fits of batch and learning rate were made from 1e17 to 2e19 FLOPs. Below, the
+batch goes on and the rate stops at MOST_RATE; small runs also get at least LEAST_STEPS steps. All are starting
+points, to be judged like any change.
 """
 
 import json
@@ -34,21 +37,35 @@ from harness.tokens.token_files import open_split, split_files
 from harness.tokens.tokenizer import Tokenizer, tokenizer_of_tokens
 
 TOKENS_PER_PARAMETER = 20.0
-SHORT_TEXT, MOST_EPOCHS = 100_000_000, 4
+SHORT_TEXT, SHORT_TEXT_EXPONENT, MOST_EPOCHS = 100_000_000, 2 / 3, 4
 UTILISATION = 0.4
 MOST_RATE = 3e-3
-LEAST_STEPS = 500
+LEAST_STEPS = 300
 SHORTEST_CONTEXT = 8
 MEMORY_SHARE = 0.8
 """Of a GPU's memory, by estimate; the rest is for what the estimate misses."""
 CPU_TOKENS = loss_chunk_rows("cpu")
 """In a micro-batch on a CPU."""
 STARTS = {"start_train_token": 0, "start_val_token": 0}
+STACK = {
+    "drop_rate": 0.0,
+    "qkv_bias": False,
+    "positions": "rotary",
+    "norm": "rms",
+    "feed_forward": "relu_squared",
+    "qk_norm": True,
+    "bias": False,
+    "embedding_norm": True,
+    "init": "zero_projections",
+}
 RECIPE = {
-    "schedule_learning_rate": True,
+    "optimizer": "muon",
+    "muon_learning_rate": 0.02,
+    "schedule": "wsd",
     "warmup_period_percent": 2.0,
+    "cooldown_percent": 50.0,
+    "final_rate_fraction": 0.0,
     "adam_beta2": 0.95,
-    "clipping_max_norm": 1.0,
     "shuffle": True,
 }
 MOST_TOKENS = 2**60
@@ -63,7 +80,8 @@ class NewRunRequest:
     data: str
     datasets_dir: Path
     runs_dir: Path
-    tokens_per_parameter: float
+    tokens_per_parameter: float | None
+    """None follows from the length of the text."""
     epochs: int | None
     hours: float
     dry_run: bool
@@ -165,7 +183,8 @@ def design(text: Text, hardware: Hardware, request: NewRunRequest) -> Draft:
     first = {
         "n_layers": why,
         "vocab_size": f"the ids of the dataset's tokenizer ({text.tokenizer})",
-        "context_length": "four times the width and at most GPT-2's 1024; less where the text is short",
+        "context_length": "twice the width and at most GPT-2's 1024; less where the text is short",
+        "positions": "this and the next are the modern stack (docs/recipes.md)",
     }
     last = {
         "checkpoint_interval": f"{MOST_SAVES} in a run, or one every half hour; the newest 3 and the best are kept",
@@ -181,9 +200,10 @@ def choose_shape(text: Text, hardware: Hardware, request: NewRunRequest, epochs:
     Where it is the text that ends the ladder, all of the text is trained on.
     """
     available = epochs * (text.train_tokens - 1)
+    wanted = request.tokens_per_parameter or tokens_per_parameter(text.train_tokens)
     budget = request.hours * 3600 * UTILISATION * hardware.flops_per_second * hardware.count
     chosen, limit = None, "no larger one is on the ladder"
-    for shape in shapes(text, request.tokens_per_parameter):
+    for shape in shapes(text, wanted):
         too_much = {
             "the text is too short for a larger one": shape.tokens > available,
             f"{request.hours:g} hours here are too short for a larger one": shape.flops > budget,
@@ -200,30 +220,33 @@ def choose_shape(text: Text, hardware: Hardware, request: NewRunRequest, epochs:
     parameters = count_parameters(chosen.model).total
     ratio = chosen.tokens / parameters
     why = f"{parameters:,} parameters, each trained by {ratio:.3g} tokens"
-    if ratio < 0.99 * request.tokens_per_parameter:
+    if ratio < 0.99 * wanted:
         return chosen, (
-            f"{why}: the smallest model, although {request.tokens_per_parameter:g} would be wanted; more text or "
+            f"{why}: the smallest model, although {wanted:.2g} would be wanted; more text or "
             "time helps, or a smaller vocabulary (prepare_dataset.py --tokenizer train:N)"
         )
-    return chosen, f"{why}, at least {request.tokens_per_parameter:g} (arXiv:2203.15556); {limit}"
+    return chosen, f"{why}, at least {wanted:.2g}; {limit}"
 
 
-def shapes(text: Text, tokens_per_parameter: float) -> Iterator[Shape]:
-    """Yield models from small to large, each with the tokens it wants."""
+def tokens_per_parameter(train_tokens: int) -> float:
+    """Return how many tokens each parameter is trained by: fewer of a short text, which repeats itself."""
+    return float(TOKENS_PER_PARAMETER * min(1.0, train_tokens / SHORT_TEXT) ** SHORT_TEXT_EXPONENT)
+
+
+def shapes(text: Text, wanted: float) -> Iterator[Shape]:
+    """Yield models from small to large, each with the tokens it wants, `wanted` for each parameter."""
     small = [(width, 4, 32) for width in (64, 96, 128, 192)]
     for width, layers, head in small + [(64 * layers, layers, 64) for layers in range(4, 65)]:
         document = {
             "vocab_size": text.tokenizer.vocab_size,
-            "context_length": min(1024, power_of_two_below(4 * width), _shortest(text)),
+            "context_length": min(1024, power_of_two_below(2 * width), _shortest(text)),
             "emb_dim": width,
             "n_heads": width // head,
             "n_layers": layers,
-            "drop_rate": 0.0,
-            "qkv_bias": False,
-            "tie_weights": True,
+            **STACK,
         }
         model = config_from(ModelConfig, document, "model.json")
-        tokens = min(max(tokens_per_parameter * count_parameters(model).total, 1.0), float(MOST_TOKENS))
+        tokens = min(max(wanted * count_parameters(model).total, 1.0), float(MOST_TOKENS))
         yield Shape(document, model, int(tokens))
 
 
@@ -288,8 +311,9 @@ def batches(shape: Shape, text: Text, hardware: Hardware, epochs: int) -> tuple[
         "global_batch_size": f"{per_step:,} tokens: 0.292 C^0.327, C = {shape.flops:.2g} FLOPs (arXiv:2401.02954), "
         f"at least {LEAST_STEPS} steps of a power of two",
         "microbatch_size": fits,
-        "learning_rate": f"0.3118 C^-0.125 (arXiv:2401.02954), at most {MOST_RATE:g}; warm-up, a cosine to a tenth",
-        "adam_beta2": "with clipping to norm 1 and weight decay 0.1 as in GPT-3 (arXiv:2005.14165)",
+        "learning_rate": f"0.3118 C^-0.125 (arXiv:2401.02954), at most {MOST_RATE:g}; of embeddings and head",
+        "muon_learning_rate": "its authors', for the blocks' matrices (docs/recipes.md)",
+        "schedule": "a short warm-up, then a constant rate that falls to zero over the last half (arXiv:2405.18392)",
         "use_amp": "half precision, in bfloat16 where tensor cores take it, which needs no scaler"
         if hardware.kind == "cuda"
         else f"float32, since half precision gains nothing on {hardware.kind}",

@@ -120,6 +120,17 @@ def test_what_is_scarce_decides_the_size() -> None:
     assert "too short for a larger one" in choose_shape(web, A100, asked(hours=0.1), 1)[1]
 
 
+def test_a_short_text_is_not_starved_of_parameters() -> None:
+    """20 tokens for each parameter are the rule of long texts; the quickstart's 1.3 million saw 0.2 each."""
+    for text in (Text("page", 90_000, 9_000, byte_tokenizer()), *TEXTS[1:]):
+        by_length, by_rule = (
+            count_parameters(choose_shape(text, A100, asked(tokens_per_parameter=asked_for), 4)[0].model).total
+            for asked_for in (None, 20.0)
+        )
+        assert by_length > 3 * by_rule if text.name == "page" else by_length >= by_rule
+        assert (by_length == by_rule) == (text.name == "web")
+
+
 def test_half_precision_halves_nothing_on_a_cpu_and_is_warned_of(datasets: Path, tmp_path: Path) -> None:
     small = {"vocab_size": 257, "emb_dim": 8, "n_layers": 1}
     folder = write_run(tmp_path / "slow", small, {"dataset": "licence", "use_amp": True})

@@ -32,7 +32,7 @@ from harness.engine import loss
 from harness.engine.costs import CONTEXT_GIB, FLOAT32_BYTES, GIB, loss_chunk_rows
 from harness.engine.loss import VOCAB_MULTIPLE, Objective
 from harness.engine.optimizers import OPTIMIZERS
-from harness.run.config import ModelConfig
+from harness.run.config import ExpertsConfig, ModelConfig
 from harness.run.files import write_json
 from harness.run.model_size import count_parameters
 from model import GPTModel
@@ -94,7 +94,8 @@ class Case:
     dtype: str = "bfloat16"
     drop_rate: float = 0.0
     variant: str = ""
-    """One of "qkv_bias", "tie_weights", "activation_checkpointing" and "deterministic", or none."""
+    """One of "qkv_bias", "tie_weights", "activation_checkpointing", "deterministic" and "moe", the last two also as
+    "deterministic moe", or none."""
     n_layers: int = 12
 
     @property
@@ -109,7 +110,9 @@ class Case:
     @property
     def model(self) -> ModelConfig:
         """Its model.json."""
-        switches = {self.variant: True} if self.variant in ("qkv_bias", "tie_weights") else {}
+        switches: dict[str, Any] = {self.variant: True} if self.variant in ("qkv_bias", "tie_weights") else {}
+        if "moe" in self.variant:
+            switches = {"moe": ExpertsConfig(num_experts=6, num_active_experts=2)}
         return replace(GPT2, drop_rate=self.drop_rate, n_layers=self.n_layers, **switches)
 
 
@@ -167,12 +170,14 @@ def cases() -> list[Case]:
         ),
         *(Case("sm_90", variant=name, n_layers=2) for name in ("qkv_bias", "tie_weights", "deterministic")),
         Case("sm_90", 64, **dropped, variant="deterministic", n_layers=2),
+        Case("sm_90", variant="moe"),
+        Case("sm_80", dtype="float16", variant="deterministic moe", n_layers=2),
     ]
 
 
 def programs(case: Case) -> tuple[dict[str, Program], dict[str, str]]:
     """Return the programs of a case's forward and backward pass, and all generated sources by name."""
-    is_deterministic = case.variant == "deterministic"
+    is_deterministic = "deterministic" in case.variant
     torch.use_deterministic_algorithms(is_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     dtype, attention = getattr(torch, case.dtype), F.scaled_dot_product_attention
@@ -202,6 +207,10 @@ def programs(case: Case) -> tuple[dict[str, Program], dict[str, str]]:
         "cuda_check.flash": (case.dtype, "float32", "int64"),
         "cuda_check.flash_backward": (case.dtype,) * 3,
         "harness.chunked_linear_cross_entropy": ("float32", case.dtype, "float32"),
+        "aten.topk": ("float32", "int64"),
+        "aten.sort": ("int64", "int64"),
+        "harness.grouped_product": (case.dtype,),
+        "harness.products_within_groups": (case.dtype,),
     }
     return {kind: read_program(source, types, kind == "backward") for kind, source in sources.items()}, sources
 
@@ -249,7 +258,7 @@ def check(case: Case) -> Row:
             rf"empty_strided_cuda\(\((\d{{3,}}), (?:{GPT2.vocab_size}|{padded})\), [^)]*\), torch.float32", source
         )
         problems += [f"{kind}: float32 logits of {count} rows" for count in wide]
-        if case.variant == "deterministic" and "tl.atomic_add" in source:
+        if "deterministic" in case.variant and "tl.atomic_add" in source:
             problems.append(f"{kind}: an atomic addition in deterministic mode")
     results = (
         case.sequences * 1024 * GPT2.emb_dim * BYTES[case.dtype] + GPT2.vocab_size * GPT2.emb_dim * FLOAT32_BYTES

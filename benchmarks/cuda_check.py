@@ -33,7 +33,7 @@ from harness.engine.costs import CONTEXT_GIB, FLOAT32_BYTES, GIB, loss_chunk_row
 from harness.engine.loss import VOCAB_MULTIPLE, Objective
 from harness.engine.optimizers import OPTIMIZERS
 from harness.run.config import ExpertsConfig, ModelConfig
-from harness.run.files import write_json
+from harness.run.files import read_json, write_json
 from harness.run.model_size import count_parameters
 from model import GPTModel
 
@@ -144,13 +144,14 @@ def main() -> int:
         )
         return 2
     chosen = [case for case in cases() if all(word in case.name for word in arguments.only)]
-    rows = []
+    rows: list[Row] = []
+    kept = stored_rows() if arguments.only else {}
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(check, chosen):
             rows.append(row)
             print(_line(row), flush=True)
-            if not arguments.only:
-                store(rows, len(chosen))
+            kept[row.case] = row
+            store(kept)
     return int(any(row.problems for row in rows))
 
 
@@ -306,9 +307,16 @@ def memory_table(rows: dict[str, Row]) -> list[str]:
     return lines
 
 
-def store(rows: list[Row], wanted: int) -> None:
-    """Write JSON and Markdown of the cases that are done, of as many as are wanted."""
-    found = {row.case: row for row in rows}
+def stored_rows() -> dict[str, Row]:
+    """Return by their cases the rows that are stored, which --only leaves as they are; none of another torch's."""
+    stored = read_json(RESULTS / "cuda-check.json")
+    return {row["case"]: Row(**row) for row in stored["rows"]} if stored["torch"] == torch.__version__ else {}
+
+
+def store(found: dict[str, Row]) -> None:
+    """Write JSON and Markdown of the cases that are done, by their names."""
+    names = [case.name for case in cases()]
+    rows = [found[name] for name in names if name in found]
     whole, short = (found.get(f"sm_90, 12 x 1024, bfloat16{layers}") for layers in ("", ", 2 layers"))
     blocks = []
     if whole and short:
@@ -318,7 +326,7 @@ def store(rows: list[Row], wanted: int) -> None:
         ]
     cards = ", ".join(f"{name} as {card}" for name, (card, *_) in CARDS.items())
     lines = [
-        f"torch {torch.__version__}; {len(rows)} of {wanted} cases; GPT-2 small, {cards}",
+        f"torch {torch.__version__}; {len(rows)} of {len(names)} cases; GPT-2 small, {cards}",
         "",
         "| case | MiB kept for the backward pass | MiB at the peak | MiB inside the loss | "
         "launches: generated + cuBLAS + attention and loss | checks |",

@@ -76,7 +76,7 @@ def main() -> None:
     device = distributed.choose_device(arguments.device, launch)
     distributed.set_up_kernels(device, use_tf32=config.use_amp, deterministic=config.deterministic)
     ignore_output_errors()
-    stop = StopRequest()
+    stop = StopRequest(speaks=launch.is_main)
     observers = Observers(folder, config.loggers, os.environ, is_active=launch.is_main)
     watchdog = Watchdog(
         launch.rank,

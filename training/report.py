@@ -32,16 +32,18 @@ def report_nothing_to_do(folder: RunFolder, plan: Plan, state: TrainState) -> No
 
 
 def report_end(folder: RunFolder, plan: Plan, state: TrainState) -> None:
-    """Print the four closing lines, and before them where --max-steps stopped the run; write the final status."""
+    """Print the four closing lines, the first of them another where --max-steps stopped the run; write the status."""
     is_complete = state.next_step == plan.global_steps
-    if not is_complete:
-        print(
-            f"Stopped by --max-steps after {state.next_step:,} of {plan.global_steps:,} global steps, saved; "
-            "without it the same command goes on"
-        )
     # A scheduled checkpoint after the last step has just closed its interval.
     loss = state.interval_loss if state.interval_steps else state.last_interval_loss
-    print(f"Training complete in {state.elapsed_seconds:,.3f} seconds")
+    seconds = f"{state.elapsed_seconds:,.3f} seconds"
+    if is_complete:
+        print(f"Training complete in {seconds}")
+    else:
+        print(
+            f"Stopped by --max-steps after {state.next_step:,} of {plan.global_steps:,} global steps and {seconds}, "
+            "saved; without it the same command goes on"
+        )
     print(f"Tokens seen: {state.tokens:,}")
     print(f"Throughput: {state.tokens / state.elapsed_seconds:,.0f} tokens/second")
     print(f"Final train loss: {math.nan if loss is None else loss:.3f}")

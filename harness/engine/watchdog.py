@@ -26,6 +26,7 @@ SILENT_SECONDS_WHEN_STOPPING = 10.0
 STUCK_SECONDS = 570.0
 # An orphaned worker may take this long to save its state before it leaves without.
 ORPHAN_SECONDS = 8.0
+STOPPING = b"\nstopping once this step is done and saved; asked again, at once and without saving\n"
 T = TypeVar("T")
 
 
@@ -48,8 +49,9 @@ class Store(Protocol):
 class StopRequest:
     """Remembers SIGTERM, SIGINT or SIGHUP so that the loop can stop at a step's end; a second signal ends at once.
 
-    A handler only sets a flag: it may run at any moment, so it must neither wait nor speak to other ranks. Until
-    `listen` a signal does what it always does; the end of the `with` block puts that back.
+    A handler sets a flag and, with `speaks`, says so: a step may take a minute. It may run at any moment, so it must
+    neither wait nor speak to other ranks. Until `listen` a signal does what it always does; the end of the `with`
+    block puts that back.
 
     Python runs no handler while the main thread waits inside CUDA, perhaps for a rank that died. So the system also
     writes every signal into a pipe, where another thread finds it (`has_arrived`).
@@ -57,8 +59,9 @@ class StopRequest:
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = False) -> None:
         self.requested = False
+        self._speaks = speaks
         self._former: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._has_arrived = False
@@ -97,6 +100,9 @@ class StopRequest:
 
     def _remember(self, _: int, frame: FrameType | None) -> None:
         self.request()
+        if self._speaks:
+            with suppress(OSError):  # as of a terminal that was closed
+                os.write(sys.stderr.fileno(), STOPPING)  # printing could be inside of a print
         # Left to the system, a second signal ends the process even while it waits inside a collective.
         for number in self._former:
             signal.signal(number, signal.SIG_DFL)

@@ -79,6 +79,7 @@ def stop_inside_step_7(folder: Path, datasets_dir: Path, number: signal.Signals)
         worker.send(number)
         assert worker.wait() == 75
     assert_stopped_after(folder, 7)
+    assert 0 < worker.stderr.find("stopping once this step is done") < worker.stderr.find("asked to stop: saved")
 
 
 @pytest.mark.fault("F24")

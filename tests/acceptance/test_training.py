@@ -162,7 +162,12 @@ def test_fresh_moves_the_old_run_aside(
     folder = make_run(train=SAME_DATA)
     options = ("--runs-dir", folder.parent, "--device", "cpu")
     stopped = call(ddp_train.main, folder.name, datasets_dir, *options, "--max-steps", 3)
-    assert "Stopped by --max-steps after 3 of 12 global steps, saved" in stopped.stdout
+    said = (
+        r"Stopped by --max-steps after 3 of 12 global steps and \d\.\d{3} seconds, "
+        r"saved; without it the same command goes on\nTokens seen: 384\n"
+    )
+    assert re.search(said, stopped.stdout), stopped.stdout
+    assert "complete" not in stopped.stdout
     mistyped = call(ddp_train.main, folder.name, tmp_path / "elsewhere", *options, "--fresh")
     assert (mistyped.status, len(metrics(folder))) == (3, 3)  # refused before anything was moved
     done = call(ddp_train.main, folder.name, datasets_dir, *options, "--fresh")

@@ -44,14 +44,15 @@ def ensure_dataset(datasets_dir: Path, config: TrainConfig) -> None:
 def download_missing(datasets_dir: Path, dataset: str, revision: str | None, splits: Sequence[str]) -> None:
     """Download those of a dataset's `splits` that are not on disk; raises DataError.
 
-    Every process may call it: a file lock lets one download while the others wait.
+    A name without an owner is not looked for on the Hub; what it lacks is named where it is opened. Every process may
+    call it: a file lock lets one download while the others wait.
     """
     folder = datasets_dir / dataset
 
     def missing() -> list[str]:
         return [f"{split}.safetensors" for split in splits if not split_files(folder, split)]
 
-    if not missing():
+    if "/" not in dataset or not missing():
         return
     with hub_errors(f"dataset {dataset}: not in {datasets_dir}, and it could not be downloaded", DataError):
         failpoint("download")

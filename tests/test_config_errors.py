@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+import data
+import ddp_train
 from harness.run.config import load_model_config, load_run_configs, load_train_config
 from harness.run.errors import ConfigError, exit_status_of
+from tests.conftest import Called
 from tests.helpers import REQUIRED_TRAIN as TRAIN
 from tests.helpers import TINY_MODEL as MODEL
 from tests.helpers import write
@@ -307,3 +310,22 @@ def test_command_prints_each_error_on_a_line_and_exits_2(tmp_path: Path, capsys:
 def test_no_key_is_suggested_without_likeness(tmp_path: Path, key: str) -> None:
     (line,) = refused(load_train_config, write(tmp_path / "train.json", {**TRAIN, key: 1}))
     assert line.endswith("wanted a known one (docs/configuration.md lists them)")
+
+
+def test_a_mistyped_run_or_dataset_is_refused_with_the_nearest_name_and_without_a_network(
+    make_run: Callable[..., Path], datasets_dir: Path, call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise AssertionError("asked the Hub for a local dataset")
+
+    monkeypatch.setattr(data, "HfApi", unreachable)
+    folder = make_run("my-run", train={"dataset": "tooy"})
+    place = ("--runs-dir", folder.parent, "--device", "cpu")
+    run = call(ddp_train.main, "my-rnu", datasets_dir, *place)
+    assert run.status == 2
+    assert run.stderr.endswith("my-rnu, wanted one with model.json and train.json; the nearest is my-run\n")
+    dataset = call(ddp_train.main, "my-run", datasets_dir, *place)
+    assert dataset.status == 3
+    assert dataset.stderr.endswith(
+        "tooy/train.safetensors: found no such file, wanted the train split of dataset tooy; the nearest is toy\n"
+    )

@@ -7,7 +7,6 @@ The type of each field says which part of the configuration the key belongs to (
 before a run is resumed, the reference page and the tests read it from there.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from harness.run.errors import ConfigError
+from harness.run.errors import ConfigError, nearest_hint
 from harness.run.keys import Execution, Interval, Later, Recipe, Report, Seed, Wanted, changes_nothing, marks_of
 from harness.run.strict_json import on_one_line, read_strict_json, shown
 
 MAX_PARAMETERS = 10**10
-LIKENESS = 0.6  # of difflib's ratio: below it a suggestion would be no likelier than another key
 DATASET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 DATASETS_WANTED = Wanted(
@@ -345,12 +343,7 @@ def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: 
 
 
 def _unknown_key(key: str, config_class: type) -> str:
-    def likeness(name: str) -> float:
-        initials = "".join(word[0] for word in name.split("_"))
-        return 1.0 if key == initials else difflib.SequenceMatcher(None, key.lower(), name).ratio()
-
-    nearest = max((item.name for item in fields(config_class)), key=likeness)
-    hint = f"; the nearest is {nearest}" if likeness(nearest) >= LIKENESS else " (docs/configuration.md lists them)"
+    hint = nearest_hint(key, [item.name for item in fields(config_class)]) or " (docs/configuration.md lists them)"
     return f"{on_one_line(key)}: found an unknown key, wanted a known one{hint}"
 
 

@@ -4,12 +4,13 @@ Errors are raised where they are found, with a message that a user can act on. `
 `main`, is the only place that turns them into an exit status.
 """
 
+import difflib
 import errno
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from harness.run.streams import escaped_output, fit_on_a_line, fit_to_print
@@ -17,6 +18,7 @@ from harness.run.streams import escaped_output, fit_on_a_line, fit_to_print
 INTERRUPTED_STATUS = 130  # as a shell reports SIGINT; nothing needed saving
 BROKEN_PIPE_STATUS = 141  # as a shell reports SIGPIPE
 DEFECT_STATUS = 1
+LIKENESS = 0.6  # of difflib's ratio: below it a suggestion would be no likelier than another name
 REQUEST_ID = re.compile(r"\(Request ID: [^)]*\)\.?")
 
 
@@ -101,6 +103,17 @@ def as_harness_error(error: BaseException) -> HarnessError | None:
         # A path is something that the user can act on; a broken pipe or a lost connection has none.
         return StorageError(f"{error.filename}: cannot be used ({error.strerror})")
     return None
+
+
+def nearest_hint(name: str, known: Iterable[str]) -> str:
+    """Return "; the nearest is ...", for the end of an error about a mistyped name; empty where none is like it."""
+
+    def likeness(other: str) -> float:
+        initials = "".join(word[:1] for word in other.split("_"))
+        return 1.0 if name == initials else difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
+
+    nearest = max(known, key=likeness, default="")
+    return f"; the nearest is {nearest}" if nearest and likeness(nearest) >= LIKENESS else ""
 
 
 def first_line(error: BaseException) -> str:

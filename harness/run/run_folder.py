@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.run.config import ModelConfig, TrainConfig, load_run_configs
-from harness.run.errors import ConfigError
+from harness.run.errors import ConfigError, nearest_hint
 from harness.run.files import remove, remove_abandoned
 from harness.run.locks import locked
 from harness.run.metrics_file import MetricsFile
@@ -172,7 +172,9 @@ def open_run(runs_dir: Path, name: str) -> RunFolder:
         )
     path = runs_dir / name
     if not path.is_dir():
-        raise ConfigError(f"RUN: found no folder {path}, wanted one with model.json and train.json")
+        names = [item.parent.name for item in runs_dir.glob("*/model.json")]
+        hint = nearest_hint(name, names)
+        raise ConfigError(f"RUN: found no folder {path}, wanted one with model.json and train.json{hint}")
     if path.resolve().parent != runs_dir.resolve():
         raise ConfigError(f"RUN: found {path}, which leads outside {runs_dir}, wanted a folder inside it")
     return RunFolder(path)

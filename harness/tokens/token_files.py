@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from harness.run.errors import DataError
+from harness.run.errors import DataError, nearest_hint
 from harness.run.files import open_regular
 
 SPLITS = ("train", "validation")
@@ -108,7 +108,9 @@ def open_split(datasets_dir: Path, dataset: str, split: str) -> TokenFile:
     paths = split_files(datasets_dir / dataset, split)
     if not paths:
         path = datasets_dir / dataset / f"{split}.safetensors"
-        raise DataError(f"{path}: found no such file, wanted the {split} split of dataset {dataset}")
+        others = sorted(folder.name for folder in datasets_dir.glob("*") if split_files(folder, split))
+        hint = nearest_hint(dataset, others)
+        raise DataError(f"{path}: found no such file, wanted the {split} split of dataset {dataset}{hint}")
     if paths[0].suffix == ".safetensors":
         return _open_safetensors(paths[0])
     _check_shard_names(paths)

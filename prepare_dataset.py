@@ -24,6 +24,9 @@ from preparation.prepare import PreparationResult, prepare, verify
 from preparation.selection import PreparationSettings
 from preparation.sources import describe_skipped
 
+FEW_HELD_OUT = 5
+"""Documents, on which a loss depends too much on their choice."""
+
 
 @dataclass(frozen=True)
 class PrepareArguments:
@@ -76,13 +79,20 @@ def print_result(result: PreparationResult) -> None:
     """Print the size of both splits, and how many documents were left out."""
     if result.progress is None:
         print("Already prepared from this source with these options")
-    for file in result.splits:
-        print(f"{file.path}: {int(file.metadata['documents']):,} documents, {file.length:,} tokens")
+    documents = [int(file.metadata["documents"]) for file in result.splits]
+    for file, count in zip(result.splits, documents, strict=True):
+        print(f"{file.path}: {count:,} document{'s' * (count != 1)}, {file.length:,} tokens")
     progress = result.progress
     if progress is None:
         return
+    if documents[1] < FEW_HELD_OUT and sum(documents) > FEW_HELD_OUT:
+        wanted = min(0.5, 2 * FEW_HELD_OUT / sum(documents))
+        print(
+            f"Held out: {documents[1]} of {sum(documents):,} documents, so a loss on them says little about others; "
+            f"--validation-fraction {wanted:.1g} --fresh holds out more"
+        )
     if result.skipped:
-        print(f"Files skipped: {describe_skipped(result.skipped)}")
+        print(f"Files skipped: {describe_skipped(result.skipped)} (text among them is read once it is named .txt)")
     if progress.bad_documents:
         print(
             f"Documents skipped because they cannot be read: {progress.bad_documents:,}, first {progress.first_bad}"

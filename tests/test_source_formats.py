@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,17 @@ def test_json_is_read_in_pieces_of_any_size(
     assert documents(call, folder)[0] == [*texts, *texts]
 
 
+def test_few_held_out_documents_are_warned_of(call: Call, tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", {f"{number}.txt": f"text {number}" for number in range(40)})
+    few = call(prepare_dataset.main, folder, tmp_path / "out")
+    assert "Held out: 1 of 40 documents, so a loss" in few.stdout
+    assert "validation.safetensors: 1 document, " in few.stdout
+    (advice,) = re.findall(r"(--validation-fraction) (\S+) (--fresh)", few.stdout)
+    enough = call(prepare_dataset.main, folder, tmp_path / "out", *advice)
+    assert enough.status == 0
+    assert "Held out" not in enough.stdout
+
+
 def test_clutter_is_left_out_and_named(call: Call, tmp_path: Path) -> None:
     folder = write(
         tmp_path / "in",
@@ -121,7 +133,7 @@ def test_clutter_is_left_out_and_named(call: Call, tmp_path: Path) -> None:
     )  # fmt: skip
     found, printed = documents(call, folder)
     assert found == ["one", "two"]
-    assert "Files skipped: 2 .pdf, 1 .png, 1 without suffix\n" in printed
+    assert "Files skipped: 2 .pdf, 1 .png, 1 without suffix (" in printed
     done = call(prepare_dataset.main, tmp_path / "in" / "p*", tmp_path / "out")
     assert done.status == 3
     assert "found no file in" in done.stderr

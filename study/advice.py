@@ -10,10 +10,14 @@ from dataclasses import dataclass
 
 from scipy.special import ndtr
 
+from harness.run.units import in_hours
 from study.comparisons import shared_pairs, welch
 from study.results import Group, RunMetadata
 from study.statistics import ALPHA, POWER, Estimate, fewest, power
 from study.verdicts import Judged, Judgement
+
+LEAST_WORTH = 1e-6
+"""Of a run, in the unit of the losses; less would change no table."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Purchase:
         if self.money is not None:
             shown += f", {self.money:,.2f} {currency}".rstrip()
         if self.hours is not None:
-            shown += f", {self.hours:,.2g} h" if self.hours < 10 else f", {self.hours:,.0f} h"
+            shown += f", {in_hours(self.hours)}"
         return shown
 
     def _which(self) -> str:
@@ -192,7 +196,7 @@ def best_buy(judgement: Judgement) -> str:
     )
     what, cost_of = next(one for one in costs if all(one[1](bought) for _, bought, _ in options))
     options.sort(key=lambda one: one[0] / (cost_of(one[1]) or 1.0))
-    if not options or options[-1][0] <= 0:
+    if not options or options[-1][0] < LEAST_WORTH:
         return ""
     value, bought, recipe = options[-1]
     return (

@@ -304,9 +304,11 @@ def batches(shape: Shape, text: Text, hardware: Hardware, epochs: int) -> tuple[
     fits = f"about {CPU_TOKENS:,} tokens, beyond which a CPU gains little"
     if hardware.kind != "cpu":
         fits = f"fits into {MEMORY_SHARE:.0%} of {hardware.memory_gib:.1f} GiB by estimate; -f finds the largest"
+    share = "all there are" + f", {epochs} times" * (epochs > 1)
+    if not takes_all:
+        share = f"what the size wants of {text.train_tokens:,}"
     return train, {
-        "min_train_tokens": f"{shape.tokens:,} tokens, "
-        + ("all there are" if takes_all else f"what the size wants of {text.train_tokens:,}"),
+        "min_train_tokens": f"{shape.tokens:,} tokens, {share}",
         "epochs": f"up to {MOST_EPOCHS} of a short text teach nearly as much as new text (arXiv:2305.16264)",
         "global_batch_size": f"{per_step:,} tokens: 0.292 C^0.327, C = {shape.flops:.2g} FLOPs (arXiv:2401.02954), "
         f"at least {LEAST_STEPS} steps of a power of two",

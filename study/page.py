@@ -12,12 +12,13 @@ from harness.report.html import style, table, verdict_mark
 from harness.report.svg import COLOURS, Curve, Interval, curve_of, curves, forest
 from harness.run.errors import ConfigError
 from harness.run.files import ASSETS, utc_now
+from harness.run.units import in_hours
 from study.assemble import Study
 from study.effects import Finding
 from study.measures import BITS, NATS
 from study.results import Group
 from study.statistics import Estimate
-from study.tables import LOSS, notes_of, rows_of, without_empty_columns
+from study.tables import LOSS, for_people, notes_of, rows_of
 from study.verdicts import tone_of
 
 SECONDS_TO_RELOAD = 20
@@ -89,8 +90,7 @@ def _subtitle(study: Study) -> str:
         f"baseline {study.judgement.baseline.recipe}",
     ]
     if known and len(known) == len(metadata):
-        hours = sum(known)
-        parts.append(f"{hours:,.1f} hours of training" if hours >= 1 else f"{60 * hours:.1f} minutes of training")
+        parts.append(f"{in_hours(sum(known))} of training")
     if costs:
         parts.append(f"cost {sum(costs):,.2f} {currency}".rstrip())
     return " · ".join([*parts, f"written {utc_now()}"])
@@ -101,7 +101,7 @@ def _leaderboard(study: Study) -> str:
     headings, rows = rows_of(study)
     place = headings.index(BITS if study.judgement.unit == BITS else LOSS)
     rows.sort(key=lambda row: float(row[place]) if row[place] else math.inf)
-    headings, rows = without_empty_columns(headings, rows)
+    headings, rows = for_people(headings, rows)
     shown = [column for column, name in enumerate(headings) if name not in LEFT_TO_WORDS]
     if "verdict" in headings:  # beside the name, where it is in view on a phone
         shown.remove(headings.index("verdict"))

@@ -10,6 +10,7 @@ from harness.run.errors import ConfigError
 from harness.run.files import RUNS
 from harness.run.recipe import recipe_hash
 from harness.run.run_folder import open_run
+from harness.run.units import in_hours
 from study.designs import (
     LETTERS,
     ROMAN,
@@ -99,7 +100,14 @@ class PlanningNoise:
     lasting_df: float
     """Those from MANY_PAIRS on."""
     source: str
+    """Where it comes from, or why it is unknown."""
     unit: str = NATS
+
+    def in_words(self) -> str:
+        """Return the noise of a run as text, and how the rest of the plan calls it."""
+        if self.sd is None:
+            return f"unknown{self.source}; called sigma below"
+        return f"sigma = {self.sd:.4f} {self.unit}{self.source}"
 
     def df_lent(self, seeds: int) -> float:
         """Return the degrees of freedom that are borrowed with so many shared seeds."""
@@ -114,29 +122,21 @@ def known_noise(runs_dir: Path, model: ModelConfig, train: TrainConfig, cost: Ru
     prior, lasting = (find_pair_prior(entries, subject, pairs) for pairs in (1, MANY_PAIRS))
     if prior is not None:
         lasting_df = lasting.df if lasting else 0.0
-        return PlanningNoise(
-            prior.sd, prior.df, lasting_df, f"sigma {prior.sd:.4f} on {prior.df:.3g} df ({prior.source})"
-        )
+        return PlanningNoise(prior.sd, prior.df, lasting_df, f" on {prior.df:.3g} df ({prior.source})")
     found = find_noise(entries, recipe_hash(model, train), scale)
     if found is None:
-        return PlanningNoise(
-            None, 0, 0, "no noise in the ledger for this recipe or scale: effects in units of its sigma"
-        )
+        return PlanningNoise(None, 0, 0, " for this recipe and scale")
     entry, borrowed = found
-    source = f"sigma {entry.sd:.4f} on {entry.df} df from the ledger, {borrowed or 'own'}, to plan with and no more"
+    source = f" on {entry.df} df from the ledger, {borrowed or 'own'}, to plan with and no more"
     return PlanningNoise(entry.sd, 0, 0, source)
 
 
 def in_bits(noise: PlanningNoise, text: ArmText) -> PlanningNoise:
     """Return the noise for arms of different tokenizers, which are judged in bits per byte and borrow none."""
+    why = ", in which different tokenizers are judged"
     if noise.sd is None or text.bytes_per_token is None:
-        why = (
-            "no noise known in bits per byte, in which different tokenizers are judged: effects in units of its sigma"
-        )
-        return PlanningNoise(None, 0, 0, why)
-    sd = noise.sd * bits_per_nat(text.bytes_per_token)
-    about = f"about {sd:.4f} bits per byte, in which different tokenizers are judged, to plan with and no more"
-    return PlanningNoise(sd, 0, 0, f"{about}: {noise.source}", BITS)
+        return PlanningNoise(None, 0, 0, f" in {BITS}{why}", BITS)
+    return PlanningNoise(noise.sd * bits_per_nat(text.bytes_per_token), 0, 0, f"{why},{noise.source}", BITS)
 
 
 def describe(design: Design, bill: Bill, noise: PlanningNoise) -> None:
@@ -148,9 +148,9 @@ def describe(design: Design, bill: Bill, noise: PlanningNoise) -> None:
     rows = [
         ("Design", f"{design.name}, {len(design.arms)} arms x {bill.seeds} seeds = {bill.runs} runs"),
         ("Tokens", f"{bill.tokens:,} ({' or '.join(f'{count:,}' for count in each)} a run)"),
-        ("Hours", "unknown: no speed measured or expected" if bill.hours is None else f"{bill.hours:,.2f}"),
+        ("Time", "unknown: no speed measured or expected" if bill.hours is None else in_hours(bill.hours)),
         ("Cost", "unknown: no price_per_hour" if bill.money is None else f"{bill.money:,.2f} {currency}".rstrip()),
-        ("Noise", noise.source),
+        ("Noise of a run", noise.in_words()),
         ("Standard error", in_words(design.effect_se(bill.seeds), noise)),
         ("Sees four in five", sees(design, bill.seeds, noise)),
     ]
@@ -192,7 +192,8 @@ def sees(design: Design, seeds: int, noise: PlanningNoise) -> str:
     smallest = analysis.detectable()
     if smallest is None:
         return "nothing: one run of each arm, and no noise that the comparison may borrow"
-    return f"{in_words(smallest, noise)}, called HELPS or HURTS in a family of {analysis.family}"
+    among = f", {analysis.family} judged together" if analysis.family > 1 else ""
+    return f"an effect of {in_words(smallest, noise)}: so often it is called HELPS or HURTS{among}"
 
 
 def in_words(sigmas: float, noise: PlanningNoise) -> str:
@@ -220,7 +221,7 @@ def describe_alternatives(
     if design.name == "replicates":
         return
     print(f"\nDesigns for these interventions, for {'the same money' if bill.money else 'as many runs'}:")
-    print(f"  {'design':<22}{'seeds':>6}{'runs':>6}{'hours':>9}{'cost':>10}  {'HELPS four in five from':<35}sees")
+    print(f"  {'design':<22}{'seeds':>6}{'runs':>6}{'time':>14}{'cost':>10}  {'HELPS four in five from':<35}sees")
     found = alternatives([item.name for item in interventions])
     for other in found if design in found else [*found, design]:
         one = _bill_of_one_seed(request, chosen, other, interventions)
@@ -236,7 +237,7 @@ def describe_alternatives(
         whole = Bill(one.arms, seeds)
         print(
             f"{mark} {label:<22}{seeds:>6}{whole.runs:>6}"
-            f"{'-' if whole.hours is None else f'{whole.hours:,.1f}':>9}"
+            f"{'-' if whole.hours is None else in_hours(whole.hours):>14}"
             f"{'-' if whole.money is None else f'{whole.money:,.0f}':>10}"
             f"  {'nothing' if smallest is None else in_words(smallest, noise):<35}{other.sees()}"
         )

@@ -28,6 +28,8 @@ HEADINGS = (
     "verdict",
 )  # fmt: skip
 MORE_HEADINGS = ("tok/s", "cost", "worth")
+IN_SENTENCES = ("se train", "se eval", "t", "df", "p")
+"""What a terminal has no room for beside the sentences below its table."""
 
 
 def as_json(study: Study) -> dict[str, Any]:
@@ -164,9 +166,15 @@ def rows_of(study: Study) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
-def without_empty_columns(headings: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Leave out the columns in which no row says anything, for people to read."""
-    kept = [column for column in range(len(headings)) if any(row[column] for row in rows)]
+def for_people(
+    headings: list[str], rows: list[list[str]], hidden: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Leave out the `hidden` columns and those in which no row says anything."""
+    kept = [
+        column
+        for column, heading in enumerate(headings)
+        if heading not in hidden and any(row[column] for row in rows)
+    ]
     return [headings[column] for column in kept], [[row[column] for column in kept] for row in rows]
 
 
@@ -240,10 +248,11 @@ def render(study: Study, format_name: Format) -> str:
             [headings, *([_not_a_formula(x) for x in row] for row in rows)]
         )
         return file.getvalue().rstrip("\n")
-    headings, rows = without_empty_columns(headings, rows)
     if format_name == "markdown":
-        return "\n".join([*markdown_table(headings, rows), "", *(f"- {note}" for note in notes_of(study))])
-    return "\n".join([*aligned(headings, rows), "", *notes_of(study)])
+        return "\n".join(
+            [*markdown_table(*for_people(headings, rows)), "", *(f"- {note}" for note in notes_of(study))]
+        )
+    return "\n".join([*aligned(*for_people(headings, rows, IN_SENTENCES)), "", *notes_of(study)])
 
 
 def _not_a_formula(text: str) -> str:

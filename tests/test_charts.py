@@ -84,6 +84,13 @@ def test_page_reloads_only_while_the_run_lives(folder: RunFolder, state: str, is
     assert reloads == is_live
 
 
+def test_a_live_page_says_when_it_was_drawn_and_a_finished_one_when_the_run_ended(folder: RunFolder) -> None:
+    for state, is_shown in (("running", False), ("complete", True)):
+        folder.status_json.write_text(json.dumps({"state": state, "step": 299, "time": "2020-02-02T20:20:20+00:00"}))
+        draw(folder)
+        assert ("2020-02-02 20:20:20 UTC" in Page(folder.page).text) == is_shown
+
+
 def test_all_four_charts_are_drawn_again_over_the_old(folder: RunFolder) -> None:
     draw(folder)
     names = {"loss.png", "learning-rate.png", "grad-norm.png", "throughput.png"}

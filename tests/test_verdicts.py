@@ -495,7 +495,7 @@ def test_advice_counts_the_fewest_seeds_for_the_word_in_this_table() -> None:
     more = count - 4
     assert advice_on(judgement.arms[0], judgement) == (
         f"To settle an effect of 0.005 four times in five: {2 * more} more runs (seeds 5 to {count} of this arm and "
-        f"of the baseline), {2 * more * 21:,.2f} USD, {2 * more} h."
+        f"of the baseline), {2 * more * 21:,.2f} USD, {2 * more}.00 hours."
     )
 
 
@@ -526,6 +526,14 @@ def test_nothing_is_to_be_bought_for_what_is_settled() -> None:
     for loss, noise in ((3.5, 0.01), (3.6, 0.001), (3.599, 1e-5)):
         judgement = judge(make_group("base", [3.6]), [make_group("it", [loss])], Rules(given=Noise(noise, 1000)))
         assert advice_on(judgement.arms[0], judgement) == best_buy(judgement) == ""
+
+
+def test_a_run_that_saves_next_to_nothing_is_not_recommended() -> None:
+    """One more seed takes so little off this standard error that it could hardly change anybody's mind."""
+    shared = seeds(1, 2, 3)
+    judgement = judge(make_group("base", [3.6, 3.62, 3.61], shared), [make_group("it", [3.53, 3.6, 3.57], shared)])
+    assert judgement.arms[0].is_open
+    assert best_buy(judgement) == ""
 
 
 def test_the_run_that_is_worth_most_is_the_undecided_one() -> None:

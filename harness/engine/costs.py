@@ -6,6 +6,7 @@ from harness.engine.optimizers import OPTIMIZERS
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.model_size import ParameterCount, count_parameters, feed_forward_width, flops_per_token
 from harness.run.plan import Plan
+from harness.run.units import in_gib, in_hours
 
 GIB = 2**30
 FLOAT32_BYTES = 4
@@ -159,7 +160,7 @@ def describe(cost: RunCost, train: TrainConfig, device_type: str = "cuda") -> li
         ("FLOPs in total", f"{cost.flops_per_token * plan.train_tokens:.3e}"),
         (
             "Checkpoints",
-            f"{written:,} of {checkpoint_gib:.2f} GiB, at most {kept * checkpoint_gib:.1f} GiB on disk",
+            f"{written:,} of {in_gib(checkpoint_gib)}, at most {in_gib(kept * checkpoint_gib)} on disk",
         ),
     ]
     if cost.hours is None:
@@ -167,15 +168,15 @@ def describe(cost: RunCost, train: TrainConfig, device_type: str = "cuda") -> li
             *rows,
             ("Time and cost", "unknown; give expected_tokens_per_second and price_per_hour in train.json"),
         ]
-    rows.append(("Time", f"{cost.hours:,.2f} hours at {cost.tokens_per_second:,.0f} tokens/second"))
+    rows.append(("Time", f"{in_hours(cost.hours)} at {cost.tokens_per_second:,.0f} tokens/second"))
     if cost.money is not None:
         rows.append(("Cost", f"{cost.money:,.2f} {cost.currency}".rstrip()))
     return rows
 
 
 def _memory_row(cost: RunCost, device_type: str) -> tuple[str, str]:
-    parts = f"{cost.state_gib:.1f} for weights and optimizer, {cost.microbatch_gib:.1f} for a micro-batch"
+    parts = f"{in_gib(cost.state_gib)} for weights and optimizer, {in_gib(cost.microbatch_gib)} for a micro-batch"
     if device_type == "cuda":
-        return "Peak memory per GPU", f"about {cost.peak_gib:.1f} GiB ({parts}, {cost.runtime_gib:.1f} for CUDA)"
+        return "Peak memory per GPU", f"about {in_gib(cost.peak_gib)} ({parts}, {in_gib(cost.runtime_gib)} for CUDA)"
     tensors_gib = cost.state_gib + cost.microbatch_gib
-    return "Peak memory per process", f"about {tensors_gib:.1f} GiB ({parts}), besides the program's own"
+    return "Peak memory per process", f"about {in_gib(tensors_gib)} ({parts}), besides the program's own"

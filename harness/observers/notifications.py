@@ -22,6 +22,7 @@ from harness.run.files import ROOT
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
+from harness.run.units import in_hours
 
 VARIABLE = "HARNESS_NOTIFY"
 END_SECONDS = 5.0  # how long the trainer waits for its last message
@@ -101,7 +102,7 @@ def describe_end(folder: RunFolder) -> str:
         parts = [f"global step {last['step']:,} of {_steps(record)}"]
         losses = [(name, last.get(f"{key}/loss")) for name, key in (("train", "train"), ("validation", "val"))]
         parts += [f"{name} loss {loss:.3f}" for name, loss in losses if loss is not None]
-        parts.append(f"{last['elapsed'] / 3600:,.2f} hours of training")
+        parts.append(f"{in_hours(last['elapsed'] / 3600)} of training")
         if last.get("cost") is not None:
             parts.append(f"cost {last['cost']:,.2f} {record.train.get('currency') or ''}".rstrip())
     text = f"{socket.gethostname()}: {', '.join(parts)}"

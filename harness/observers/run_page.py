@@ -10,10 +10,11 @@ import numpy as np
 from harness.report.curves import Floats, moving_average
 from harness.report.html import style, table
 from harness.report.svg import Line, plot
-from harness.run.files import ASSETS, read_json
+from harness.run.files import ASSETS, read_json, utc_now
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from harness.run.status import Status
+from harness.run.units import in_hours
 
 LAST_LINES = 12
 MOST_POINTS = 1000  # a chart is at most so many pixels wide
@@ -56,6 +57,7 @@ def _facts(status: Status, plan: dict[str, Any], lines: list[dict[str, Any]], cu
     recent = f", last {window_of(lines)} steps" if window_of(lines) > 1 else ""
     validation = column(lines, "val/loss")
     measured = validation[np.isfinite(validation)]
+    seen = utc_now() if status.state == "running" else status.time  # between checkpoints status.json stands still
     return {
         "state": status.state + (f" ({status.reason})" if status.reason else ""),
         "global step": f"{last.get('step', 0) + bool(last):,} of {plan.get('global_steps', 0):,}",
@@ -65,7 +67,7 @@ def _facts(status: Status, plan: dict[str, Any], lines: list[dict[str, Any]], cu
         f"tokens/second{recent}": _shown(_latest_mean(lines, "train/tok_per_sec"), "{:,.0f}"),
         "time left": _time_left(last, plan) if status.state == "running" else UNKNOWN,
         "cost": _shown(last.get("cost"), f"{{:,.2f}} {currency}".rstrip()),
-        "updated": f"{status.time.replace('T', ' ').removesuffix('+00:00')} UTC" if status.time else UNKNOWN,
+        "updated": f"{seen.replace('T', ' ').removesuffix('+00:00')} UTC" if seen else UNKNOWN,
     }
 
 
@@ -153,7 +155,7 @@ def _time_left(last: dict[str, Any], plan: dict[str, Any]) -> str:
     if not speed:
         return UNKNOWN
     seconds = (plan.get("train_tokens", 0) - last.get("tokens", 0)) / speed
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
+    return in_hours(seconds / 3600)
 
 
 def _shown(value: float | None, form: str) -> str:

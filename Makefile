@@ -30,18 +30,26 @@ datasets/python-reference-bytes/train.safetensors: HELD_OUT := 0.2
 $(DATASETS): | $(VENV)/.installed
 	$(BIN)/python prepare_dataset.py python-reference $(@D) --tokenizer $(TOKENIZER) --validation-fraction $(HELD_OUT)
 
-quickstart: $(VENV)/.installed $(DATASETS)
+# What the study in this laboratory learned of its noise, for the plan to reckon with.
+runs/noise-ledger.json:
+	cp studies/five-interventions/noise-ledger.json $@
+
+SAMPLE := @$(BIN)/python test_smoke.py --prompt "The statement" --num-tokens 150 --temperature 0.8 --seed 1
+quickstart: $(VENV)/.installed $(DATASETS) runs/noise-ledger.json
 	$(BIN)/python ddp_train.py $(RUN) datasets
 	$(BIN)/python test_loss.py datasets --run $(RUN)
 	$(BIN)/python -m harness.report.terminal $(RUN)
-	@echo; echo "What it writes, before training and after:"
-	$(BIN)/python test_smoke.py --timeline $(RUN) --prompt "The statement" --num-tokens 150 --temperature 0.8 --seed 1
+	@echo; echo "What it writes before training:"
+	$(SAMPLE) --run $(RUN)/checkpoints/step-00000000
+	@echo; echo "And after:"
+	$(SAMPLE) --run $(RUN)
 	@echo; echo "Does it help to train without dropout? Five runs each with and without it, on the same five seeds:"
 	test -f runs/first-verdict/experiment.json || \
 	  $(BIN)/python experiment.py plan lab runs/lab/no-dropout.json --name first-verdict --seeds 21,22,23,24,25 --test-batches 100
 	OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets >/dev/null 2>&1 & \
 	  OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets; wait
 	$(BIN)/python experiment.py compare --experiment first-verdict
+	@echo; echo "HELPS or HURTS is wrong at most once in twenty such experiments; CANNOT TELL asks for more seeds."
 	@echo; printf '%s\n' "Next: charts and samples of the run:   open runs/$(RUN)/training-run-chart.html" \
 	  "      let it go on with what you type: $(BIN)/python test_smoke.py --run $(RUN) --interactive" \
 	  "      a run of your own text:          $(BIN)/python prepare_dataset.py \"books/*.txt\" datasets/books"

@@ -134,7 +134,8 @@ def main() -> None:
         model=scored,
         path=output,
     )
-    print(f"Scored {sequences:,} sequences of {length:,} tokens; one loss for each goes to {output}")
+    amount = f"{sequences:,} sequences of {length:,} tokens"
+    print(f"Scored {scored_name(weights.path)} on {amount}; one loss for each goes to {output}")
     for name, value in (("Perplexity", score.perplexity), ("Bits per byte", bits_per_byte)):
         if value is not None:
             print(f"{name}: {value:.6f}")

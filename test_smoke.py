@@ -25,6 +25,7 @@ from harness.run.errors import CheckpointError, exit_status_of
 from harness.run.files import utc_now
 from harness.run.json_lines import append_json_lines
 from harness.run.run_folder import IMPORTED, IMPORTED_STEP, RunFolder, open_run, run_of_model_file
+from harness.run.score import scored_name
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, require_tokenizer
 from model import model_of
 
@@ -61,7 +62,8 @@ def main() -> None:
     opened = open_weights(weights)
     tokenizer = require_tokenizer(model_json.with_name(TOKENIZER_FILE), config.vocab_size)
     if arguments.interactive:
-        chat(model_of(config, opened, device), config, tokenizer, settings_of(arguments))
+        name = f"{scored_name(opened.path)} of {model_json.parent.name}"
+        chat(model_of(config, opened, device), config, tokenizer, settings_of(arguments), name)
     else:
         print(sample(arguments, config, tokenizer, opened, device))
 

@@ -16,15 +16,15 @@ HELP = """Type the beginning of a text. The model goes on with it; an empty line
   :quit              or Ctrl-D"""
 
 
-def chat(model: nn.Module, config: ModelConfig, tokenizer: Tokenizer, settings: SampleSettings) -> None:
-    """Read prompts from stdin and stream their continuations to stdout, until the input ends.
+def chat(model: nn.Module, config: ModelConfig, tokenizer: Tokenizer, settings: SampleSettings, name: str) -> None:
+    """Read prompts from stdin and stream their continuations to stdout, until the input ends; `name` the model.
 
     Where stdin is no terminal nothing else is printed, so that a file of prompts gives a file of texts.
     """
     is_terminal = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if is_terminal:
-        print(f"Sampling at temperature {settings.temperature}, top-k {settings.top_k or 'all'}. :help for help")
+        print(f"{name}, at temperature {settings.temperature}, top-k {settings.top_k or 'all'}. :help for help")
     text, seed = "", settings.seed
     while True:
         try:

@@ -220,7 +220,7 @@ def change_weights(context: TrainContext, step: int, learning_rate: float) -> St
         keep_gradients=context.launch.world_size > 1,  # DDP's buckets: freed, they would be held twice for a while
     )
     if context.average is not None:
-        context.average.update(step, outcome.is_finite)
+        context.average.update(outcome.is_finite)
     return outcome
 
 

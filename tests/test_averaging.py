@@ -61,16 +61,19 @@ def test_the_average_is_that_of_all_steps_weights_and_resumes_to_the_bit(kept: C
     assert not list(plain.rglob("averaged.safetensors"))
 
 
-def test_a_skipped_step_leaves_the_average() -> None:
+def test_skipped_steps_have_no_part_in_the_average_and_do_not_count() -> None:
     model = nn.Linear(3, 2)
     average = WeightAverage(model, 0.9)
-    before = average.tensors["weight"].clone()
-    with torch.no_grad():
-        model.weight += 1
-    average.update(5, torch.tensor(False))
-    assert torch.equal(average.tensors["weight"], before)
-    average.update(5, torch.tensor(True))
-    assert not torch.equal(average.tensors["weight"], before)
+    before, shares = average.tensors["weight"].clone(), []
+    for step, changed in enumerate([False, False, True, False, True, True]):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        average.update(torch.tensor(changed))
+        if changed:
+            shares = [0.9 * share for share in shares] + [1.0]
+        wanted = sum(share * at for share, at in zip(shares, (2, 4, 5), strict=False)) / (sum(shares) or 1.0)
+        expected = torch.full((2, 3), wanted) if shares else before
+        torch.testing.assert_close(average.tensors["weight"], expected)
 
 
 def test_the_average_is_scored_apart_and_never_compared_with_last_weights(

@@ -109,7 +109,7 @@ def build(
     distributed.broadcast(launch, tensors)
     average = None
     if config.weight_average_decay is not None and launch.is_main:
-        average = WeightAverage(model, config.weight_average_decay)
+        average = WeightAverage(model, config.weight_average_decay, point.state.optimizer_steps)
     if found is not None and config.weight_average_decay is not None:
         distributed.run_on_rank0(launch, lambda: checkpoint.load_average(found, cast(WeightAverage, average)))
     return model, optimizer, scaler, average

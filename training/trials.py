@@ -15,7 +15,7 @@ from harness.engine.distributed import Launch
 from harness.engine.evaluate import sequence_losses
 from harness.engine.step import guarded_step
 from harness.engine.watchdog import StopRequest, Watchdog
-from harness.run.errors import ConfigError, DoesNotFitError
+from harness.run.errors import ConfigError, DoesNotFitError, PeerError, error_of_status
 from harness.run.plan import Plan, make_plan
 from training.arguments import RunRequest
 from training.context import TrainContext, synthetic_context
@@ -99,11 +99,18 @@ def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
 
 
 def succeeds(command: list[str], environment: dict[str, str]) -> bool:
-    """Run one trial and say whether it fitted; raises RuntimeError where it failed for another reason than memory."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TRIAL_SECONDS)
+    """Run one trial and say whether it fitted; raises its HarnessError, or RuntimeError where it has a defect."""
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise PeerError(
+            f"--find-max-microbatch-size: a trial hangs, {TRIAL_SECONDS:,} seconds after its start"
+        ) from None
     # The system's own way to say that there is no memory is to kill, and some allocators abort.
     if done.returncode == 0 or done.returncode == DoesNotFitError.exit_status or done.returncode < 0:
         return done.returncode == 0
+    if (known := error_of_status(done.returncode)) is not None:
+        raise known(*done.stderr.strip().splitlines()[-1:])
     raise RuntimeError(f"a trial failed with status {done.returncode}: {done.stderr.strip()}")
 
 

@@ -93,6 +93,12 @@ class StopRequestedError(HarnessError):
     exit_status = 75
 
 
+def error_of_status(status: int) -> type[HarnessError] | None:
+    """Return the class of errors with a documented exit status; None for success, a defect or a signal."""
+    kinds = {kind.exit_status: kind for kind in HarnessError.__subclasses__()}
+    return None if status == DEFECT_STATUS else kinds.get(status)
+
+
 def as_harness_error(error: BaseException) -> HarnessError | None:
     """Return the documented error behind `error`, or None if it is a defect, whose traceback should be printed."""
     if isinstance(error, HarnessError):

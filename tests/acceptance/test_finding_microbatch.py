@@ -86,10 +86,13 @@ def test_a_trial_validates_if_the_run_does(
     assert sizes == [3]
 
 
-def test_a_trial_that_fails_for_another_reason_is_no_answer(
-    make_run: Callable[..., Path], datasets_dir: Path
-) -> None:
-    with pytest.raises(RuntimeError, match="no folder"):
+def test_a_trial_that_fails_for_another_reason_is_no_answer() -> None:
+    with pytest.raises(RuntimeError, match="a defect"):
+        trials.succeeds([sys.executable, "-c", "raise ValueError('a defect')"], {})
+
+
+def test_what_a_trial_refuses_is_refused_in_its_words(datasets_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"RUN: found no folder .*absent, wanted one with"):
         trials.succeeds([sys.executable, "ddp_train.py", "absent", str(datasets_dir)], {})
 
 

@@ -189,12 +189,15 @@ def open_train_files(datasets_dir: Path, config: TrainConfig) -> list[TokenFile]
 
 
 def tokens_available(files: Sequence[TokenFile], model: ModelConfig, config: TrainConfig) -> int:
-    """Return the tokens from start_train_token on, of a mixture until one of its datasets is used up."""
+    """Return the tokens from start_train_token on, of a mixture a share for each of config.epochs.
+
+    No dataset of a mixture is gone through more often than that.
+    """
     lengths = [file.length - config.start_train_token for file in files]
     if len(lengths) == 1:
         return lengths[0]
-    sequences = [epoch_sequences(length, model.context_length) for length in lengths]
-    return _mixture(config).fitting(sequences) * model.context_length + 1
+    sequences = [config.epochs * epoch_sequences(length, model.context_length) for length in lengths]
+    return _mixture(config).fitting(sequences) // config.epochs * model.context_length + 1
 
 
 def _mixture(config: TrainConfig) -> Mixture:

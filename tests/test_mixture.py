@@ -160,7 +160,6 @@ def test_weights_and_data_are_in_the_identity(counting: Path) -> None:
         ([{"name": "toy", "weight": 1}, {"name": "b", "weight": 0}], "above 0"),
         ([{"name": "toy", "weight": 1}, {"name": "../b", "weight": 1}], "a list of at least two"),
         ([{"name": "toy"}, {"name": "b"}], "a list of at least two"),
-        ([{"name": "toy", "weight": 1, "color": 1}, {"name": "b", "weight": 1}], "a list of at least two"),
         (["toy", "b"], "a list of at least two"),
         (7, "a list of at least two"),
     ],
@@ -171,6 +170,30 @@ def test_a_wrong_list_is_one_line(tmp_path: Path, dataset: object, words: str) -
     assert len(caught.value.lines) == 1
     assert "train.json: dataset: found" in caught.value.lines[0]
     assert words in caught.value.lines[0]
+
+
+def test_a_mistyped_key_of_a_dataset_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, dataset=[{"name": "toy", "weight": 1}, {"name": "b", "wieght": 1}])
+    (line,) = caught.value.lines
+    assert "dataset[1].wieght: found an unknown key, wanted a known one; the nearest is weight" in line
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7])
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (5, 3)])
+def test_no_dataset_of_a_mixture_is_gone_through_more_often_than_epochs(
+    tmp_path: Path, epochs: int, weights: tuple[int, int]
+) -> None:
+    for name, sequences in (("a", 1), ("b", 3)):
+        tokens = np.arange(sequences * LENGTH + 1, dtype=np.uint16)
+        (tmp_path / name).mkdir()
+        save_file({"tokens": tokens}, tmp_path / name / "train.safetensors", {"tokenizer": "gpt2"})
+    one_by_one: dict[str, Any] = {"microbatch_size": 1, "gradient_accumulation_steps": 1}
+    mixed = [{"name": name, "weight": weight} for name, weight in zip("ab", weights, strict=True)]
+    train = config(tmp_path, dataset=mixed, epochs=epochs, min_train_tokens=-1, **one_by_one)
+    splits = open_splits(tmp_path, MODEL, train, 1, reads_through=True)
+    assert isinstance(splits.train, TrainData)
+    assert max(splits.train.epochs()) <= epochs
 
 
 def test_a_pinned_revision_belongs_to_each(tmp_path: Path) -> None:

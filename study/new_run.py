@@ -138,7 +138,7 @@ def new_run(request: NewRunRequest, hardware: Hardware) -> None:
     model = config_from(ModelConfig, draft.model, folder.model_json)
     train = config_from(TrainConfig, {**draft.train, "notes": notes}, folder.train_json)
     plan = make_plan(model, train, hardware.count, text.train_tokens)
-    show(draft, describe(cost_of(model, train, plan), train, hardware.kind))
+    show(draft, describe(cost_of(model, train, plan, device_type=hardware.kind), train, hardware.kind))
     if request.dry_run:
         return
     folder.path.mkdir(parents=True)
@@ -269,7 +269,8 @@ def largest_microbatch(model: ModelConfig, hardware: Hardware, most: int) -> int
     while size:
         needed = {"dataset": "any", "min_train_tokens": 1, "checkpoint_interval": 1, "microbatch_size": size}
         train = config_from(TrainConfig, {**needed, **STARTS, **_precision(hardware)}, "train.json")
-        if cost_of(model, train, make_plan(model, train, 1)).peak_gib <= MEMORY_SHARE * hardware.memory_gib:
+        cost = cost_of(model, train, make_plan(model, train, 1), device_type=hardware.kind)
+        if cost.peak_gib <= MEMORY_SHARE * hardware.memory_gib:
             return size
         size //= 2
     return 0

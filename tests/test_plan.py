@@ -222,6 +222,16 @@ def test_description_of_the_published_run() -> None:
     assert rows["Checkpoints"].startswith("55 of 1.82 GiB")
 
 
+def test_memory_is_that_of_what_the_device_runs() -> None:
+    """A CPU compiles only where it is told to, and holds fewer rows of logits than a GPU."""
+    model = replace(GPT2_SMALL, logit_softcap=30.0)
+    train = replace(PUBLISHED, use_amp=False, microbatch_size=2)
+    plain = replace(train, compile=False)
+    assert microbatch_gib(model, train, "cpu") == microbatch_gib(model, plain, "cpu") > microbatch_gib(model, train)
+    large = replace(train, microbatch_size=8)
+    assert microbatch_gib(GPT2_SMALL, large, "cpu") < microbatch_gib(GPT2_SMALL, large, "cuda")
+
+
 def test_memory_estimate_counts_what_a_block_keeps() -> None:
     """As benchmarks/results/cuda-check.md counts it in generated code: bytes a position, channel and block."""
 

@@ -26,7 +26,7 @@ def dry_run(request: RunRequest, launch: Launch) -> None:
         files = data.open_train_files(datasets_dir, config)
         available = data.tokens_available(files, model_config, config)
     plan = make_plan(model_config, config, asked.world_size or launch.world_size, available)
-    rows = describe(cost_of(model_config, config, plan), config, device_type)
+    rows = describe(cost_of(model_config, config, plan, device_type=device_type), config, device_type)
     if available is not None:
         times = plan.train_tokens / (epoch_sequences(available, plan.context_length) * plan.context_length)
         rows.insert(2, ("Epochs", f"{times:,.2f}, of at most {config.epochs}: so often is a token trained on"))

@@ -76,7 +76,13 @@ class RunCost:
         return None if self.hours is None or self.price_per_hour is None else self.hours * self.price_per_hour
 
 
-def cost_of(model: ModelConfig, train: TrainConfig, plan: Plan, measured_speed: float | None = None) -> RunCost:
+def cost_of(
+    model: ModelConfig,
+    train: TrainConfig,
+    plan: Plan,
+    measured_speed: float | None = None,
+    device_type: str = "cuda",
+) -> RunCost:
     """Estimate what a run takes; the speed in tokens per second is as measured, or else as train.json expects it."""
     parameters = count_parameters(model)
     state = OPTIMIZERS[train.optimizer].state_bytes(parameters)
@@ -87,7 +93,7 @@ def cost_of(model: ModelConfig, train: TrainConfig, plan: Plan, measured_speed: 
         parameters=parameters,
         flops_per_token=flops_per_token(model),
         state_gib=(2 * weights + state + average) / GIB,  # gradients are as large as the weights
-        microbatch_gib=microbatch_gib(model, train),
+        microbatch_gib=microbatch_gib(model, train, device_type),
         runtime_gib=CONTEXT_GIB + (NCCL_GIB if plan.world_size > 1 else 0),
         checkpoint_bytes=weights + state + average,
         tokens_per_second=measured_speed or train.expected_tokens_per_second,
@@ -96,7 +102,7 @@ def cost_of(model: ModelConfig, train: TrainConfig, plan: Plan, measured_speed: 
     )
 
 
-def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
+def microbatch_gib(model: ModelConfig, train: TrainConfig, device_type: str = "cuda") -> float:
     """Estimate the activations of one micro-batch in GiB, at their peak.
 
     A block keeps for its backward pass, per position and channel: the residual stream twice in float32; in the type
@@ -110,7 +116,8 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
     of the logits besides. Tested against `benchmarks/memory.py`, and against generated code in
     benchmarks/results/cuda-check.json.
     """
-    width, product, is_eager = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES, train.compile is False
+    width, product = model.emb_dim, 2 if train.use_amp else FLOAT32_BYTES
+    is_eager = not (device_type == "cuda" if train.compile == "auto" else train.compile)
     pairs = (model.positions == "rotary") + model.qk_norm + model.value_residual
     hidden_layers = 2 + (model.feed_forward == "swiglu") * (2 if is_eager else 1)
     per_block = (2 * FLOAT32_BYTES + (6 + 2 * pairs) * product + 2 * (model.drop_rate > 0)) * width
@@ -127,7 +134,7 @@ def microbatch_gib(model: ModelConfig, train: TrainConfig) -> float:
         per_logit += FLOAT32_BYTES + (2 if train.amp_dtype == "bfloat16" and model.logit_softcap is None else 0)
     if is_eager and model.logit_softcap is not None:  # the capped logits and their slope
         per_logit += 2 * FLOAT32_BYTES
-    logits = min(tokens, loss_chunk_rows("cuda")) * model.vocab_size * per_logit
+    logits = min(tokens, loss_chunk_rows(device_type)) * model.vocab_size * per_logit
     head = model.vocab_size * width * (product + FLOAT32_BYTES)
     if train.activation_checkpointing:
         blocks, at_once = model.n_layers * FLOAT32_BYTES * width, max(tokens * per_block, logits)

@@ -47,7 +47,7 @@ quickstart: $(VENV)/.installed $(DATASETS) runs/noise-ledger.json
 	test -f runs/first-verdict/experiment.json || \
 	  $(BIN)/python experiment.py plan lab runs/lab/no-dropout.json --name first-verdict --seeds 21,22,23,24,25 --test-batches 100
 	OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets >/dev/null 2>&1 & \
-	  OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets; wait
+	  OMP_NUM_THREADS=1 $(BIN)/python experiment.py run first-verdict datasets; status=$$?; wait; exit $$status
 	$(BIN)/python experiment.py compare --experiment first-verdict
 	@echo; echo "HELPS or HURTS is wrong at most once in twenty such experiments; CANNOT TELL asks for more seeds."
 	@echo; printf '%s\n' "Next: charts and samples of the run:   open runs/$(RUN)/training-run-chart.html" \

@@ -221,6 +221,8 @@ def compare_verb(words: list[str]) -> None:
     noise = None if parsed.noise_sd is None else Noise(parsed.noise_sd, parsed.noise_df)
     request = replace(sources.request(noise, parsed.only_named), higher_orders_as_error=parsed.higher_orders_as_error)
     study = assemble(request)
+    if parsed.higher_orders_as_error and not (study.experiment and study.experiment.as_design().is_factorial):
+        raise ConfigError("--higher-orders-as-error: found no factorial, wanted an experiment of that design")
     if not study.judgement.arms:
         raise ConfigError("RUN: found nothing to compare with the baseline, wanted at least one other recipe")
     if study.experiment is not None:
@@ -270,8 +272,9 @@ def noise_verb(words: list[str]) -> None:
     Without --baseline or --experiment the ledger is shown as it is.
     """
     parser = parser_of(noise_verb.__doc__, "experiment.py noise")
-    parser.add_argument("--baseline", metavar="RUN", help="whose replicates, runs of other seeds, to learn from")
-    parser.add_argument("--experiment", metavar="EXPERIMENT", help="whose arms on shared seeds to learn from")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--baseline", metavar="RUN", help="whose replicates, runs of other seeds, to learn from")
+    source.add_argument("--experiment", metavar="EXPERIMENT", help="whose arms on shared seeds to learn from")
     parser.add_argument(
         "--checkpoint", choices=get_args(CheckpointRule), default="last", help="of all runs (default last)"
     )

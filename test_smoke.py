@@ -124,7 +124,7 @@ def settings_of(arguments: SmokeArguments) -> SampleSettings:
 def sample(
     arguments: SmokeArguments, config: ModelConfig, tokenizer: Tokenizer, weights: Weights, device: torch.device
 ) -> str:
-    """Return one model's text, and keep it in evals/smoke.jsonl where the model is a run's checkpoint."""
+    """Return one model's text, and keep it in evals/smoke.jsonl, if that can be, where it is a run's checkpoint."""
     model = model_of(config, weights, device)
     text = continue_text(model, config, tokenizer, arguments.prompt, settings_of(arguments))
     owner = run_of_model_file(weights.path)
@@ -140,8 +140,11 @@ def sample(
             "text": text,
             "time": utc_now(),
         }
-        folder.evals.mkdir(exist_ok=True)
-        append_json_lines(folder.evals / "smoke.jsonl", [line])
+        try:
+            folder.evals.mkdir(exist_ok=True)
+            append_json_lines(folder.evals / "smoke.jsonl", [line])
+        except OSError as error:  # it is still worth reading
+            print(f"warning: {folder.evals}: the sample cannot be kept ({error.strerror})", file=sys.stderr)
     return text
 
 

@@ -20,7 +20,7 @@ from harness.engine import checkpoint
 from harness.engine.checkpoint import Snapshot
 from harness.engine.identity import ResumeIdentity
 from harness.engine.opening import OPTIMIZER_FILE, CheckpointMetadata, read_tensors
-from harness.run.config import ModelConfig, TrainConfig, config_from
+from harness.run.config import ModelConfig, TrainConfig, config_from, require_fitting
 from harness.run.errors import CheckpointError, ConfigError, HarnessError
 from harness.run.files import atomic_folder, read_json, write_json
 from harness.run.plan import Plan, make_plan
@@ -82,10 +82,11 @@ def import_all(source: Path, runs_dir: Path, build_model: BuildModel) -> None:
 
 def import_run(source: Path, target: Path, build_model: BuildModel) -> str:
     """Write one run folder, which appears whole; return a line that says what it holds. Raises HarnessError."""
-    shape = without_log_files(read_strict_json(source / "model.json"))
+    shape = read_strict_json(source / "model.json")
     model = config_from(ModelConfig, shape, source / "model.json")
     document, renamed = with_our_keys(read_strict_json(source / "train.json"))
     train = config_from(TrainConfig, document, source / "train.json")
+    require_fitting(model, train, source / "train.json")
     found = checkpoints_of(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as path:
@@ -106,14 +107,6 @@ def import_run(source: Path, target: Path, build_model: BuildModel) -> str:
             write_records(folder, (model, train, plan), found)
     keys = f"; {', '.join(f'{old} is {new}' for old, new in renamed.items())}" if renamed else ""
     return f"{target}: {len(found)} checkpoints, {len(charts)} charts{keys}"
-
-
-def without_log_files(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a model.json whose mixture of experts names no file to log to: metrics.jsonl has what went there."""
-    moe = document.get("moe")
-    if not isinstance(moe, dict):
-        return document
-    return {**document, "moe": {key: value for key, value in moe.items() if key != "log_moe_balance_file"}}
 
 
 def with_our_keys(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

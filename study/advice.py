@@ -122,9 +122,8 @@ def _bought(item: Judged, judgement: Judgement, effect: float) -> str:
 
     evaluation = item.evaluation
     if evaluation is not None and evaluation.se > 0 and power(effect, evaluation.se, evaluation.df, level) < POWER:
-        return (
-            f"no number of seeds; the test set's own uncertainty is {evaluation.se:.2g}, so score on more documents"
-        )
+        why = f"own uncertainty is {evaluation.se:.2g}" if math.isfinite(evaluation.se) else "text is one document"
+        return f"no number of seeds; the test set's {why}, so score on more documents"
     count = fewest(finds, max(2, has))
     if count is None:
         return "over 10,000 seeds"
@@ -182,7 +181,7 @@ def best_buy(judgement: Judgement) -> str:
     """
     options: list[tuple[float, Purchase, str]] = []
     for item in judgement.arms:
-        if item.estimate is None or not item.is_open:
+        if item.estimate is None or not item.is_open or math.isinf(item.estimate.se):
             continue
         has = _pairs(item, judgement) or len(item.group.losses)
         bought = purchase(item, judgement, has + 1)

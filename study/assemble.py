@@ -8,7 +8,6 @@ from typing import Literal, get_args
 from harness.run.errors import ConfigError
 from harness.run.run_folder import RunFolder, open_run
 from study.comparisons import PriorFinder, no_prior
-from study.designs import BASELINE, STACK
 from study.effects import Finding, stack_findings
 from study.experiment import Experiment, find_experiment, load_experiment
 from study.factorials import Reading, factorial_findings
@@ -177,10 +176,7 @@ def choose_baseline(groups: Sequence[Group], request: ComparisonRequest, experim
     if request.baseline is not None:
         return find_group(groups, request.baseline, "--baseline")
     if experiment is not None:
-        names = [arm.name for arm in experiment.arms]
-        # Leaving one out asks what the stack loses; a fraction may have no arm with everything off.
-        is_from_stack = experiment.design == "leave-one-out" or BASELINE not in names
-        return find_group(groups, STACK if is_from_stack and STACK in names else names[0], "--baseline")
+        return find_group(groups, experiment.compared_with, "--baseline")
     if request.names:
         return find_group(groups, request.names[0], "RUN")
     return max(groups, key=lambda group: len(group.results))

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from harness.run.config import ModelConfig, TrainConfig, config_from
+from harness.run.config import ModelConfig, TrainConfig, config_from, require_fitting
 from harness.run.errors import ConfigError
 from harness.run.files import replace_link, write_json
 from harness.run.keys import Part, keys_of
 from harness.run.run_folder import RUN_NAME, RunFolder
 from harness.run.strict_json import read_strict_json
-from study.designs import Arm, Design, DesignName, Intervention, Word, factorial_arms
+from study.designs import BASELINE, STACK, Arm, Design, DesignName, Intervention, Word, factorial_arms
 from study.looks import RULES, Rule
 
 EXPERIMENT_FILE, EARLIER_FILE = "experiment.json", "plan.json"
@@ -72,6 +72,14 @@ class Experiment:
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order in which they first run."""
         return tuple({run.arm: Arm(run.arm, run.on) for run in self.runs}.values())
+
+    @property
+    def compared_with(self) -> str:
+        """The arm that the others are compared with: with nothing on, or the stack where that asks more."""
+        names = [arm.name for arm in self.arms]
+        # Leaving one out asks what the stack loses; a fraction may have no arm with everything off.
+        is_from_stack = self.design == "leave-one-out" or BASELINE not in names
+        return STACK if is_from_stack and STACK in names else names[0]
 
     def as_design(self) -> Design:
         """Return the design that the runs were planned by."""
@@ -133,8 +141,11 @@ def documents_of(experiment: Experiment, runs_dir: Path, run: PlannedRun) -> tup
 def configs_of(experiment: Experiment, runs_dir: Path, run: PlannedRun) -> tuple[ModelConfig, TrainConfig]:
     """Return a run's configuration, validated; raises ConfigError with every error in it."""
     folder = RunFolder(runs_dir / run.run)
-    model, train = documents_of(experiment, runs_dir, run)
-    return config_from(ModelConfig, model, folder.model_json), config_from(TrainConfig, train, folder.train_json)
+    documents = documents_of(experiment, runs_dir, run)
+    model = config_from(ModelConfig, documents[0], folder.model_json)
+    train = config_from(TrainConfig, documents[1], folder.train_json)
+    require_fitting(model, train, folder.train_json)
+    return model, train
 
 
 def write_runs(experiment: Experiment, runs_dir: Path) -> Path:

@@ -54,6 +54,8 @@ def followed(request: ComparisonRequest) -> list[RunFolder]:
         return [open_run(path.resolve().parent.parent, run.run) for run in load_experiment(path).runs]
     named = [*([request.baseline] if request.baseline else []), *request.names]
     found = named or sorted(path.parent.name for path in request.runs_dir.glob("*/metrics.jsonl"))
+    if not found:
+        raise ConfigError(f"--follow: found no run in {request.runs_dir} that has trained, wanted at least one")
     return [open_run(request.runs_dir, name) for name in found]
 
 

@@ -106,8 +106,10 @@ def learn_pairs(runs_dir: Path, name: str, rule: CheckpointRule) -> None:
     experiment = load_experiment(find_experiment(runs_dir, name))
     folders = [open_run(runs_dir, run.run) for run in experiment.runs]
     groups = name_arms(read_runs([folder for folder in folders if is_scored(folder, rule)], rule), experiment)
-    arms = [arm for arm in groups[1:] if not has_own_budget(arm, groups[0])]
-    learned = [entry for arm in arms if (entry := _pairs_entry(arm, groups[0])) is not None]
+    learned = []
+    for baseline in (group for group in groups if group.recipe == experiment.compared_with):
+        arms = [arm for arm in groups if arm is not baseline and not has_own_budget(arm, baseline)]
+        learned = [entry for arm in arms if (entry := _pairs_entry(arm, baseline)) is not None]
     if not learned:
         raise ConfigError("--experiment: found no arm with two seeds that its baseline has too, wanted scored runs")
     path = runs_dir / LEDGER

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.engine.costs import RunCost
+from harness.report.text import aligned
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import ConfigError
 from harness.run.files import RUNS
@@ -86,7 +87,7 @@ def plan(request: PlanRequest) -> None:
     path = write_runs(experiment, request.runs_dir)
     print(f"\nWrote {len(experiment.runs)} run folders and {path}")
     name = experiment.name if request.runs_dir == RUNS else path.parent
-    print(f"Train and score them: python experiment.py run {name} datasets")
+    print(f"Train and score them: python experiment.py run {name} {request.datasets_dir}")
     print(f"Then judge them:      python experiment.py compare --experiment {name}")
 
 
@@ -221,7 +222,7 @@ def describe_alternatives(
     if design.name == "replicates":
         return
     print(f"\nDesigns for these interventions, for {'the same money' if bill.money else 'as many runs'}:")
-    print(f"  {'design':<22}{'seeds':>6}{'runs':>6}{'time':>14}{'cost':>10}  {'HELPS four in five from':<35}sees")
+    rows = []
     found = alternatives([item.name for item in interventions])
     for other in found if design in found else [*found, design]:
         one = _bill_of_one_seed(request, chosen, other, interventions)
@@ -229,18 +230,24 @@ def describe_alternatives(
             continue
         seeds = bill.seeds if other == design else _affordable(bill, one)
         label = f"{other.name} {ROMAN[other.resolution() or 0]}" if other.generators else other.name
-        mark = "*" if other == design else " "
+        label = f"{'*' if other == design else ' '} {label}"
         if seeds < 1:
-            print(f"{mark} {label:<22}{'-':>6}  one seed of its {one.runs} arms costs more")
+            rows.append([label, "-", "-", "-", "-", f"one seed of its {one.runs} arms costs more", ""])
             continue
-        smallest = analysis_of(other, seeds, noise).detectable()
-        whole = Bill(one.arms, seeds)
-        print(
-            f"{mark} {label:<22}{seeds:>6}{whole.runs:>6}"
-            f"{'-' if whole.hours is None else in_hours(whole.hours):>14}"
-            f"{'-' if whole.money is None else f'{whole.money:,.0f}':>10}"
-            f"  {'nothing' if smallest is None else in_words(smallest, noise):<35}{other.sees()}"
+        whole, smallest = Bill(one.arms, seeds), analysis_of(other, seeds, noise).detectable()
+        rows.append(
+            [
+                label,
+                str(seeds),
+                str(whole.runs),
+                "-" if whole.hours is None else in_hours(whole.hours),
+                "-" if whole.money is None else f"{whole.money:,.0f}",
+                "nothing" if smallest is None else in_words(smallest, noise),
+                other.sees(),
+            ]
         )
+    headings = ("  design", "seeds", "runs", "time", "cost", "HELPS four in five from", "sees")
+    print("\n".join(aligned(headings, rows)))
 
 
 def _affordable(bill: Bill, one: Bill) -> int:

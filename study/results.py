@@ -279,6 +279,8 @@ def find_replicates(
     Folders that cannot be read, were never trained or have no score are passed over: they were not asked for.
     """
     known = {folder.path.name for folder in named}
+    if not runs_dir.is_dir():
+        raise ConfigError(f"--runs-dir: found no folder {runs_dir}, wanted one of runs")
     recipes = {recipe_hash(*folder.read_configs()) for folder in named}
     found = []
     for path in sorted(runs_dir.iterdir()):

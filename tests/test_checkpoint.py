@@ -20,6 +20,7 @@ from harness.run.status import Status
 from harness.run.train_state import TrainState
 from model import GPTModel
 from tests.conftest import Called
+from tests.helpers import status
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
@@ -120,6 +121,7 @@ def test_links_follow_when_an_older_checkpoint_is_resumed(
     done = call(ddp_train.main, *words(trained, datasets_dir, "step-00000005", "--max-steps", "6"))
     assert done.status == 0
     assert "as many as --max-steps asks for" in done.stdout
+    assert (status(trained)["state"], status(trained)["exit_code"]) == ("stopped", 0)
     for link in ("latest", "best"):
         assert (trained / "checkpoints" / link).resolve().name == "step-00000005"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.engine.experts import DROPPED, ROUTER_LOSS, grouped_product, route, routing_metrics
 from harness.engine.loss import Objective
-from harness.run.config import ExpertsConfig, load_run_configs
+from harness.run.config import ExpertsConfig, load_model_config, load_run_configs
 from harness.run.errors import ConfigError
 from harness.run.model_size import count_parameters, flops_per_token
 from model import GPTModel
@@ -221,7 +221,6 @@ def test_metrics_are_taken_over_all_blocks() -> None:
         ({"num_experts": 3, "num_active_experts": 1}, "1"),
         ({"num_experts": 3.5, "num_active_experts": 2}, "3.5"),
         ({"num_experts": 3, "num_active_experts": 2, "capacity_factor": 0}, "0"),
-        ({"num_experts": 3, "num_active_experts": 2, "experts": 1}, "1"),
         (True, "true"),
         ([6, 2], "[6, 2]"),
     ],
@@ -233,6 +232,19 @@ def test_a_wrong_mixture_is_one_line(tmp_path: Path, moe: object, found: str) ->
         load_run_configs(model, write(tmp_path / "train.json", REQUIRED_TRAIN))
     (line,) = caught.value.lines
     assert line.startswith(f"{model}: moe: found {found}, wanted null or")
+
+
+def test_a_mistyped_key_of_a_mixture_is_named_with_the_nearest(tmp_path: Path) -> None:
+    moe = {"num_experts": 3, "num_active_experts": 2}
+    model = write(tmp_path / "model.json", {**TINY_MODEL, "moe": {**moe, "capacity_facter": 1}})
+    with pytest.raises(ConfigError) as caught:
+        load_model_config(model)
+    (line,) = caught.value.lines
+    wanted = "moe.capacity_facter: found an unknown key, wanted a known one; the nearest is capacity_factor"
+    assert line == f"{model}: {wanted}"
+    # The published series' harness logs to a file what metrics.jsonl has here.
+    write(model, {**TINY_MODEL, "moe": {**moe, "log_moe_balance_file": "runs/sparse/routing.jsonl"}})
+    assert load_model_config(model).moe == ExpertsConfig(**moe)
 
 
 def test_a_router_loss_without_a_router_is_refused(tmp_path: Path) -> None:

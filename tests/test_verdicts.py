@@ -368,6 +368,8 @@ def test_test_set_of_one_document_settles_nothing() -> None:
     for judged in judgement.arms:
         assert judged.verdict == CANNOT_TELL
         assert "one document" in sentence_of(judged, judgement)
+        assert "the test set's text is one document, so score on more" in advice_on(judged, judgement)
+    assert best_buy(judgement) == ""
 
 
 def test_tests_without_sequences_have_training_noise_alone() -> None:

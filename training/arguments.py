@@ -57,12 +57,13 @@ def parse_arguments(description: str | None, words: Sequence[str] | None = None)
     add_runs_dir(parser)
     add_device(parser)
     parser.add_argument("--max-steps", type=whole_number(), metavar="K", help="stop, saved, after global step K-1")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print the plan and train nothing")
     parser.add_argument("--world-size", type=whole_number(), metavar="W", help="with --dry-run: plan for W processes")
-    parser.add_argument(
+    instead.add_argument(
         "--dump-initial-weights", type=Path, metavar="FILE", help="write the untrained model and exit"
     )
-    parser.add_argument(
+    instead.add_argument(
         "-f", "--find-max-microbatch-size", action="store_true", help="find the largest micro-batch that trains here"
     )
     parser.add_argument(

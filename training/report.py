@@ -25,10 +25,11 @@ def report_nothing_to_do(folder: RunFolder, plan: Plan, state: TrainState) -> No
     """Say that the run has got as far as it was asked to; its last process may have died before it could say so."""
     if state.next_step < plan.global_steps:
         print(f"{folder.path} has already done {state.next_step:,} global steps, as many as --max-steps asks for")
-        return
-    print(f"{folder.path} is already complete: {state.next_step:,} global steps")
-    if Status.read(folder.status_json).state != "complete":
-        Status("complete", state.next_step - 1, 0).write(folder.status_json)
+    else:
+        print(f"{folder.path} is already complete: {state.next_step:,} global steps")
+    known, last = Status.read(folder.status_json), _last_status(plan, state)
+    if (known.state, known.exit_code) != (last.state, last.exit_code):
+        last.write(folder.status_json)
 
 
 def report_end(folder: RunFolder, plan: Plan, state: TrainState) -> None:
@@ -47,7 +48,10 @@ def report_end(folder: RunFolder, plan: Plan, state: TrainState) -> None:
     print(f"Tokens seen: {state.tokens:,}")
     print(f"Throughput: {state.tokens / state.elapsed_seconds:,.0f} tokens/second")
     print(f"Final train loss: {math.nan if loss is None else loss:.3f}")
-    status = Status("complete", state.next_step - 1, 0)
-    if not is_complete:
-        status = Status("stopped", state.next_step - 1, 0, "--max-steps")
-    status.write(folder.status_json)
+    _last_status(plan, state).write(folder.status_json)
+
+
+def _last_status(plan: Plan, state: TrainState) -> Status:
+    if state.next_step == plan.global_steps:
+        return Status("complete", state.next_step - 1, 0)
+    return Status("stopped", state.next_step - 1, 0, "--max-steps")

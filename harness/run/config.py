@@ -287,6 +287,9 @@ class TrainConfig:
 
 ConfigT = TypeVar("ConfigT", ModelConfig, TrainConfig)
 CONFIG_FILES = {"model": ModelConfig, "train": TrainConfig}
+NESTED_CLASSES = {"moe": ExpertsConfig, "dataset": WeightedDataset}
+UNKNOWN = "unexpected_keyword_argument"
+"""pydantic's type of error for a key that a class does not have."""
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -310,26 +313,34 @@ def load_run_configs(model_path: Path, train_path: Path) -> tuple[ModelConfig, T
             raise ConfigError(*model_error.lines, *train_error.lines) from None
         raise
     train = load_train_config(train_path)
+    require_fitting(model, train, train_path)
+    return model, train
+
+
+def require_fitting(model: ModelConfig, train: TrainConfig, train_path: Path) -> None:
+    """Raise ConfigError where a key of train.json does not act with this model.json."""
     if train.moe_router_loss_scale and model.moe is None:
         raise ConfigError(
             f"{train_path}: moe_router_loss_scale: found {train.moe_router_loss_scale}, which acts only with moe in "
             "model.json"
         )
-    return model, train
 
 
 def config_from(config_class: type[ConfigT], document: Mapping[str, Any], path: str | Path) -> ConfigT:
     """Validate the content of the file at `path`; raises ConfigError with one line for every error."""
     data = dict(document)
     data.pop("$schema", None)
+    if isinstance(data.get("moe"), dict):  # where the published harness logs what is in metrics.jsonl here
+        data["moe"] = {key: value for key, value in data["moe"].items() if key != "log_moe_balance_file"}
     known = {item.name: data.pop(item.name) for item in fields(config_class) if item.name in data}
     problems = [_unknown_key(key, config_class) for key in data]
     wrong: dict[str, dict[str, Any]] = {}
     try:
         config = config_class(**known)
     except ValidationError as error:
-        # pydantic reports an error for each member of a union; keep one for each key.
-        wrong = {str(item["loc"][0]): dict(item) for item in error.errors(include_url=False)}
+        # pydantic reports an error for each member of a union; keep one for each key, that of an unknown name if any.
+        found = sorted(error.errors(include_url=False), key=lambda item: item["type"] == UNKNOWN)
+        wrong = {str(item["loc"][0]): dict(item) for item in found}
     problems += [_line_for(key, item, known, config_class) for key, item in wrong.items()]
     if "checkpoint_interval" in wrong and "validation_interval" in known:
         problems.append(
@@ -402,6 +413,9 @@ def _too_large(data: dict[str, Any]) -> list[str]:
 
 
 def _line_for(key: str, item: dict[str, Any], known: Mapping[str, Any], config_class: type) -> str:
+    if item["type"] == UNKNOWN and key in NESTED_CLASSES:
+        place = "".join(f"[{part}]" for part in item["loc"][:-1] if isinstance(part, int))
+        return f"{key}{place}.{_unknown_key(str(item['loc'][-1]), NESTED_CLASSES[key])}"
     if key not in known:
         description = TypeAdapter(config_class).json_schema()["properties"][key]["description"]
         return f"{key}: missing, wanted: {description}"

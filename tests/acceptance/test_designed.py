@@ -202,9 +202,23 @@ def test_a_plan_says_what_it_costs_and_sees(tmp_path: Path, call: Callable[..., 
     assert "0.50 sigma = 0.0062 nats per token" in done.stdout
 
 
+def test_noise_is_learned_against_the_arm_that_others_are_compared_with(
+    planned: Callable[..., Path], call: Callable[..., Called]
+) -> None:
+    plan = planned(2, "--design", "leave-one-out", "--seeds", "1,2,3")
+    runs_dir = plan.parent.parent
+    learned = call(experiment.main, "noise", "--experiment", "study", "--runs-dir", runs_dir)
+    assert learned.status == 0, learned.stderr
+    found = json.loads((runs_dir / "noise-ledger.json").read_text())["entries"]
+    names = {entry["recipe"] for entry in found}
+    assert {"without-drop v stack", "without-bias v stack"} <= names
+    assert not any(name.endswith("v baseline") for name in names)
+
+
 @pytest.mark.parametrize(
     ("changes", "words", "complaint"),
     [
+        ({"a": {"train": {"moe_router_loss_scale": 0.01}}}, [], "acts only with moe"),
         ({"a": {"train": {"learning_rat": 1}}}, [], "learning_rat"),
         ({"a": {"model": {"n_heads": 3}}}, [], "n_heads"),
         ({"a": {}}, [], "wanted patches"),

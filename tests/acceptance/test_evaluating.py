@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -279,6 +280,16 @@ def test_a_sample_is_the_only_output_and_repeats(scored_run: Path, call: Callabl
     lines = [json.loads(line) for line in (scored_run / "evals" / "smoke.jsonl").read_text().splitlines()]
     assert [line["seed"] for line in lines[-3:]] == [3, 3, 4]
     assert len(gpt2_encoding().encode_ordinary(lines[-1]["text"])) >= 3
+
+
+def test_a_sample_that_cannot_be_kept_is_printed_nevertheless(
+    scored_run: Path, tmp_path: Path, call: Callable[..., Called]
+) -> None:
+    shutil.copytree(scored_run, tmp_path / "text", symlinks=True, ignore=shutil.ignore_patterns("evals"))
+    (tmp_path / "text" / "evals").write_text("in the way of the folder")
+    done = call(test_smoke.main, "--run", "text", "--runs-dir", tmp_path, "--seed", 1)
+    assert (done.status, done.stdout.startswith("Every effort moves you")) == (0, True), done.stderr
+    assert "the sample cannot be kept" in done.stderr
 
 
 def test_greedy_and_top_1_agree(scored_run: Path, call: Callable[..., Called]) -> None:

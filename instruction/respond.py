@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.engine import resume
 from harness.engine.distributed import device_name
-from harness.engine.opening import VerifiedCheckpoint
+from harness.engine.resume import find_inside
 from harness.report.text import aligned
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.console import progress_bar
-from harness.run.errors import CheckpointError, ConfigError, DataError
+from harness.run.errors import ConfigError, DataError
 from harness.run.files import ROOT, read_json, utc_now, write_json
 from harness.run.provenance import git_state
 from harness.run.run_folder import MODEL_FILE, RunFolder, open_run
@@ -135,7 +134,8 @@ def open_model(
             f"{folder.model_json}: context_length: found {config.context_length}, wanted at least the recipe's "
             f"max_tokens ({recipe.max_tokens})"
         )
-    found = None if inside == UNTRAINED else find_checkpoint(folder, inside, train.initial_weights is not None)
+    otherwise = f" (or {run}/{UNTRAINED} for its initial weights)"
+    found = None if inside == UNTRAINED else find_inside(folder, inside, otherwise)
 
     def opened(weights: Path | None) -> nn.Module:
         if weights is None and found is not None:
@@ -150,27 +150,6 @@ def open_model(
         )
     described = {"sha256": found.sha256[MODEL_FILE], "step": found.step, **describe_checkpoint(folder, found.step)}
     return EvaluatedModel(name, described, opened)
-
-
-def find_checkpoint(folder: RunFolder, inside: str, is_imported: bool) -> VerifiedCheckpoint | None:
-    """Return the newest valid checkpoint of a run, or the one named `checkpoints/NAME`.
-
-    None stands for the imported weights of a run that was not trained on from them.
-    """
-    place, _, name = inside.partition("/")
-    if inside and (place != "checkpoints" or not name):
-        raise ConfigError(f"RUN: found {folder.path.name}/{inside[:80]}, wanted RUN, RUN/checkpoints/NAME or "
-                          f"RUN/{UNTRAINED}")  # fmt: skip
-    path = folder.checkpoints / name
-    if is_imported and name and path.resolve() == folder.imported.resolve():
-        return None
-    found = resume.find(folder, name or None)
-    if found is None and not is_imported:
-        raise CheckpointError(
-            f"{folder.checkpoints}: found no checkpoint, wanted a trained run "
-            f"(or {folder.path.name}/{UNTRAINED} for its initial weights)"
-        )
-    return found
 
 
 def report(request: RespondRequest, eval_set: EvalSet, models: list[ModelAnswers], device: torch.device) -> None:

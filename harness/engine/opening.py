@@ -227,13 +227,14 @@ def _require_vouched_for(path: Path, sha256: str) -> None:
         found = open_checkpoint(path.parent, reads=(STATE_FILE,)).sha256.get(path.name)
         if sha256 != found:
             raise CheckpointError(f"{path}: found SHA-256 {sha256}, wanted {found} ({MANIFEST_FILE})")
-    elif owner is not None and (named := _initial_weights(owner[0])) is not None:
+    elif owner is not None and (named := initial_weights(owner[0])) is not None:
         _require_named(path, sha256, named)
     else:
         print(f"warning: {path}: nothing vouches for a file outside a run's checkpoints", file=sys.stderr)
 
 
-def _initial_weights(folder: RunFolder) -> str | None:
+def initial_weights(folder: RunFolder) -> str | None:
+    """Return the SHA-256 that train.json names, of the weights a run starts from; None where it names none."""
     try:
         return folder.read_configs()[1].initial_weights
     except ConfigError:

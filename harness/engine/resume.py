@@ -7,7 +7,13 @@ from pathlib import Path
 
 from harness.engine.checkpoint import link_best
 from harness.engine.identity import ResumeIdentity
-from harness.engine.opening import CheckpointMetadata, VerifiedCheckpoint, open_checkpoint, require_fit
+from harness.engine.opening import (
+    CheckpointMetadata,
+    VerifiedCheckpoint,
+    initial_weights,
+    open_checkpoint,
+    require_fit,
+)
 from harness.run.errors import CheckpointError, ConfigError, DataError, PeerError
 from harness.run.files import replace_link
 from harness.run.provenance import RunRecord
@@ -43,10 +49,7 @@ class ResumeRequest:
 
 
 def choose_resume_point(
-    folder: RunFolder,
-    request: ResumeRequest,
-    identity: ResumeIdentity,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    folder: RunFolder, request: ResumeRequest, identity: ResumeIdentity, shapes: Mapping[str, tuple[int, ...]]
 ) -> ResumePoint:
     """Decide where to begin, and tidy the folder for it: newer checkpoints aside, later metrics dropped.
 
@@ -84,7 +87,7 @@ def from_the_beginning(identity: ResumeIdentity) -> ResumePoint:
 
 
 def _prepare(
-    folder: RunFolder, name: str | None, identity: ResumeIdentity, shapes: Mapping[str, tuple[int, ...]] | None
+    folder: RunFolder, name: str | None, identity: ResumeIdentity, shapes: Mapping[str, tuple[int, ...]]
 ) -> ResumePoint:
     unfinished = folder.remove_unfinished()
     for leftover in unfinished:
@@ -98,8 +101,7 @@ def _prepare(
     metadata = found.metadata
     state = metadata.state
     require_same_identity(folder, found.path, metadata.identity, identity)
-    if shapes is not None:
-        require_fit(found, shapes)
+    require_fit(found, shapes)
     newer = [folder.checkpoint(step) for step in folder.checkpoint_steps() if step >= state.next_step]
     aside = folder.set_aside(*newer)
     if aside:
@@ -120,25 +122,33 @@ def _in_words(split: dict[str, int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in split.items())
 
 
-def find_weights(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
-    """Return the run and the step that RUN or RUN/checkpoints/NAME means; raises ConfigError or CheckpointError.
+def find_inside(folder: RunFolder, inside: str, otherwise: str = "") -> VerifiedCheckpoint | None:
+    """Return the checkpoint that RUN or RUN/checkpoints/NAME means, from what stands behind RUN/.
 
-    Without a name: the newest valid checkpoint, or the imported weights of a run that was not trained on from them.
+    Without a name: the newest valid one. None stands for the imported weights of a run that was not trained on from
+    them. Raises ConfigError or CheckpointError, which end on `otherwise`: what else the caller takes.
     """
-    run, _, rest = words.rstrip("/").partition("/")
-    folder = open_run(runs_dir, run)
-    place, _, name = rest.partition("/")
-    if rest and (place != "checkpoints" or not name or "/" in name):
-        raise ConfigError(f"RUN: found {words[:200]!r}, wanted RUN or RUN/checkpoints/NAME")
-    is_imported = folder.weights(IMPORTED_STEP).is_file()
+    place, _, name = inside.partition("/")
+    if inside and (place != "checkpoints" or not name):
+        raise ConfigError(
+            f"RUN: found {folder.path.name}/{inside[:80]}, wanted RUN or RUN/checkpoints/NAME{otherwise}"
+        )
+    is_imported = initial_weights(folder) is not None
     if is_imported and name and (folder.checkpoints / name).resolve() == folder.imported.resolve():
-        return folder, IMPORTED_STEP
+        return None
     # Not the link `latest`: a kill may have left it on an older checkpoint.
-    if (found := find(folder, name or None)) is not None:
-        return folder, found.step
-    if not is_imported:
-        raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted one with {MODEL_FILE}")
-    return folder, IMPORTED_STEP
+    found = find(folder, name or None)
+    if found is None and not is_imported:
+        raise CheckpointError(f"{folder.checkpoints}: found no checkpoint, wanted one with {MODEL_FILE}{otherwise}")
+    return found
+
+
+def find_weights(runs_dir: Path, words: str) -> tuple[RunFolder, int]:
+    """Return the run and the step that RUN or RUN/checkpoints/NAME means; errors are as for `find_inside`."""
+    run, _, inside = words.rstrip("/").partition("/")
+    folder = open_run(runs_dir, run)
+    found = find_inside(folder, inside)
+    return folder, IMPORTED_STEP if found is None else found.step
 
 
 def find_model(runs_dir: Path, run: str | None, files: tuple[Path | None, Path | None]) -> tuple[Path, Path]:

@@ -15,6 +15,7 @@ from harness.run.errors import CheckpointError
 from harness.run.files import file_sha256, write_json
 from harness.run.run_folder import RunFolder
 from tests.helpers import train_in_fork
+from training.context import parameter_shapes
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 NEWEST, BEFORE = "step-00000019", "step-00000015"
@@ -131,7 +132,8 @@ def test_links_are_hints_and_are_repaired(trained: Path, name: str, put: Callabl
     metadata = CheckpointMetadata.read(folder.checkpoint(19), 19)
     (folder.checkpoints / name).unlink()
     put(folder.checkpoints / name)
-    point = resume.choose_resume_point(folder, resume.ResumeRequest(), metadata.identity)
+    shapes = parameter_shapes(folder.read_configs()[0])
+    point = resume.choose_resume_point(folder, resume.ResumeRequest(), metadata.identity, shapes)
     assert point.checkpoint is not None
     assert point.checkpoint.path == folder.checkpoint(19)
     assert point.state.best_loss == metadata.state.best_loss

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from harness.engine.experts import Layer, MixtureOfExperts
 from harness.engine.key_value_cache import KeyValueCache
 from harness.engine.loss import capped
-from harness.engine.opening import Weights, open_weights
-from harness.run.config import ModelConfig, load_model_config
+from harness.engine.opening import Weights
+from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError
 from harness.run.model_size import feed_forward_width
 from harness.tokens.randomness import initial_normal, initial_uniform
@@ -402,16 +401,8 @@ def load_weights(model: GPTModel, tensors: Mapping[str, Tensor], source: object)
     model.load_state_dict(found)
 
 
-def load_model(model_json: str | Path, safetensors_file: str | Path, device: torch.device) -> GPTModel:
-    """Load a trained model for evaluation: float32, on `device`, dropout off.
-
-    Raises ConfigError for the configuration and CheckpointError for the weights.
-    """
-    return model_of(load_model_config(model_json), open_weights(Path(safetensors_file)), device)
-
-
 def model_of(config: ModelConfig, weights: Weights, device: torch.device) -> GPTModel:
-    """Return the model with these weights, for evaluation as by `load_model`; raises CheckpointError."""
+    """Return the model with these weights, for evaluation: float32, dropout off; raises CheckpointError."""
     model = uninitialized_model(config)
     load_weights(model, weights.tensors, weights.path)
     return model.to(device).eval()

@@ -185,8 +185,7 @@ def write_records(
         {"step": item.step, "tokens": (item.step + 1) * per_step, "elapsed": 0.0, "train/loss": None, **item.metrics}
         for item in found
     )
-    counts = {**asdict(plan), "global_batch": plan.global_batch, "train_tokens": plan.train_tokens}
-    record = RunRecord(asdict(model), asdict(train), recipe_hash(model, train), counts)
+    record = RunRecord(asdict(model), asdict(train), recipe_hash(model, train), plan.describe())
     write_json(folder.run_json, asdict(record))
     is_whole = last + 1 == plan.global_steps
     Status("complete" if is_whole else "stopped", last, 0 if is_whole else None, "imported").write(folder.status_json)

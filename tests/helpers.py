@@ -22,9 +22,11 @@ from safetensors.numpy import save_file
 
 from harness.engine import checkpoint
 from harness.engine.identity import ResumeIdentity
-from harness.engine.opening import CheckpointMetadata, open_checkpoint
+from harness.engine.opening import CheckpointMetadata, open_checkpoint, open_weights
+from harness.run.config import load_model_config
 from harness.run.run_folder import MODEL_FILE, RunFolder
 from harness.run.train_state import TrainState
+from model import GPTModel, model_of
 
 ROOT = Path(__file__).parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -79,6 +81,11 @@ REQUIRED_TRAIN: dict[str, Any] = {
     "microbatch_size": 6,
     "checkpoint_interval": 5,
 }
+
+
+def load_model(model_json: Path, safetensors_file: Path) -> GPTModel:
+    """Load a model for evaluation on the CPU."""
+    return model_of(load_model_config(model_json), open_weights(safetensors_file), torch.device("cpu"))
 
 
 def write(path: Path, value: object) -> Path:

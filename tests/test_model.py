@@ -16,7 +16,8 @@ from torch import Tensor
 from harness.engine.key_value_cache import KeyValueCache
 from harness.run.config import ExpertsConfig, ModelConfig
 from harness.run.errors import CheckpointError, ConfigError
-from model import GPTModel, fingerprint, initialise, load_model, load_weights, uninitialized_model
+from model import GPTModel, fingerprint, initialise, load_weights, uninitialized_model
+from tests.helpers import load_model
 
 TINY = ModelConfig(vocab_size=61, context_length=12, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=False)
 TOGGLES: list[dict[str, Any]] = [
@@ -487,12 +488,12 @@ def test_model_is_opened_for_evaluation(tmp_path: Path, model_json: Path) -> Non
     half = {name: value.bfloat16() for name, value in model.state_dict().items()}
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     save_file(half, tmp_path / "half.safetensors")
-    opened = load_model(model_json, tmp_path / "model.safetensors", torch.device("cpu"))
+    opened = load_model(model_json, tmp_path / "model.safetensors")
     assert not opened.training
     assert fingerprint(opened) == fingerprint(model)
     tokens = random_tokens(TINY)
     assert torch.equal(opened(tokens), model(tokens))
-    from_half = load_model(model_json, tmp_path / "half.safetensors", torch.device("cpu"))
+    from_half = load_model(model_json, tmp_path / "half.safetensors")
     assert {parameter.dtype for parameter in from_half.parameters()} == {torch.float32}
 
 
@@ -508,7 +509,7 @@ def test_damaged_weights_are_refused(tmp_path: Path, model_json: Path, damage: s
         raw = path.read_bytes()
         path.write_bytes(raw[: len(raw) // 2] if damage == "truncated" else b"")
     with pytest.raises(CheckpointError) as caught:
-        load_model(model_json, path, torch.device("cpu"))
+        load_model(model_json, path)
     assert len(caught.value.lines) == 1
     assert str(path) in caught.value.lines[0]
 
@@ -516,7 +517,7 @@ def test_damaged_weights_are_refused(tmp_path: Path, model_json: Path, damage: s
 def test_bad_configuration_is_refused_before_the_weights(tmp_path: Path, model_json: Path) -> None:
     model_json.write_text("{}")
     with pytest.raises(ConfigError):
-        load_model(model_json, tmp_path / "missing.safetensors", torch.device("cpu"))
+        load_model(model_json, tmp_path / "missing.safetensors")
 
 
 def test_empty_model_is_complete_once_it_is_initialised() -> None:

@@ -45,7 +45,6 @@ def test_published_budget(world_size: int, microbatch: int, accumulation: int) -
     assert plan.tokens_per_global_step == 98_304
     assert plan.global_steps == 33_165
     assert plan.train_tokens == 3_260_252_160
-    assert plan.tokens_needed == 3_260_252_161
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ def test_token_budget_is_rounded_up_to_whole_global_batches(tokens: int, steps: 
 def test_minus_one_takes_every_global_batch_whose_last_target_exists(available: int, steps: int) -> None:
     plan = make_plan(TINY, replace(SMALL, min_train_tokens=-1), 1, available)
     assert plan.global_steps == steps
-    assert plan.tokens_needed <= available
+    assert plan.train_tokens < available  # the last target is one token more
 
 
 @pytest.mark.parametrize("available", [BATCH_TOKENS, 1, 0, -5])

@@ -18,6 +18,7 @@ WIDTH = 560
 PLOT_WIDTH, PLOT_HEIGHT = 480, 270
 COLOURS = 8
 GRID_POINTS = 240
+MOST_LETTERS = 22
 
 
 @dataclass(frozen=True)
@@ -240,9 +241,9 @@ def in_short(value: float) -> str:
     return f"{value:g}"
 
 
-def shortened(label: str, most: int = 22) -> str:
+def shortened(label: str) -> str:
     """Shorten a label to fit beside a chart; the tooltip has it in full."""
-    return label if len(label) <= most else label[: most - 1] + "…"
+    return label if len(label) <= MOST_LETTERS else label[: MOST_LETTERS - 1] + "…"
 
 
 def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:

@@ -4,7 +4,7 @@ The same configuration and world size give the same plan on any machine. The tra
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from harness.run.config import ModelConfig, TrainConfig
 from harness.run.errors import ConfigError, DataError
@@ -35,10 +35,9 @@ class Plan:
         """Trained tokens of the whole run."""
         return self.global_steps * self.tokens_per_global_step
 
-    @property
-    def tokens_needed(self) -> int:
-        """Tokens read from the file: one more than trained, for the last target."""
-        return self.train_tokens + 1
+    def describe(self) -> dict[str, int]:
+        """Return the counts as run.json has them."""
+        return {**asdict(self), "global_batch": self.global_batch, "train_tokens": self.train_tokens}
 
     def batch_split(self) -> dict[str, int]:
         """Return how the global batch is split, which may change between two starts of a run."""

@@ -49,7 +49,7 @@ class RunRecord:
     train: dict[str, Any] = field(default_factory=dict)
     recipe_hash: str = ""
     plan: dict[str, Any] = field(default_factory=dict)
-    """Counts of the run: those of `Plan`, global_batch and train_tokens."""
+    """Counts of the run, as `Plan.describe` gives them."""
     dataset: list[dict[str, Any]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -85,7 +85,7 @@ def record_start(path: Path, model: ModelConfig, train: TrainConfig, plan: Plan,
         model=asdict(model),
         train=asdict(train),
         recipe_hash=recipe_hash(model, train),
-        plan={**asdict(plan), "global_batch": plan.global_batch, "train_tokens": plan.train_tokens},
+        plan=plan.describe(),
         dataset=start.dataset,
         starts=[*RunRecord.read(path).starts, start.describe()],
     )

@@ -28,17 +28,15 @@ from harness.observers.charts import ChartPainter
 from harness.run.config import ModelConfig, TrainConfig, config_from, load_model_config, load_run_configs
 from harness.run.run_folder import RunFolder
 from harness.tokens.tokenizer import gpt2_tokenizer
-from model import load_model
 from study.statistics import clustered_mean
 from tests.conftest import Called
-from tests.helpers import ROOT, command, save_weights, write_run
+from tests.helpers import ROOT, command, load_model, save_weights, write_run
 from tests.model_hub import ModelHub
 from tests.test_exchange import LaterModel
 from tests.test_model import random_model, random_tokens
 
 transformers = pytest.importorskip("transformers")
 Call = Callable[..., Called]
-CPU = torch.device("cpu")
 SECRET = "hf_" + "plantedSecretNobodyMaySee"
 TOGGLES = [
     {"qkv_bias": bias, "tie_weights": tie, "drop_rate": drop}
@@ -113,7 +111,7 @@ def test_every_toggle_combination(
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (other.lm_head.weight is other.transformer.wte.weight) == change["tie_weights"]
     assert {other.config.resid_pdrop, other.config.attn_pdrop, other.config.embd_pdrop} == {change["drop_rate"]}
-    ours = load_model(folder / "model.json", folder / "checkpoints" / "latest" / "model.safetensors", CPU)
+    ours = load_model(folder / "model.json", folder / "checkpoints" / "latest" / "model.safetensors")
     tokens = random_tokens(ours.config)
     torch.testing.assert_close(other.eval()(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-5)
     body = transformers.AutoModel.from_pretrained(tmp_path / "out")
@@ -149,7 +147,7 @@ def test_the_folder_is_what_users_expect(exported: Path) -> None:
 
 @torch.no_grad()
 def test_greedy_text_is_ours(trained: Path, exported: Path) -> None:
-    ours = load_model(trained / "model.json", trained / "checkpoints" / "latest" / "model.safetensors", CPU)
+    ours = load_model(trained / "model.json", trained / "checkpoints" / "latest" / "model.safetensors")
     prompt = "Every effort moves you"
     wanted = continue_text(ours, ours.config, gpt2_tokenizer(), prompt, SampleSettings(num_tokens=8, temperature=0.0))
     pipeline = transformers.pipeline("text-generation", model=str(exported), device="cpu")

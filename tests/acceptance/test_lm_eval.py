@@ -15,10 +15,9 @@ import torch
 
 import convert
 from harness.tokens.gpt2 import END_OF_TEXT_ID, gpt2_encoding
-from model import load_model
 from tests.acceptance.test_exporting import with_random_weights
 from tests.conftest import Called
-from tests.helpers import OFFLINE, ROOT
+from tests.helpers import OFFLINE, ROOT, load_model
 
 TASKS = ROOT / "docs" / "lm-eval"
 
@@ -54,9 +53,7 @@ def test_lm_eval_agrees_with_our_own_numbers(
     )  # fmt: skip
     (written,) = (tmp_path / "results").rglob("results*.json")
     results = json.loads(written.read_text())["results"]
-    ours = load_model(
-        folder / "model.json", folder / "checkpoints" / "latest" / "model.safetensors", torch.device("cpu")
-    )
+    ours = load_model(folder / "model.json", folder / "checkpoints" / "latest" / "model.safetensors")
 
     def log_probability(context: str, text: str) -> float:
         """Of `text` after `context`, or after a document end where there is none."""

@@ -1,7 +1,6 @@
 """An append-only file of JSON lines: each is on disk before it is used, and half a line left by a kill is dropped."""
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness.run.files import open_regular, read_bytes
-from harness.run.json_lines import APPEND, parse_json_lines, write_all
+from harness.run.json_lines import APPEND, append_all, parse_json_lines
 from harness.run.locks import locked
 
 
@@ -34,13 +33,7 @@ class Journal:
         """Write one object and flush it to disk."""
         text = json.dumps(line, allow_nan=False) + "\n"
         with self._lock:
-            end = os.fstat(self._file.fileno()).st_size
-            try:
-                write_all(self._file, text.encode())
-                os.fsync(self._file.fileno())
-            except OSError:
-                os.ftruncate(self._file.fileno(), end)  # a full disk leaves no half line for the next one to join
-                raise
+            append_all(self._file, text.encode(), is_durable=True)
             self.lines.append(dict(line))
 
     def close(self) -> None:

@@ -16,12 +16,19 @@ def append_json_lines(path: Path, lines: Iterable[dict[str, object]]) -> None:
     """Append all lines, or none if it raises OSError; a link or what is no file is not written to."""
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     with open_regular(path, APPEND) as file, naming(path):
-        size = os.fstat(file.fileno()).st_size
-        try:
-            write_all(file, text.encode())
-        except OSError:
-            os.ftruncate(file.fileno(), size)  # a full disk leaves no half line for the next one to join
-            raise
+        append_all(file, text.encode())
+
+
+def append_all(file: io.FileIO, data: bytes, is_durable: bool = False) -> None:
+    """Append all bytes, or none if it raises OSError; `is_durable` waits until they are on disk."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        write_all(file, data)
+        if is_durable:
+            os.fsync(file.fileno())
+    except OSError:
+        os.ftruncate(file.fileno(), end)  # a full disk leaves no half line for the next one to join
+        raise
 
 
 def write_all(file: io.FileIO, data: bytes) -> None:

@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from harness.run.errors import ConfigError, RunLockedError
+from harness.run import locks
+from harness.run.errors import ConfigError
 from harness.run.files import fsync_folder, read_json, write_json, write_text
 from harness.tokens.token_files import SPLITS
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -107,20 +106,15 @@ def locked(out_dir: Path) -> Iterator[Path]:
     folder = out_dir / PARTIAL_FOLDER
     made = [path for path in (out_dir, *out_dir.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunLockedError(f"{out_dir}: another prepare_dataset.py is running in it") from None
-    try:
-        yield folder
-    finally:
-        if not (folder / "progress.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            for path in made:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
-        lock.release()
+    with locks.locked(folder, "another prepare_dataset.py is running in it"):
+        try:
+            yield folder
+        finally:
+            if not (folder / "progress.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                for path in made:
+                    if path.is_dir() and not any(path.iterdir()):
+                        path.rmdir()
 
 
 def load_progress(folder: Path, settings: PreparationSettings) -> PreparationProgress | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.run.errors import CheckpointError, ConfigError
+from harness.run.errors import CheckpointError, ConfigError, first_line
 
 SEED = 20260101
 TOLERANCE = 1e-4
@@ -67,9 +67,7 @@ def _transformers() -> Any:
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
-        raise ConfigError(
-            f"transformers is installed but cannot be imported ({str(error).splitlines()[0]})"
-        ) from None
+        raise ConfigError(f"transformers is installed but cannot be imported ({first_line(error)})") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -83,8 +81,7 @@ def _load(folder: Path) -> Any:
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: transformers cannot load it ({reason})") from None
+        raise CheckpointError(f"{folder}: transformers cannot load it ({first_line(error)})") from None
     problems = [f"{kind} {sorted(report[kind])[0]}" for kind in ("missing_keys", "mismatched_keys") if report[kind]]
     if problems:
         raise CheckpointError(f"{folder}: transformers finds {', '.join(problems)}, wanted every tensor in its place")

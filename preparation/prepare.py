@@ -21,7 +21,7 @@ import numpy as np
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, DataError
 from harness.run.files import write_text
-from harness.tokens.token_files import SPLITS, TokenFile, open_split, split_files
+from harness.tokens.token_files import DTYPES, SPLITS, TokenFile, open_split, split_files
 from harness.tokens.tokenizer import TOKENIZER_FILE, Tokenizer, read_tokenizer
 from preparation.encoding import EncodedBatch, encode_batch
 from preparation.hub import PREFIX, commit_of, downloaded, hub_files
@@ -298,7 +298,7 @@ def verify(dataset: Path) -> Iterator[TokenFile]:
         wanted = file.metadata.get("sha256")
         if wanted is None:
             raise DataError(f"{file.path}: found no SHA-256 in it, wanted a file that prepare_dataset.py made")
-        kind = np.dtype({"U16": "<u2", "I32": "<i4", "U32": "<u4"}[file.dtype])
+        kind = np.dtype(DTYPES[file.dtype])
         starts = range(0, file.length, CHUNK_TOKENS)
         found = sha256_of(file.read(start, CHUNK_TOKENS).astype(kind) for start in starts)
         if found != wanted:

@@ -69,9 +69,17 @@ class Experiment:
     looks: PlannedLooks | None = None
 
     @property
+    def first_runs(self) -> dict[str, PlannedRun]:
+        """The first run of each arm by the arm's name, in the order in which they run."""
+        first: dict[str, PlannedRun] = {}
+        for run in self.runs:
+            first.setdefault(run.arm, run)
+        return first
+
+    @property
     def arms(self) -> tuple[Arm, ...]:
         """The arms in the order in which they first run."""
-        return tuple({run.arm: Arm(run.arm, run.on) for run in self.runs}.values())
+        return tuple(Arm(name, run.on) for name, run in self.first_runs.items())
 
     @property
     def compared_with(self) -> str:

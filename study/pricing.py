@@ -55,11 +55,10 @@ def bill_of(experiment: Experiment, runs_dir: Path, world_size: int) -> Bill:
     base = RunFolder(runs_dir / experiment.base)
     base_configs = base.read_configs()
     measured = base.metrics.tokens_per_second()
-    first = {run.arm: run for run in reversed(experiment.runs)}
     costs = {}
-    for arm in experiment.arms:
-        model, train = configs_of(experiment, runs_dir, first[arm.name])
-        costs[arm.name] = _cost(base_configs, measured, model, train, world_size)
+    for arm, run in experiment.first_runs.items():
+        model, train = configs_of(experiment, runs_dir, run)
+        costs[arm] = _cost(base_configs, measured, model, train, world_size)
     return Bill(costs, len(experiment.seeds))
 
 
@@ -105,17 +104,14 @@ class ArmText:
 
 def texts_of(experiment: Experiment, runs_dir: Path, datasets_dir: Path) -> dict[str, ArmText]:
     """Return each arm's text by its name, the first arm's first; raises ConfigError or DataError."""
-    first = {run.arm: run for run in reversed(experiment.runs)}
     found = {}
-    for arm in experiment.arms:
-        model, train = configs_of(experiment, runs_dir, first[arm.name])
+    for arm, run in experiment.first_runs.items():
+        model, train = configs_of(experiment, runs_dir, run)
         name, revision = train.scored_dataset, train.datasets[0].revision
         known: tuple[str | None, float | None] = (None, None)
         if split_files(datasets_dir / name, "validation"):
             known = _tokenizer_of(open_split(datasets_dir, name, "validation"))
-        found[arm.name] = ArmText(
-            train.min_train_tokens, name, revision, model.context_length, model.vocab_size, *known
-        )
+        found[arm] = ArmText(train.min_train_tokens, name, revision, model.context_length, model.vocab_size, *known)
     return found
 
 

@@ -177,7 +177,7 @@ def check_test_set(experiment: Experiment, runs_dir: Path, datasets_dir: Path) -
     A dataset that is still to be downloaded cannot be checked yet.
     """
     test_set = experiment.test_set
-    for run in {run.arm: run for run in reversed(experiment.runs)}.values():
+    for run in experiment.first_runs.values():
         model, train = open_run(runs_dir, run.run).read_configs()
         if not split_files(datasets_dir / train.scored_dataset, "validation"):
             continue

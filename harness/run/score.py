@@ -149,7 +149,7 @@ class Score:
         of_run = document.pop("model")
         if self.model.run is None:
             of_run = {key: of_run[key] for key in ("model_file", "model_sha256")}
-        write_json(self.path, {**document, **of_run, "time": document["time"]})
+        write_json(self.path, {**document, **of_run})
 
     def read_arrays(self) -> ScoreArrays:
         """Read what the score is made of; raises ConfigError where it cannot be read or is something else.

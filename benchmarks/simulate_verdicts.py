@@ -38,8 +38,9 @@ from study.factorials import Reading, factorial_findings
 from study.looking import Look, LookRecord, take_look
 from study.losses_table import COLUMNS
 from study.measures import BITS, NATS, Measured
+from study.power import Analysis
 from study.results import Group, Result, RunMetadata
-from study.statistics import Floats, NoisePrior, detectable
+from study.statistics import Floats, NoisePrior
 from study.verdicts import (
     HELPS,
     LEANS_BETTER,
@@ -99,9 +100,11 @@ class Situation:
             return self.effect
         sd = self.sd * self.sds[0]
         if self.follows is not None:
-            return detectable(sd * math.sqrt(2 * (1 - self.follows[0]) / self.runs), self.runs - 1)
-        df = self.runs + self.baseline_runs - 2
-        return detectable(math.hypot(sd / math.sqrt(self.runs), self.sd / math.sqrt(self.baseline_runs)), df)
+            se, df = sd * math.sqrt(2 * (1 - self.follows[0]) / self.runs), self.runs - 1
+        else:
+            se = math.hypot(sd / math.sqrt(self.runs), self.sd / math.sqrt(self.baseline_runs))
+            df = self.runs + self.baseline_runs - 2
+        return Analysis(se, df, family=1).detectable()
 
 
 @dataclass
@@ -253,7 +256,7 @@ def looked(name: str, generator: np.random.Generator, studies: int, arms: int = 
     """
     s = Situation(runs=8, baseline_runs=8, sds=(1.0,) * arms, follows=(0.5,) * arms)
     counts = tuple(range(2, 9))
-    effect = detectable(RUN_SD / math.sqrt(8), 7)
+    effect = Analysis(RUN_SD / math.sqrt(8), df=7, family=1).detectable()
     false, helps = [], []
     for _ in range(studies):
         for size in (0.0, effect):

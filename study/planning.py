@@ -1,5 +1,6 @@
 """Lay out an experiment for a user: what it costs, what it can see, what else the money would buy."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,7 @@ def sees(design: Design, seeds: int, noise: PlanningNoise) -> str:
         return "-"
     analysis = analysis_of(design, seeds, noise)
     smallest = analysis.detectable()
-    if smallest is None:
+    if math.isinf(smallest):
         return "nothing: one run of each arm, and no noise that the comparison may borrow"
     among = f", {analysis.family} judged together" if analysis.family > 1 else ""
     return f"an effect of {in_words(smallest, noise)}: so often it is called HELPS or HURTS{among}"
@@ -242,7 +243,7 @@ def describe_alternatives(
                 str(whole.runs),
                 "-" if whole.hours is None else in_hours(whole.hours),
                 "-" if whole.money is None else f"{whole.money:,.0f}",
-                "nothing" if smallest is None else in_words(smallest, noise),
+                "nothing" if math.isinf(smallest) else in_words(smallest, noise),
                 other.sees(),
             ]
         )

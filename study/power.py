@@ -5,6 +5,7 @@ after Holm's adjustment for all comparisons of the family, which with one effect
 over their number.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +17,8 @@ from study.statistics import ALPHA, POWER, Floats, power
 
 DRAWS = 4000
 LARGEST = 1e6
+"""Of effects that are looked for, in standard errors."""
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Analysis:
     """How one comparison will be tested: what its standard error and degrees of freedom will be.
 
     Attributes:
-        se: of the estimate, in standard deviations of the noise of one run.
+        se: of the estimate, in any unit, such as standard deviations of the noise of one run.
         df: degrees of freedom of the comparison's own noise.
         family: comparisons that are adjusted together.
         prior_df: those of a prior of that noise; 0 where there is none.
@@ -36,29 +39,29 @@ class Analysis:
     prior_df: float = 0.0
     contrasts: int = 0
 
-    def power(self, ratio: float) -> float:
-        """Give the chance of the word for a true effect of `ratio` standard deviations of the noise."""
+    def power(self, shift: float) -> float:
+        """Give the chance of the word for a true effect of `shift` standard errors."""
         if self.contrasts:
-            return _power_of_lenth(ratio / self.se, self.contrasts, self.family)
-        if self.df + self.prior_df < 1:
+            return _power_of_lenth(shift, self.contrasts, self.family)
+        if self.df == 0 and self.prior_df < 1:
             return 0.0
-        alpha, shift = ALPHA / self.family, ratio / self.se
+        alpha = ALPHA / self.family
         if self.prior_df == 0:
             return power(shift, 1.0, self.df, alpha)
         return _power_of_moderated_t(shift, self.df, self.prior_df, alpha)
 
-    def detectable(self) -> float | None:
-        """Give the effect, in standard deviations of the noise, called four times in five; None where none is."""
-        high = self.se
+    def detectable(self) -> float:
+        """Give the effect, in the unit of the standard error, called four times in five; infinite where none is."""
+        high = 1.0
         while self.power(high) < POWER:
             high *= 2
             if high > LARGEST:
-                return None
+                return math.inf
         low = 0.0
-        while high - low > 1e-3 * high:
+        while high - low > TOLERANCE * high:
             middle = (low + high) / 2
             low, high = (low, middle) if self.power(middle) >= POWER else (middle, high)
-        return high
+        return self.se * high
 
 
 def _power_of_moderated_t(shift: float, df: float, prior_df: float, alpha: float) -> float:

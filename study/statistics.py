@@ -221,18 +221,6 @@ def power(effect: float, se: float, df: float, alpha: float = ALPHA) -> float:
     return float(1 - missed + wrong_side)
 
 
-def detectable(se: float, df: float, alpha: float = ALPHA) -> float:
-    """Return the effect that a test would find four times in five."""
-    from scipy.optimize import brentq  # takes a second to import, and --help should not wait for it
-
-    if se == 0:
-        return 0.0
-    high = 1.0
-    while power(high, 1.0, df, alpha) < POWER:
-        high *= 2
-    return se * float(brentq(lambda ratio: power(ratio, 1.0, df, alpha) - POWER, 0.0, high))
-
-
 def fewest(finds: Callable[[int], bool], least: int = 2) -> int | None:
     """Return the smallest count from `least` on that is enough; None where over 10,000. More must never be worse."""
     low, high = least, least

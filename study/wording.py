@@ -5,8 +5,9 @@ import math
 import numpy as np
 
 from study.comparisons import NOISIEST
+from study.power import Analysis
 from study.results import Group, has_own_budget
-from study.statistics import ALPHA, Estimate, detectable, loss_slope, tokens_worth
+from study.statistics import ALPHA, Estimate, loss_slope, tokens_worth
 from study.verdicts import CANNOT_TELL, LEANS_BETTER, LEANS_WORSE, Judged, Judgement, is_sign_told
 
 SHARES = {"25%": "a quarter of", "50%": "half", "200%": "twice"}
@@ -47,7 +48,7 @@ def explain(estimate: Estimate, verdict: str, level: float = 1 - ALPHA) -> str:
     shown = f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
     shown += f"t {estimate.t:+.2f} on {estimate.df:.3g} df."
     if verdict == CANNOT_TELL:
-        seen = detectable(estimate.se, estimate.df)
+        seen = Analysis(estimate.se, estimate.df, family=1).detectable()
         shown += f" Effects under {seen:.3g} would be missed one time in five."
     return shown
 

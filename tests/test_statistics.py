@@ -16,13 +16,13 @@ from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from study.comparisons import Side, compare, in_pairs, side_by_side, with_noise
 from study.designs import Design, make_design
+from study.power import Analysis
 from study.results import Group, Result
 from study.statistics import (
     Estimate,
     Noise,
     NoisePrior,
     clustered_mean,
-    detectable,
     factorial_effects,
     fewest,
     holm,
@@ -114,7 +114,7 @@ def test_an_infinite_uncertainty_leaves_nothing_known() -> None:
     assert both.se == math.inf
     assert both.p == 1
     assert both.interval() == (-math.inf, math.inf)
-    assert detectable(both.se, both.df) == math.inf
+    assert Analysis(both.se, both.df, family=1).detectable() == math.inf
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
@@ -336,39 +336,6 @@ def test_power(effect: float, arm: int, baseline: int) -> None:
 def test_power_far_out_is_1() -> None:
     assert power(1e6, 1.0, 4) == pytest.approx(1)
     assert power(1.0, 1e-9, 1) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("arm", "baseline", "sd", "wanted"),
-    [
-        (1, 7, 0.0123, 0.044),
-        (3, 3, 0.0123, 0.038),
-        (5, 5, 0.0123, 0.025),
-        (8, 8, 0.0123, 0.019),
-        (16, 16, 0.0123, 0.013),
-        (3, 3, 0.0013, 0.0040),
-    ],
-)
-def test_detectable_effects(arm: int, baseline: int, sd: float, wanted: float) -> None:
-    found = detectable(sd * math.sqrt(1 / arm + 1 / baseline), arm + baseline - 2)
-    assert float(f"{found:.2g}") == wanted
-    solved = TTestIndPower().solve_power(None, nobs1=arm, alpha=0.05, power=0.8, ratio=baseline / arm)
-    assert found == pytest.approx(sd * float(np.squeeze(solved)), rel=1e-4)
-
-
-@pytest.mark.parametrize("df", [1, 2, 5 / 3, 6, 30, 1e4, 1e7])
-def test_detectable_effect_has_a_power_of_four_fifths(df: float) -> None:
-    assert power(detectable(0.25, df), 0.25, df) == pytest.approx(0.8, abs=1e-6)
-
-
-def test_detectable_effect_with_known_noise() -> None:
-    wanted = 0.0123 * math.sqrt(2) * (stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
-    assert detectable(0.0123 * math.sqrt(2), 1e7) == pytest.approx(wanted, rel=1e-3)
-    assert wanted == pytest.approx(0.049, abs=5e-4)
-
-
-def test_without_noise_everything_is_detectable() -> None:
-    assert detectable(0.0, 4) == 0
 
 
 @pytest.mark.parametrize("least", [1, 2, 7])

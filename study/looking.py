@@ -226,7 +226,7 @@ def note_unplanned(experiment: Experiment, folder: Path, seeds: int, arms: int) 
     if seeds < len(experiment.seeds) and seeds not in record.unplanned:
         record = replace(record, unplanned=tuple(sorted((*record.unplanned, seeds))))
         write_record(folder, record)
-    counts = sorted({count for count in record.unplanned if count < seeds} | {seeds})
+    counts = tuple(sorted({count for count in record.unplanned if count < seeds} | {seeds}))
     if len(counts) < 2:
         return ""
     error = error_of_repeated_looks(counts, max(1, arms))

@@ -69,15 +69,6 @@ def equally_spaced(rule: Rule, looks: int, seeds: int) -> Schedule | None:
     return Schedule(rule, tuple(counts)) if len(set(counts)) == looks and counts[-1] == seeds else None
 
 
-def error_of_repeated_looks(counts: Sequence[int], arms: int = 1) -> float:
-    """Give the chance of a false verdict in a table of null arms that was judged anew at each of these seed counts.
-
-    Every look is a paired t test at 5% with the Bonferroni step of Holm's procedure; differences share the baseline's
-    runs, so two arms' are correlated by one half.
-    """
-    return _error_of_looks(tuple(counts), arms)
-
-
 @lru_cache(maxsize=64)
 def _null_scores(schedule: Schedule) -> Floats:
     """Draw the largest weighted score over all looks of an arm without effect, in order.
@@ -95,7 +86,12 @@ def _null_scores(schedule: Schedule) -> Floats:
 
 
 @lru_cache(maxsize=64)
-def _error_of_looks(counts: tuple[int, ...], arms: int) -> float:
+def error_of_repeated_looks(counts: tuple[int, ...], arms: int) -> float:
+    """Give the chance of a false verdict in a table of null arms that was judged anew at each of these seed counts.
+
+    Every look is a paired t test at 5% with the Bonferroni step of Holm's procedure; differences share the baseline's
+    runs, so two arms' are correlated by one half.
+    """
     generator = np.random.default_rng(0)
     shared = generator.standard_normal((FAMILY_DRAWS, counts[-1]))
     is_wrong = np.zeros(FAMILY_DRAWS, dtype=bool)

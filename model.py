@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from harness.engine.experts import Layer, MixtureOfExperts
 from harness.engine.key_value_cache import KeyValueCache
 from harness.engine.loss import capped
-from harness.engine.opening import Weights
+from harness.engine.opening import Weights, require_tensors
 from harness.run.config import ModelConfig
 from harness.run.errors import CheckpointError
 from harness.run.model_size import feed_forward_width
@@ -381,23 +381,7 @@ def load_weights(model: GPTModel, tensors: Mapping[str, Tensor], source: object)
                 f"{source}: found an output head that differs from the token embedding, "
                 "wanted one shared matrix (model.json: tie_weights is true)"
             )
-    wanted = model.state_dict()
-    problems = [f"{source}: missing tensor {name}" for name in wanted.keys() - found.keys()]
-    problems += [f"{source}: unknown tensor {name}" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{source}: {name}: found shape {tuple(found[name].shape)}, wanted {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != wanted[name].shape
-    ]
-    problems += [
-        f"{source}: {name}: found type {str(value.dtype).removeprefix('torch.')}, wanted floating point"
-        for name, value in found.items()
-        if not value.is_floating_point()
-    ]
-    if problems:
-        shown = sorted(problems)[:3]
-        more = [f"{source}: {len(problems) - 3} more like these"] if len(problems) > 3 else []
-        raise CheckpointError(*shown, *more)
+    require_tensors(found, {name: tuple(value.shape) for name, value in model.state_dict().items()}, source)
     model.load_state_dict(found)
 
 

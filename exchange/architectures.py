@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from exchange import hugging_face
-from exchange.hugging_face import MAX_JSON_BYTES, require_shapes
+from exchange.hugging_face import MAX_JSON_BYTES
+from harness.engine.opening import require_tensors
 from harness.run.config import ModelConfig, config_from
 from harness.run.errors import CheckpointError, ConfigError
 from harness.run.keys import came_later, changes_nothing
@@ -172,7 +173,7 @@ def from_hugging_face(
     names = dict(_renamed(layout, config))
     scales = list(_qk_scales(layout, config))
     shapes = {theirs: _shape(ours, config) for ours, theirs in names.items()}
-    require_shapes(named, shapes | dict.fromkeys(scales, (config.emb_dim // config.n_heads,)), source)
+    require_tensors(named, shapes | dict.fromkeys(scales, (config.emb_dim // config.n_heads,)), source)
     for name in scales:
         if not (named[name] == 1).all():
             raise CheckpointError(f"{source}: {name}: found learned scales, wanted ones, which change nothing")

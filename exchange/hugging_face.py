@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.engine.opening import require_tensors
 from harness.run.config import ModelConfig, config_from
 from harness.run.errors import CheckpointError, ConfigError
 from harness.run.strict_json import read_strict_json
@@ -99,8 +100,7 @@ def from_hugging_face(
     """Return GPT-2's tensors, with or without the prefix `transformer.`, under our names, float32.
 
     Returns the configuration too, with bias or qkv_bias off where every such bias is zero, which computes the same.
-    Raises
-    CheckpointError naming what is missing, unknown or of another shape.
+    Raises CheckpointError naming what is missing, unknown or of another shape.
     """
     stripped = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
     theirs_named = {name: value for name, value in stripped.items() if not STORED_MASK.fullmatch(name)}
@@ -111,7 +111,7 @@ def from_hugging_face(
                 f"{source}: {HEAD}: found other values than in wte.weight, wanted equal ones "
                 "(config.json: tie_word_embeddings is true)"
             )
-    require_shapes(theirs_named, _shapes(config), source)
+    require_tensors(theirs_named, _shapes(config), source)
     found = {}
     for ours, theirs, is_transposed in _renamed(config):
         value = theirs_named[theirs].float()
@@ -149,20 +149,6 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for layer, (inputs, outputs) in layers.items():
             shapes |= {f"h.{number}.{layer}.weight": (inputs, outputs), f"h.{number}.{layer}.bias": (outputs,)}
     return shapes if config.tie_weights else {**shapes, HEAD: (config.vocab_size, width)}
-
-
-def require_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: object) -> None:
-    """Raise CheckpointError naming up to three tensors that are missing, unknown or of another shape."""
-    problems = [f"{source}: missing tensor {name}" for name in wanted.keys() - tensors.keys()]
-    problems += [f"{source}: unknown tensor {name[:80]!r}" for name in tensors.keys() - wanted.keys()]
-    problems += [
-        f"{source}: {name}: found shape {tuple(tensors[name].shape)}, wanted {wanted[name]}"
-        for name in wanted.keys() & tensors.keys()
-        if tuple(tensors[name].shape) != wanted[name]
-    ]
-    if problems:
-        more = [f"{source}: {len(problems) - 3} more like these"] if len(problems) > 3 else []
-        raise CheckpointError(*sorted(problems)[:3], *more)
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -221,6 +221,25 @@ def read_tensors(path: Path, name: Path | None = None) -> dict[str, Tensor]:
         raise CheckpointError(f"{name or path}: cannot be read as safetensors ({error})") from None
 
 
+def require_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: object) -> None:
+    """Raise CheckpointError naming up to three tensors that are missing, unknown, of another shape or no floats."""
+    problems = [f"{source}: missing tensor {name}" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{source}: unknown tensor {name[:80]}" for name in tensors.keys() - wanted.keys()]
+    problems += [
+        f"{source}: {name}: found shape {tuple(tensors[name].shape)}, wanted {wanted[name]}"
+        for name in wanted.keys() & tensors.keys()
+        if tuple(tensors[name].shape) != wanted[name]
+    ]
+    problems += [
+        f"{source}: {name[:80]}: found type {str(value.dtype).removeprefix('torch.')}, wanted floating point"
+        for name, value in tensors.items()
+        if not value.is_floating_point()
+    ]
+    if problems:
+        more = [f"{source}: {len(problems) - 3} more like these"] if len(problems) > 3 else []
+        raise CheckpointError(*sorted(problems)[:3], *more)
+
+
 def _require_vouched_for(path: Path, sha256: str) -> None:
     owner = run_of_model_file(path)
     if owner is not None and owner[1] != IMPORTED_STEP:

@@ -86,32 +86,21 @@ def new_folder(text: str) -> Path:
     return Path(text)
 
 
-def positive(text: str) -> float:
-    """Read a finite number above 0."""
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a number above 0")
-    return value
+def _number(is_wanted: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """Return the argument type of those numbers."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not is_wanted(value):
+            raise argparse.ArgumentTypeError(f"found {text!r}, wanted a number {wanted}")
+        return value
+
+    return number
 
 
-def positive_or_zero(text: str) -> float:
-    """Read a finite number of at least 0."""
-    value = _number(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a number of at least 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """Read a number between 0 and 1, neither included."""
-    value = _number(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a number between 0 and 1")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+positive = _number(lambda value: 0 < value < math.inf, "above 0")
+positive_or_zero = _number(lambda value: 0 <= value < math.inf, "of at least 0")
+fraction = _number(lambda value: 0 < value < 1, "between 0 and 1")

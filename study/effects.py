@@ -57,16 +57,13 @@ def _additivity(weights: Weights, rules: Rules) -> Finding | None:
         return None
     evaluation = evaluation_estimate(weights)
     estimate, guarded = (part if evaluation is None else part.plus(evaluation) for part in training)
-    low, high = estimate.interval()
-    shown = f"gap {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
-    shown += f"t {estimate.t:+.2f} on {estimate.df:.3g} df."
     if guarded.p_equivalent(rules.margin) < ALPHA:
         word, more = ADDS_UP, f" To within {rules.margin:g}."
     elif guarded.p < ALPHA:
         word, more = (LESS if estimate.difference > 0 else MORE), ""
     else:
         word, more = CANNOT_TELL, f" Neither a gap nor that it is below {rules.margin:g} is shown."
-    return Finding(f"{STACK} v sum of parts", estimate, guarded.p, word, f"{word}: {shown}{more}")
+    return Finding(f"{STACK} v sum of parts", estimate, guarded.p, word, f"{word}: gap {estimate.in_words()}{more}")
 
 
 def _contrast(weights: Weights, rules: Rules) -> tuple[Estimate, Estimate] | None:

@@ -81,17 +81,13 @@ def factorial_findings(design: Design, groups: Sequence[Group], reading: Reading
     estimates = [_with_evaluation(one, column, groups) for one, column in zip(estimates, values.T, strict=True)]
     findings: list[Finding] = []
     for is_main in (True, False):
-        places = [
-            place
-            for place, contrast in enumerate(contrasts)
-            if contrast.is_main == is_main and estimates[place] is not None
-        ]
-        family = [estimate for place in places if (estimate := estimates[place]) is not None]
-        for place, estimate, p, p_same in zip(
-            places, family, _adjusted(family), _adjusted_equivalence(family, reading.margin), strict=True
-        ):
-            finding = _finding(design, contrasts[place], estimate, (p, p_same), reading.margin)
-            if contrasts[place].order <= 2 or finding.verdict == INTERACTS:
+        known = zip(contrasts, estimates, strict=True)
+        family = {contrast: one for contrast, one in known if contrast.is_main == is_main and one is not None}
+        told = _adjusted(list(family.values()))
+        same = holm([estimate.p_equivalent(reading.margin) for estimate in family.values()])
+        for (contrast, estimate), *p_values in zip(family.items(), told, same, strict=True):
+            finding = _finding(design, contrast, estimate, p_values, reading.margin)
+            if contrast.order <= 2 or finding.verdict == INTERACTS:
                 findings.append(finding)
     return findings, source
 
@@ -165,23 +161,14 @@ def _adjusted(family: Sequence[Estimate]) -> list[float]:
     return adjusted(lenth) if len(lenth) == len(family) else holm([estimate.p for estimate in family])
 
 
-def _adjusted_equivalence(family: Sequence[Estimate], margin: float) -> list[float]:
-    return holm([estimate.p_equivalent(margin) for estimate in family])
-
-
 def _finding(
-    design: Design, contrast: Contrast, estimate: Estimate, p_values: tuple[float, float], margin: float
+    design: Design, contrast: Contrast, estimate: Estimate, p_values: Sequence[float], margin: float
 ) -> Finding:
     """Put an effect into words; an interaction is no gain, so it neither helps nor hurts."""
     names = [_name(word, design.factors) for word in contrast.words if len(word) <= max(2, contrast.order)]
     p, p_same = p_values
     word = verdict_of(estimate, p, p_same, margin) if contrast.is_main else _pair_word(estimate, p, p_same, margin)
-    low, high = estimate.interval()
-    sentence = f"{word}: Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
-    if isinstance(estimate, LenthEstimate):
-        sentence += f"{abs(estimate.t):.2f} times Lenth's error."
-    else:
-        sentence += f"t {estimate.t:+.2f} on {estimate.df:.3g} df."
+    sentence = f"{word}: Δ {estimate.in_words()}"
     if not contrast.is_main and word == INTERACTS:
         sentence += (
             f" Together {'worse' if estimate.difference > 0 else 'better'} than their separate effects add to."

@@ -33,6 +33,9 @@ class LenthEstimate(Estimate):
         half = self.se * critical(self.contrasts, 1, 1 - level)
         return self.difference - half, self.difference + half
 
+    def _ratio_in_words(self) -> str:
+        return f"{abs(self.t):.2f} times Lenth's error."
+
     def p_equivalent(self, margin: float) -> float:
         """Return the p value of two one-sided tests that the effect lies within +-margin (Schuirmann 1987)."""
         inside = margin - abs(self.difference)

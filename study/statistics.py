@@ -70,6 +70,14 @@ class Estimate:
         half = self.se * float(stdtrit(self.df, (1 + level) / 2))
         return self.difference - half, self.difference + half
 
+    def in_words(self, level: float = 1 - ALPHA) -> str:
+        """Return the difference with its interval and its test."""
+        low, high = self.interval(level)
+        return f"{self.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), {self._ratio_in_words()}"
+
+    def _ratio_in_words(self) -> str:
+        return f"t {self.t:+.2f} on {self.df:.3g} df."
+
     def half_width(self) -> float:
         """Return half the width of the 95% interval."""
         low, high = self.interval()

@@ -98,14 +98,11 @@ def _arm_as_json(item: Judged, judgement: Judgement) -> dict[str, Any]:
 
 
 def _numbers(estimate: Estimate | None, level: float = 1 - ALPHA) -> dict[str, float | None]:
+    names = ("difference", "se", "df", "t", "p", "low", "high")
     if estimate is None:
-        return dict.fromkeys(("difference", "se", "df", "t", "p", "low", "high"))
-    low, high = estimate.interval(level)
-    values = (estimate.difference, estimate.se, estimate.df, estimate.t, estimate.p, low, high)
-    return {
-        name: json_number(value)
-        for name, value in zip(("difference", "se", "df", "t", "p", "low", "high"), values, strict=True)
-    }
+        return dict.fromkeys(names)
+    values = (*(getattr(estimate, name) for name in names[:5]), *estimate.interval(level))
+    return dict(zip(names, map(json_number, values), strict=True))
 
 
 def _difference(item: Judged, baseline: Group) -> float | None:

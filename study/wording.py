@@ -44,9 +44,7 @@ def explain(estimate: Estimate, verdict: str, level: float = 1 - ALPHA) -> str:
     """Return the numbers behind a verdict."""
     if math.isinf(estimate.se):
         return f"Δ {estimate.difference:+.4f}; the test set lies in one document, so other text may be any different."
-    low, high = estimate.interval(level)
-    shown = f"Δ {estimate.difference:+.4f} (95% CI {low:+.4f}..{high:+.4f}), "
-    shown += f"t {estimate.t:+.2f} on {estimate.df:.3g} df."
+    shown = f"Δ {estimate.in_words(level)}"
     if verdict == CANNOT_TELL:
         seen = Analysis(estimate.se, estimate.df, family=1).detectable()
         shown += f" Effects under {seen:.3g} would be missed one time in five."

@@ -21,21 +21,15 @@ def append_json_lines(path: Path, lines: Iterable[dict[str, object]]) -> None:
 
 def append_all(file: io.FileIO, data: bytes, is_durable: bool = False) -> None:
     """Append all bytes, or none if it raises OSError; `is_durable` waits until they are on disk."""
-    end = os.fstat(file.fileno()).st_size
+    end, left = os.fstat(file.fileno()).st_size, memoryview(data)
     try:
-        write_all(file, data)
+        while left:  # a disk that is nearly full takes a part, and only then says so
+            left = left[file.write(left) :]
         if is_durable:
             os.fsync(file.fileno())
     except OSError:
         os.ftruncate(file.fileno(), end)  # a full disk leaves no half line for the next one to join
         raise
-
-
-def write_all(file: io.FileIO, data: bytes) -> None:
-    """Write all bytes: a disk that is nearly full takes a part, and only then says so."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
 
 
 def parse_json_lines(raw: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

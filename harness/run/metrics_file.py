@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.run.files import naming, open_regular, read_bytes, write_bytes
-from harness.run.json_lines import APPEND, append_json_lines, parse_json_lines, write_all
+from harness.run.json_lines import APPEND, append_all, append_json_lines, parse_json_lines
 
 Line = dict[str, Any]
 NEEDED = {"step": int, "tokens": int, "elapsed": int | float, "train/loss": int | float | None}
@@ -54,8 +54,7 @@ class MetricsFile:
         broken = [text for text, line in lines if line is None]
         if broken:
             with open_regular(self.damaged, APPEND) as file, naming(self.damaged):
-                write_all(file, b"".join(broken))
-                os.fsync(file.fileno())
+                append_all(file, b"".join(broken), is_durable=True)
             print(
                 f"warning: {self.path}: {len(broken)} damaged line{'s' * (len(broken) > 1)} moved to "
                 f"{self.damaged.name}",

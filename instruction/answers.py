@@ -58,7 +58,6 @@ FILE = TypeAdapter(ModelAnswers)
 
 def load_answers(path: Path) -> ModelAnswers:
     """Read a file of answers; raises DataError with the first thing that is wrong."""
-
     try:
         answers = FILE.validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -37,18 +37,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge wrote; token counts are None where the endpoint does not give them."""
+    """What a judge wrote, and the tokens of request and reply together; None where the endpoint does not say."""
 
     text: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-
-    @property
-    def tokens(self) -> int | None:
-        """Both counts together."""
-        if self.prompt_tokens is None or self.completion_tokens is None:
-            return None
-        return self.prompt_tokens + self.completion_tokens
+    tokens: int | None
 
 
 class Endpoint:
@@ -96,11 +88,10 @@ class Endpoint:
         message = getattr(choices[0], "message", None) if choices else None
         content = getattr(message, "content", None)
         usage = getattr(completion, "usage", None)
-        return Reply(
-            self._without_secrets(content) if isinstance(content, str) else "",
-            _count(getattr(usage, "prompt_tokens", None)),
-            _count(getattr(usage, "completion_tokens", None)),
-        )
+        counts = [_count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens")]
+        known = [count for count in counts if count is not None]
+        text = self._without_secrets(content) if isinstance(content, str) else ""
+        return Reply(text, sum(known) if len(known) == len(counts) else None)
 
     def _complete(self, request: Mapping[str, Any]) -> Any:
         """Send a request, with the older name of a reply's limit once the endpoint has objected to the newer one."""

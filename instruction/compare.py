@@ -83,8 +83,7 @@ class Row:
 
     def mean_in_words(self, digits: int) -> str:
         """Return the mean and half the width of its interval as text."""
-        low, high = self.mean.interval()
-        return f"{self.mean.difference:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+        return f"{self.mean.difference:.{digits}f} ±{self.mean.half_width():.{digits}f}"
 
     def as_json(self) -> dict[str, object]:
         """Return the row as JSON; what is not known is null."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.run.config import DATASET_NAME
-from harness.run.errors import DataError, hub_errors
+from harness.run.errors import DataError, first_line, hub_errors
 from harness.run.files import ROOT
 from harness.run.recipe import hash_of_json
 from instruction.recipe import Recipe
@@ -144,7 +144,7 @@ def _rows(path: Path) -> list[dict[str, object]]:
         table = parquet.read_table(path)
         rows: list[dict[str, object]] = table.select([key for key in KEYS if key in table.column_names]).to_pylist()
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
     return rows
 
 
@@ -195,10 +195,6 @@ def split_items(items: Sequence[Item], recipe: Recipe) -> Split:
     bound = recipe.test_fraction * 2**64
     test = [item for item in ordered if place(item) < bound]
     train = [item for item in ordered if place(item) >= bound]
-    if len(test) < 2 or (recipe.epochs and not train):
-        raise DataError(
-            f"found {len(train)} items to train on and {len(test)} to ask, wanted at least 1 and 2 (test_fraction)"
-        )
     return Split(tuple(train), tuple(test[: recipe.max_test_items]))
 
 

@@ -21,17 +21,8 @@ OTHERS = (
     Metric("ended", None),
 )
 HEADINGS = (
-    "model",
-    "response loss",
-    "Δ",
-    "95% interval",
-    "Holm p",
-    "verdict",
-    "token F1",
-    "exact",
-    "tokens",
-    "ended",
-)
+    "model", "response loss", "Δ", "95% interval", "Holm p", "verdict", "token F1", "exact", "tokens", "ended",
+)  # fmt: skip
 
 
 def words(text: str) -> list[str]:

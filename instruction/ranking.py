@@ -17,16 +17,8 @@ from study.statistics import Estimate, clustered_mean
 
 STATES: tuple[State, ...] = get_args(State)
 HEADINGS = (
-    "model",
-    "score",
-    "Δ score",
-    "95% interval",
-    "strength Δ",
-    "95% interval",
-    "Holm p",
-    "verdict",
-    "preferred",
-)
+    "model", "score", "Δ score", "95% interval", "strength Δ", "95% interval", "Holm p", "verdict", "preferred",
+)  # fmt: skip
 Cell = tuple[str, int]
 SCORE_MARGIN = 1.0  # points of 100
 

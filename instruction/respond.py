@@ -111,8 +111,10 @@ def prepare_eval_set(request: RespondRequest, tokenizer: Tokenizer) -> tuple[Eva
     split = split_items(data.items, recipe)
     train, test = (encode_items(items, recipe, tokenizer) for items in (split.train, split.test))
     if len(test) < 2 or (recipe.epochs and not train):
-        raise DataError(f"{data.source}: found {len(train)} items to train on and {len(test)} to ask of at most "
-                        f"{recipe.max_tokens} tokens, wanted at least 1 and 2 (recipe: max_tokens)")  # fmt: skip
+        raise DataError(
+            f"{data.source}: found {len(train)} items to train on and {len(test)} to ask of at most "
+            f"{recipe.max_tokens} tokens, wanted at least 1 and 2 (recipe: test_fraction, max_tokens)"
+        )
     left_out = len(split.train) + len(split.test) - len(train) - len(test)
     description = {"source": data.source, "sha256": data.sha256, "tokenizer": tokenizer.identity, "train": len(train),
                    "test": len(test), "longer_than_max_tokens": left_out}  # fmt: skip

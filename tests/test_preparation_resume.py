@@ -245,6 +245,7 @@ def test_two_at_once_are_refused(call: Call, corpus: Path, tmp_path: Path) -> No
         done = call(prepare_dataset.main, corpus, tmp_path / "out")
     assert done.status == 5
     assert "another prepare_dataset.py" in done.stderr
+    assert f":{os.getpid()})" in done.stderr
 
 
 # --- the Hub -------------------------------------------------------------------------------------------------

@@ -174,9 +174,9 @@ def test_a_wrong_list_is_one_line(tmp_path: Path, dataset: object, words: str) -
 
 def test_a_mistyped_key_of_a_dataset_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        config(tmp_path, dataset=[{"name": "toy", "weight": 1}, {"name": "b", "wieght": 1}])
+        config(tmp_path, dataset=[{"name": "toy", "weight": 1}, {"name": "b", "weigh": 1}])
     (line,) = caught.value.lines
-    assert "dataset[1].wieght: found an unknown key, wanted a known one; the nearest is weight" in line
+    assert "dataset[1].weigh: found an unknown key, wanted a known one; the nearest is weight" in line
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7])

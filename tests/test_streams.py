@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 
 import ddp_train
 import test_smoke
+from harness.run.config import load_model_config
 from harness.run.console import progress_bar
 from harness.run.errors import ConfigError, exit_status_of
 from harness.run.streams import MOST_CHARACTERS, escaped, fit_on_a_line
 from harness.tokens.gpt2 import gpt2_encoding
-from model import load_model_config, uninitialized_model
+from model import uninitialized_model
 from tests.conftest import Called
 
 NASTY = "\x1b]0;mine\x07\x9b31m\r\u202e\u2028\udc80"

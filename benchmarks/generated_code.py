@@ -120,7 +120,7 @@ def generate(architecture: str, function: Callable[..., Any], *arguments: torch.
     call with other tensors compiles again.
     """
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_compiler
+    from torch._functorch.aot_autograd import make_boxed_compiler  # type: ignore[attr-defined]
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._guards import detect_fake_mode
     from torch._inductor.decomposition import select_decomp_table

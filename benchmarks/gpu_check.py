@@ -311,7 +311,7 @@ def losses_of(context: TrainContext, steps: int) -> np.ndarray[Any, Any]:
     """Train some global steps and return their losses, float64 (steps,)."""
     losses = []
     for step in range(steps):
-        losses.append(ddp_train.accumulate_gradients(context, step).mean())
+        losses.append(ddp_train.accumulate_gradients(context, step)[0].mean())
         guarded_step(
             context.optimizer, context.scaler, context.config.learning_rate, context.config.clipping_max_norm
         )

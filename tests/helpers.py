@@ -24,6 +24,7 @@ from harness.engine import checkpoint
 from harness.engine.identity import ResumeIdentity
 from harness.engine.opening import CheckpointMetadata, open_checkpoint, open_weights
 from harness.run.config import load_model_config
+from harness.run.errors import exit_status_of
 from harness.run.run_folder import MODEL_FILE, RunFolder
 from harness.run.train_state import TrainState
 from model import GPTModel, model_of
@@ -252,7 +253,7 @@ def _be_the_command(
     if before is not None:
         before(*arguments)
     main = importlib.import_module(module).main
-    sys.exit(ddp_train.exit_status_of(main, speaks=environment.get("RANK", "0") == "0"))
+    sys.exit(exit_status_of(main, speaks=environment.get("RANK", "0") == "0"))
 
 
 @contextmanager

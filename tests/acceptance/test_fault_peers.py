@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from harness.engine import distributed, watchdog
+from harness.observers import observers
 from harness.run.provenance import RunRecord
 from harness.run.run_folder import RunFolder
 from tests.helpers import (
@@ -66,9 +67,10 @@ def fill_the_disk() -> None:
     """Have the word that a failed run leaves be refused, as by a full disk."""
 
     def refuse(*_: object) -> None:
+        print("no room for status.json", file=sys.stderr, flush=True)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "status.json")
 
-    RunFolder.write_failure = refuse  # type: ignore[assignment]
+    observers.record_failure = refuse
 
 
 @pytest.mark.fault("F30", "F18")
@@ -78,6 +80,7 @@ def test_a_lost_rank_ends_the_others_also_where_nothing_can_be_written(tmp_path:
     with workers(folder, datasets_dir, *words, count=2, fault="step.start@10#1:stop", before=fill_the_disk) as ranks:
         assert ranks[0].wait() == 8
     assert "lost rank 1 at global step 10" in ranks[0].stderr
+    assert "no room for status.json" in ranks[0].stderr
 
 
 @pytest.mark.fault("F31")

@@ -59,10 +59,13 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=[*STEPS, "reduce"], help=argparse.SUPPRESS)  # one step, in its process
     arguments = parser.parse_args()
-    device = distributed.choose_device(arguments.device, distributed.launch_from_environment())
+    launch = distributed.launch_from_environment()
+    device = distributed.choose_device(arguments.device, launch)
     if arguments.step:
         step = all_reduce_rank if arguments.step == "reduce" else STEPS[arguments.step]
-        print(json.dumps(step(device)))
+        found = step(device)
+        if launch.is_main:  # lines of several ranks may run into each other
+            print(json.dumps(found))
         return 0
     card = distributed.device_name(device)
     rows = {name: run_step(name, arguments.device) for name in arguments.only or STEPS}

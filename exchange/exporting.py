@@ -92,7 +92,7 @@ def require_possible(request: ExportRequest) -> None:
     if request.check and not parity.is_available():
         raise ConfigError(
             "transformers is not installed, so the export cannot be checked: "
-            "pip install 'transformers>=5', or --no-check to write it unchecked"
+            "pip install '.[export]', or --no-check to write it unchecked"
         )
     if request.push and huggingface_hub.get_token() is None:
         raise ConfigError("--push: found no token, wanted one of `hf auth login` or in the variable HF_TOKEN")

@@ -95,7 +95,7 @@ def import_weights(request: ImportRequest, build_model: BuildModel) -> None:
     if weights.folder is None:
         print("Logits: not checked, because the source is no Hugging Face folder")
     elif not parity.is_available():
-        print("Logits: not checked, because transformers is not installed (pip install 'transformers>=5')")
+        print("Logits: not checked, because transformers is not installed (pip install '.[export]')")
     else:
         found = parity.check_logits(
             model.eval(), weights.folder, weights.config.vocab_size, weights.config.context_length

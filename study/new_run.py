@@ -31,7 +31,7 @@ from harness.run.config import ModelConfig, TrainConfig, config_from
 from harness.run.errors import ConfigError, DataError
 from harness.run.files import write_json
 from harness.run.model_size import count_parameters, flops_per_token
-from harness.run.plan import make_plan
+from harness.run.plan import epoch_sequences, make_plan
 from harness.run.run_folder import RUN_NAME, RunFolder
 from harness.tokens.token_files import open_split, split_files
 from harness.tokens.tokenizer import Tokenizer, tokenizer_of_tokens
@@ -290,10 +290,11 @@ def batches(shape: Shape, text: Text, hardware: Hardware, epochs: int) -> tuple[
     if (microbatch := largest_microbatch(shape.model, hardware, per_device)) == 0:
         raise ConfigError(f"--data: not even the smallest model fits into {hardware.memory_gib:.1f} GiB of memory")
     per_step = per_device * hardware.count * length
+    there_are = epochs * epoch_sequences(text.train_tokens, length) * length
     takes_all = shape.tokens == epochs * (text.train_tokens - 1)
     train = {
         "dataset": text.name,
-        "min_train_tokens": -1 if takes_all else max(1, shape.tokens // per_step) * per_step,
+        "min_train_tokens": max(1, min(shape.tokens, there_are) // per_step) * per_step,
         **({"epochs": epochs} if epochs > 1 else {}),
         **STARTS,
         "microbatch_size": microbatch,

@@ -21,7 +21,7 @@ from preparation.prepare import prepare
 from preparation.selection import PreparationSettings
 from study.new_run import NewRunRequest, Text, choose_shape, design
 from tests.conftest import Called
-from tests.helpers import metrics, train_in_fork, write_run
+from tests.helpers import metrics, train_in_fork, write, write_run
 
 Call = Callable[..., Called]
 CPU = Hardware("cpu", "cpu", 1, 16.0, has_bfloat16=False, flops_per_second=1e11)
@@ -79,6 +79,10 @@ def test_a_new_run_is_shown_written_and_trains(
     assert train.notes is not None
     for key in ("n_layers", "epochs", "global_batch_size", "microbatch_size", "learning_rate", "use_amp"):
         assert f"{key}: " in train.notes
+    changes = write(tmp_path / "changes.json", {"plain": {"model": {"qk_norm": False}}})
+    place = ("--runs-dir", tmp_path, "--datasets-dir", datasets, "--dry-run")
+    planned = call(experiment.main, "plan", "mine", changes, *place)  # as much as is here, known without the text
+    assert planned.status == 0, planned.stderr
     train_in_fork(folder.path, datasets, "--max-steps", 3)
     losses = [line["train/loss"] for line in metrics(folder.path)]
     assert len(losses) == 3
@@ -145,7 +149,8 @@ def test_half_precision_halves_nothing_on_a_cpu_and_is_warned_of(datasets: Path,
 def test_the_smallest_and_the_largest_wish_are_a_draft(ratio: float) -> None:
     draft = design(TEXTS[1], CPU, asked(tokens_per_parameter=ratio))
     assert draft.train["global_batch_size"] >= 1
-    assert (draft.train["min_train_tokens"] == -1) == (ratio > 1)
+    assert 0 < draft.train["min_train_tokens"] <= 4 * TEXTS[1].train_tokens
+    assert (draft.train["min_train_tokens"] > 3.9 * TEXTS[1].train_tokens) == (ratio > 1)
 
 
 def test_tokens_of_an_unknown_tokenizer_or_no_dataset_are_one_line(tmp_path: Path, call: Call) -> None:
